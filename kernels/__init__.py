@@ -1,0 +1,13 @@
+"""The fused plan operations: public functions, their eager reference and the choice of backend.
+
+`plan_projection` turns planner logits into plans in the LM's space, `plan_projection_from_hidden` does so from the
+planner's states, and `add_plan` adds each token's plan to its LM state. Imports torch only; a backend's own
+dependencies are imported when it is first used.
+"""
+
+from .addition import add_plan
+from .backend import use_backend
+from .projection import plan_projection, plan_projection_from_hidden
+from .reference import PlanProjection
+
+__all__ = ["PlanProjection", "add_plan", "plan_projection", "plan_projection_from_hidden", "use_backend"]

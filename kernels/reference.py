@@ -1,0 +1,146 @@
+"""The definition of every operation in plain PyTorch: the fallback anywhere and the oracle of every test.
+
+Sizes: S sentences, K actions, A action-embedding size, D plan size (layers stacked), P planner state, T tokens.
+
+Each function has the signature of the public one and assumes that the arguments have been checked. Half-precision
+inputs are computed in float32 and rounded once, at the end; float64 stays float64.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+class PlanProjection(NamedTuple):
+    """What `plan_projection` returns.
+
+    Attributes:
+        projected (Tensor): the plan in the LM's space, `[S, D]`, in the promoted dtype of codebook and weight.
+        log_normalizer (Tensor): logsumexp of the logits that the selection works on, `[S]`, float32 or float64.
+        oracle_nll (Tensor): the planner's cross-entropy against the oracle actions, `[S]`, float32 or float64.
+    """
+
+    projected: Tensor
+    log_normalizer: Tensor
+    oracle_nll: Tensor
+
+
+def plan_projection(
+    logits: Tensor,
+    codebook: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    temperature: float = 1.0,
+    selection: str = "soft",
+    oracle: Tensor | None = None,
+    oracle_weight: float | Tensor = 0.0,
+    noise: Tensor | None = None,
+    top_k: int | None = None,
+) -> PlanProjection:
+    """`mixture(softmax(logits / temperature), codebook) @ weight.T + bias`; see `planlm.kernels.plan_projection`."""
+    working = working_dtype(logits, codebook, weight, bias, noise, oracle_weight)
+    z, actions = logits.to(working), codebook.to(working)
+    scores = z if noise is None else z + noise.to(working)
+    if selection == "top-k":
+        assert top_k is not None
+        scores = scores.masked_fill(_all_but_largest(scores, top_k), -torch.inf)
+    scaled = scores / temperature
+    mixture = _mixture(selection, scaled, scores.argmax(dim=1), actions, oracle)  # [S, A]
+    if oracle is not None:
+        mixture = _mix_oracle(mixture, actions, oracle, oracle_weight)
+    projected = F.linear(mixture, weight.to(working), None if bias is None else bias.to(working))  # [S, D]
+    return PlanProjection(
+        projected.to(torch.promote_types(codebook.dtype, weight.dtype)),
+        scaled.logsumexp(dim=1),
+        z.new_zeros(z.shape[0])
+        if oracle is None
+        else F.cross_entropy(z, oracle.clamp(min=-1), ignore_index=-1, reduction="none"),
+    )
+
+
+def plan_projection_from_hidden(
+    hidden: Tensor,
+    head: Tensor,
+    head_bias: Tensor | None,
+    codebook: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    temperature: float = 1.0,
+    selection: str = "soft",
+    oracle: Tensor | None = None,
+    oracle_weight: float | Tensor = 0.0,
+    noise: Tensor | None = None,
+    top_k: int | None = None,
+) -> PlanProjection:
+    """`plan_projection(hidden @ head.T + head_bias, ...)`; see `planlm.kernels.plan_projection_from_hidden`."""
+    working = working_dtype(hidden, head, head_bias, codebook, weight, bias, noise, oracle_weight)
+    logits = F.linear(hidden.to(working), head.to(working), None if head_bias is None else head_bias.to(working))
+    return plan_projection(
+        logits,
+        codebook,
+        weight,
+        bias,
+        temperature=temperature,
+        selection=selection,
+        oracle=oracle,
+        oracle_weight=oracle_weight,
+        noise=noise,
+        top_k=top_k,
+    )
+
+
+def add_plan(x: Tensor, plan: Tensor, segment_ids: Tensor, gate: Tensor | None = None) -> Tensor:
+    """`x[t] + gate * plan[segment_ids[t]]`, and `x[t]` where the id is -1; see `planlm.kernels.add_plan`."""
+    working = working_dtype(x, plan, gate)
+    rows = plan.to(working) if gate is None else plan.to(working) * gate.to(working)  # [S, D]
+    # Id -1 picks an extra first row of negative zeros: `v + -0.0` is `v` bit for bit, while `-0.0 + 0.0` is not.
+    rows = torch.cat([rows.new_full((1, rows.shape[1]), -0.0), rows])  # [1 + S, D]
+    # F.embedding and not `rows[ids]`: its backward sums every segment in a fixed order, on CPU and on CUDA.
+    return (x.to(working) + F.embedding(segment_ids + 1, rows)).to(x.dtype)
+
+
+def working_dtype(*inputs: Tensor | float | None) -> torch.dtype:
+    """The dtype that an operation computes in: float64 if any input tensor is float64, else float32."""
+    tensors = (value for value in inputs if isinstance(value, Tensor))
+    return torch.float64 if any(tensor.dtype == torch.float64 for tensor in tensors) else torch.float32
+
+
+def _mixture(selection: str, scaled: Tensor, best: Tensor, actions: Tensor, oracle: Tensor | None) -> Tensor:
+    """METHOD's table: the action embedding that each sentence is conditioned on, `[S, A]`."""
+    num_sentences = scaled.shape[0]
+    match selection:
+        case "soft" | "gumbel" | "top-k":
+            return scaled.softmax(dim=1) @ actions
+        case "hard":
+            return F.embedding(best, actions)
+        case "straight-through" | "gumbel-hard":
+            soft = scaled.softmax(dim=1) @ actions.detach()
+            return F.embedding(best, actions) + (soft - soft.detach())
+        case "oracle":
+            assert oracle is not None
+            chosen = F.embedding(oracle.clamp(min=0), actions)
+            return chosen.masked_fill((oracle < 0)[:, None], torch.nan)
+        case "uniform":
+            return actions.mean(dim=0).expand(num_sentences, -1)
+        case "fixed":
+            return actions[0].expand(num_sentences, -1)
+    raise AssertionError(selection)
+
+
+def _mix_oracle(mixture: Tensor, actions: Tensor, oracle: Tensor, oracle_weight: float | Tensor) -> Tensor:
+    """`(1 - w) * mixture + w * actions[oracle]`, with w = 0 on rows without an oracle action."""
+    share = torch.as_tensor(oracle_weight, dtype=mixture.dtype, device=mixture.device)
+    share = share.expand(oracle.shape).masked_fill(oracle < 0, 0.0)[:, None]  # [S, 1]
+    return (1 - share) * mixture + share * F.embedding(oracle.clamp(min=0), actions)
+
+
+def _all_but_largest(scores: Tensor, count: int) -> Tensor:
+    """True on all but the `count` largest of each row; among equals the lowest index is kept (a stable sort)."""
+    kept = scores.argsort(dim=1, descending=True, stable=True)[:, :count]
+    return torch.ones_like(scores, dtype=torch.bool).scatter(1, kept, False)
