@@ -1,0 +1,188 @@
+"""One dataclass per command: its fields are the configuration file's keys and the command line's flags.
+
+Standard library only, and imported by every room: `planlm --help` must answer without importing torch, and library
+functions take the same objects that the command line builds. `help` texts give units and say where a default comes
+from (METHOD.md's papers, or a figure in docs/log.md).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+DEFAULT_ENCODER = "sentence-transformers/all-MiniLM-L6-v2"
+DEFAULT_LM = "HuggingFaceTB/SmolLM2-135M-Instruct"
+
+SELECTIONS = (
+    "soft", "hard", "straight-through", "gumbel", "gumbel-hard", "top-k", "oracle", "uniform", "fixed", "none",
+)  # fmt: skip
+"""METHOD.md's selection table, in its order; `none` switches the adapter off."""
+
+
+def option(default: Any, help: str, *, choices: tuple[str, ...] | None = None, positional: bool = False) -> Any:
+    """A dataclass field that is also a flag: `help` is shown by `--help`, with the default behind it."""
+    return field(default=default, metadata={"help": help, "choices": choices, "positional": positional})
+
+
+def required(help: str, *, positional: bool = False) -> Any:
+    """A field without a default: the command line asks for it."""
+    return field(metadata={"help": help, "choices": None, "positional": positional})
+
+
+@dataclass(frozen=True, kw_only=True)
+class CommandConfig:
+    """What every command takes."""
+
+    json: bool = option(False, "print the result on stdout as one JSON object")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrepareConfig(CommandConfig):
+    """Raw text to a prepared corpus: sentences, embeddings, codebook, actions, tokens."""
+
+    inputs: tuple[str, ...] = required(
+        ".txt, .jsonl, .jsonl.gz, .jsonl.zst or .parquet files, folders of them, or hf:name[:config][@split]",
+        positional=True,
+    )
+    out: str = required("folder to write the prepared corpus to")
+    text_field: str = option("text", "field or column that holds a document's text")
+    id_field: str = option("id", "field or column that holds a document's id; where absent, file name and row are used")
+    actions: int | None = option(None, "number of actions K; default: 1024 as in the papers, or as many as the training sentences allow at 39 a cluster")
+    encoder: str = option(DEFAULT_ENCODER, "sentence-transformers model, by hub name or folder")
+    tokenizer: str = option(DEFAULT_LM, "tokenizer of the LM to be trained, by hub name or folder")
+    validation_fraction: float = option(0.05, "share of documents in the validation split")
+    test_fraction: float = option(0.05, "share of documents in the test split")
+    min_sentences: int = option(2, "shorter documents are left out (sentences)")
+    max_documents: int | None = option(None, "stop after so many documents")
+    shard_documents: int = option(1000, "documents per shard: the unit that is resumed, and the memory in use")
+    kmeans_iterations: int = option(20, "k-means iterations")
+    precision: str = option("auto", "encoder arithmetic; auto: bf16 where the processor has it", choices=("auto", "bf16", "fp32"))
+    seed: int = option(0, "seed of k-means and of the sample it is fitted on")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlannerConfig(CommandConfig):
+    """Pre-train the planner on next-action prediction."""
+
+    corpus: str = required("prepared corpus")
+    out: str = required("run directory to write")
+    layers: int = option(2, "planner transformer layers")
+    heads: int | None = option(None, "attention heads; default: one per 64 channels")
+    dropout: float = option(0.1, "dropout in the planner")
+    epochs: float = option(4.0, "passes over the training documents")
+    steps: int | None = option(None, "optimiser steps; overrides --epochs")
+    batch_size: int = option(32, "documents per step (the papers')")
+    lr: float = option(1e-3, "peak learning rate; linear warm-up over 5 %, cosine decay")
+    weight_decay: float = option(0.01, "AdamW weight decay")
+    max_grad_norm: float = option(1.0, "gradient norm above which gradients are scaled down")
+    log_every: int = option(20, "steps between lines of metrics.jsonl")
+    seed: int = option(0, "seed of initialisation, order and dropout")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig(CommandConfig):
+    """Fine-tune planner and LM jointly."""
+
+    corpus: str = required("prepared corpus")
+    out: str = required("run directory to write")
+    lm: str | None = option(None, "causal LM, by hub name or folder; default: the LM whose tokenizer the corpus used")
+    planner: str | None = option(None, "run directory of pretrain-planner; without one the planner starts untrained")
+    selection: str = option("soft", "what the LM is conditioned on (see METHOD.md)", choices=SELECTIONS)
+    temperature: float = option(1.0, "softmax temperature of the mixture")
+    top_k: int | None = option(None, "actions kept by --selection top-k")
+    gumbel_scale: float = option(1.0, "scale of the Gumbel noise")
+    conditioning: str = option("adapter", "where the plan enters the LM", choices=("adapter",))
+    conditioned_layers: int | None = option(None, "number of topmost LM layers conditioned; default: all but the first two (the papers')")
+    gate: bool = option(False, "multiply the plan with a gate per channel, initialised with zero")
+    lm_mode: str = option("freeze", "freeze: only adapter, codebook and planner train; full: the LM too", choices=("freeze", "full"))
+    freeze_planner: bool = option(False, "keep the planner as pre-trained")
+    unfreeze_planner_at: float = option(0.4, "fraction of training after which the planner joins; 0: from the start")
+    unfreeze_codebook_at: float = option(0.0, "fraction of training after which the codebook joins; 1: never")
+    planner_loss: float = option(0.0, "weight of the planner's own cross-entropy in the loss")
+    oracle_mix: str = option("0", "share of oracle actions, RHO or RHO:RHO_END over training")
+    oracle_mode: str = option("sampled", "sampled: per sentence, either; convex: always the weighted mean", choices=("sampled", "convex"))
+    oracle_schedule: str = option("linear", "shape of RHO:RHO_END", choices=("linear", "cosine"))
+    epochs: float = option(1.0, "passes over the training tokens")
+    steps: int | None = option(None, "optimiser steps; overrides --epochs")
+    batch_size: int = option(32, "windows per forward pass (the papers')")
+    accumulate: int = option(1, "forward passes per optimiser step")
+    window: int = option(128, "tokens per window (the papers')")
+    lr: float = option(1e-3, "peak learning rate of the new parameters (adapter)")
+    planner_lr: float = option(3e-4, "peak learning rate of the planner")
+    codebook_lr: float = option(1e-4, "peak learning rate of the codebook")
+    lm_lr: float = option(5e-5, "peak learning rate of the LM in mode full")
+    warmup: float = option(0.05, "fraction of training with linearly rising learning rate")
+    schedule: str = option("cosine", "learning rate after the warm-up", choices=("cosine", "linear", "constant"))
+    weight_decay: float = option(0.0, "AdamW weight decay")
+    max_grad_norm: float = option(1.0, "gradient norm, per parameter group, above which gradients are scaled down")
+    precision: str = option("auto", "auto: bf16 autocast where the processor has it", choices=("auto", "bf16", "fp32"))
+    checkpoint_every: int = option(500, "steps between checkpoints")
+    keep_checkpoints: int = option(2, "checkpoints kept")
+    log_every: int = option(10, "steps between lines of metrics.jsonl")
+    seed: int = option(0, "seed of initialisation, order, noise and oracle mixing")
+    resume: bool = option(False, "continue from the newest sound checkpoint in --out")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateConfig(CommandConfig):
+    """Perplexity under each plan and planner metrics, with paired intervals over documents."""
+
+    run: str = required("run directory of train, or a model folder", positional=True)
+    corpus: str = required("prepared corpus")
+    split: str = option("test", "split to evaluate", choices=("train", "validation", "test"))
+    plans: str = option("none,fixed,uniform,hard,soft,oracle", "comma-separated selections, each one row")
+    window: int | None = option(None, "tokens of context; default: the LM's, at most 1024")
+    stride: int | None = option(None, "tokens scored per window; default: the window")
+    batch_size: int = option(8, "windows per forward pass")
+    max_documents: int | None = option(None, "evaluate only the first so many documents")
+    versus: str = option("fixed", "row that differences and intervals refer to")
+    bootstrap: int = option(2000, "resamples of documents for the 95 % intervals")
+    precision: str = option("fp32", "arithmetic; auto: bf16 where the processor has it", choices=("auto", "bf16", "fp32"))
+    seed: int = option(0, "seed of the bootstrap")
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerateConfig(CommandConfig):
+    """Continue a text, planning each sentence."""
+
+    run: str = required("run directory of train, or a model folder", positional=True)
+    prompt: str = required("text to continue")
+    max_new_tokens: int = option(128, "tokens to generate")
+    temperature: float = option(0.8, "sampling temperature; 0: greedy")
+    top_p: float = option(0.95, "nucleus of the sampling distribution")
+    plan: str | None = option(None, "actions to follow for the next sentences, e.g. 12,7,130; afterwards the planner decides")
+    selection: str | None = option(None, "selection to generate with; default: the one trained with", choices=SELECTIONS)
+    show_plan: bool = option(False, "print each sentence with its most probable actions")
+    audit: str | None = option(None, "JSON-lines file: one object per sentence with its plan")
+    seed: int = option(0, "seed of the sampling")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ActionsConfig(CommandConfig):
+    """What each action means: size, typical sentences, distinctive terms."""
+
+    corpus: str = required("prepared corpus", positional=True)
+    action: int | None = option(None, "only this action, with more examples")
+    examples: int = option(3, "typical sentences per action")
+    terms: int = option(6, "distinctive terms per action")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReportConfig(CommandConfig):
+    """One self-contained HTML page from run directories."""
+
+    runs: tuple[str, ...] = required("run directories", positional=True)
+    out: str = option("report.html", "page to write")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DoctorConfig(CommandConfig):
+    """What this machine offers."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class QuickstartConfig(CommandConfig):
+    """The whole path on real text and real pre-trained weights, from packages alone."""
+
+    out: str = option("quickstart", "folder for everything that is made")
+    seed: int = option(0, "seed of every stage")

@@ -1,0 +1,11 @@
+"""The two ways a command can end badly: the user's input is wrong, or the machine failed."""
+
+from __future__ import annotations
+
+
+class InputError(ValueError):
+    """Bad input or usage: one line that names the file, row or argument and says what to do (exit status 2)."""
+
+
+class MachineError(RuntimeError):
+    """The machine failed (disk full, no memory): one line that says what happened (exit status 1)."""

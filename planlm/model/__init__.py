@@ -1,0 +1,1 @@
+"""Planner, action selection and the joint model."""

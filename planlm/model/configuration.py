@@ -1,0 +1,41 @@
+"""Configuration of the joint model, in transformers' form (`config.json`, model type `planlm`)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers import AutoConfig, PretrainedConfig
+from transformers.configuration_utils import SubConfigSpec
+
+
+class PlanLMConfig(PretrainedConfig):
+    """Configuration of `PlanLMForCausalLM`; METHOD's symbols in brackets.
+
+    Attributes:
+        text_config: configuration of the conditioned LM. The name is the one under which transformers looks for the
+            decoder of a composite model, so `generate()` sizes its KV cache by it.
+        num_actions: number of actions [K].
+        action_dim: dimension of an action embedding [d_a]; also the planner's width.
+        planner_layers, planner_heads, planner_dropout: shape of the planner.
+        conditioned_layers: number of topmost LM layers that receive the plan.
+        gate: whether each conditioned channel has a zero-initialised gate [g].
+        selection, temperature, top_k, gumbel_scale: how the plan is formed unless a call says otherwise.
+        encoder: sentence encoder, by hub name or folder, that `generate()` embeds finished sentences with.
+    """
+
+    model_type = "planlm"
+    sub_configs_defaults = {"text_config": SubConfigSpec(config_class=AutoConfig, model_type="gpt2")}
+
+    text_config: dict[str, Any] | PretrainedConfig | None = None
+    num_actions: int = 1024
+    action_dim: int = 384
+    planner_layers: int = 2
+    planner_heads: int = 6
+    planner_dropout: float = 0.1
+    conditioned_layers: int = 1
+    gate: bool = False
+    selection: str = "soft"
+    temperature: float = 1.0
+    top_k: int | None = None
+    gumbel_scale: float = 1.0
+    encoder: str = ""

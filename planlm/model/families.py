@@ -1,0 +1,52 @@
+"""Where the plan enters each supported LM family: the input of the attention output's projection."""
+
+from __future__ import annotations
+
+from torch import nn
+from transformers import PretrainedConfig, PreTrainedModel
+
+from planlm.errors import InputError
+
+OUTPUT_PROJECTIONS = {
+    "gpt2": ("h", "attn.c_proj"),
+    "gpt_neox": ("layers", "attention.dense"),
+    "llama": ("layers", "self_attn.o_proj"),
+    "mistral": ("layers", "self_attn.o_proj"),
+    "olmo": ("layers", "self_attn.o_proj"),
+    "olmo2": ("layers", "self_attn.o_proj"),
+    "qwen2": ("layers", "self_attn.o_proj"),
+    "qwen3": ("layers", "self_attn.o_proj"),
+}
+"""Model type -> (list of layers in the base model, attention output's projection in a layer)."""
+
+FAMILY_NAMES = "GPT-2, OLMo, OLMo-2, Llama (SmolLM, TinyLlama), Mistral, Qwen 2 and 3, GPT-NeoX (Pythia)"
+
+
+def check_family(config: PretrainedConfig) -> None:
+    """Refuse an LM whose family has no entry in `OUTPUT_PROJECTIONS`.
+
+    Raises:
+        InputError: names the model type and lists the families.
+    """
+    if config.model_type not in OUTPUT_PROJECTIONS:
+        raise InputError(f"LM family {config.model_type!r} is not supported; supported: {FAMILY_NAMES}")
+
+
+def output_projections(lm: PreTrainedModel) -> list[nn.Module]:
+    """Attention output projections of all layers of `lm`, from the bottom to the top.
+
+    Raises:
+        InputError: the LM's family is not supported.
+    """
+    check_family(lm.config)
+    layers, path = OUTPUT_PROJECTIONS[lm.config.model_type]
+    return [layer.get_submodule(path) for layer in getattr(lm.base_model, layers)]
+
+
+def input_width(projection: nn.Module) -> int:
+    """Width of a projection's input: heads times head size, which need not be the LM's hidden size.
+
+    GPT-2's Conv1D stores its weight transposed, `[in, out]`.
+    """
+    weight: nn.Parameter = projection.weight  # type: ignore[assignment]
+    return weight.shape[1] if isinstance(projection, nn.Linear) else weight.shape[0]

@@ -1,0 +1,361 @@
+"""The joint model: a planner, a codebook and a Hugging Face causal LM conditioned on the planner's mixture.
+
+Sizes: B windows, W positions, T = B W, N documents, n sentences, S plan segments, K actions, A action dimension,
+D stacked input widths of the conditioned layers, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationMixin, PreTrainedModel
+from transformers.utils import ModelOutput
+
+from planlm.errors import InputError
+from planlm.kernels import PlanProjection, plan_projection
+from planlm.model.adapter import PlanAdapter
+from planlm.model.configuration import PlanLMConfig
+from planlm.model.families import check_family, output_projections
+from planlm.model.loss import linear_cross_entropy
+from planlm.model.planner import Planner, default_heads
+from planlm.model.tracking import SentenceTracker
+from planlm.text.alignment import load_tokenizer
+from planlm.text.assets import resolve
+from planlm.text.encoder import SentenceEncoder
+
+PLANNED = ("soft", "hard", "straight-through", "gumbel", "gumbel-hard", "top-k")
+"""Selections that ask the planner."""
+
+GUMBEL = ("gumbel", "gumbel-hard")
+
+
+@dataclass
+class PlanLMOutput(ModelOutput):
+    """What a forward pass returns.
+
+    Attributes:
+        loss: mean NLL of the labelled tokens (nats), where labels were given.
+        nll_sum: their sum, differentiable.
+        token_nll: `[B, W]` float32 NLL of each labelled token, detached, 0 elsewhere.
+        oracle_nll: `[S]` planner cross-entropy with the oracle action, where actions were given; differentiable.
+        action_logits: `[S, K]` planner logits, where the planner ran.
+        logits: `[B, W or logits_to_keep, V]`, where no labels were given or they were in transformers' form.
+        past_key_values: KV cache.
+    """
+
+    loss: Tensor | None = None
+    nll_sum: Tensor | None = None
+    token_nll: Tensor | None = None
+    oracle_nll: Tensor | None = None
+    action_logits: Tensor | None = None
+    logits: Tensor | None = None
+    past_key_values: Any = None
+
+
+class PlanLMForCausalLM(PreTrainedModel, GenerationMixin):
+    """Planner-conditioned causal LM; a transformers model with `save_pretrained`, `from_pretrained` and `generate`.
+
+    Called with `input_ids` alone it finds the sentences in the text itself, embeds and plans them; training and
+    evaluation pass the plan inputs of a prepared corpus instead. Sentences are embedded with the model at
+    `config.encoder`, loaded at first use.
+
+    Args:
+        config: the configuration.
+        lm: the LM to condition; by default one is built from `config.text_config` with random weights.
+
+    Raises:
+        InputError: unsupported LM family, or more conditioned layers than the LM has.
+    """
+
+    config: PlanLMConfig
+    config_class = PlanLMConfig
+    base_model_prefix = "lm"
+    supports_gradient_checkpointing = True
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_attention_backend = True
+
+    def __init__(self, config: PlanLMConfig, lm: PreTrainedModel | None = None) -> None:
+        super().__init__(config)
+        check_family(config.text_config)
+        if lm is None:
+            lm = AutoModelForCausalLM.from_config(config.text_config)
+        else:
+            for module in lm.modules():
+                module._is_hf_initialized = True  # type: ignore[assignment]  # post_init must leave its weights alone
+        num_layers = len(output_projections(lm))
+        if not 1 <= config.conditioned_layers <= num_layers:
+            raise InputError(f"conditioned layers: {config.conditioned_layers} asked, the LM has {num_layers}; set 1 to {num_layers}")
+        self.lm = lm
+        self.planner = Planner(
+            config.action_dim, config.num_actions, config.planner_layers, config.planner_heads, config.planner_dropout
+        )
+        self.codebook = nn.Parameter(torch.zeros(config.num_actions, config.action_dim))
+        self.adapter = PlanAdapter(lm, config.action_dim, config.conditioned_layers, config.gate)
+        self._encoder: SentenceEncoder | None = None
+        self._tokenizer: Any = None
+        self.post_init()
+
+    def _init_weights(self, module: nn.Module) -> None:
+        """Everything outside the LM is initialised where it is built."""
+
+    @classmethod
+    def from_lm(
+        cls,
+        lm: str,
+        codebook: Tensor,
+        *,
+        planner: Planner | None = None,
+        conditioned_layers: int | None = None,
+        dtype: torch.dtype = torch.float32,
+        **options: Any,
+    ) -> PlanLMForCausalLM:
+        """Condition a pre-trained LM.
+
+        Args:
+            lm: causal LM by hub name or folder.
+            codebook: `[K, A]` action embeddings.
+            planner: pre-trained planner; by default an untrained one whose head is the codebook.
+            conditioned_layers: topmost layers to condition; default all but two, at least one (the papers').
+            dtype: of all weights.
+            options: further fields of `PlanLMConfig`.
+
+        Raises:
+            InputError: the LM cannot be loaded or its family is not supported, or the planner does not fit the codebook.
+        """
+        name = resolve(lm, "lm")
+        try:
+            text_config = AutoConfig.from_pretrained(name)
+            check_family(text_config)
+            base = AutoModelForCausalLM.from_pretrained(name, dtype=dtype)
+        except (OSError, ValueError) as error:
+            if isinstance(error, InputError):
+                raise InputError(f"{lm}: {error}") from None
+            raise InputError(f"{lm}: LM cannot be loaded: {str(error).strip().splitlines()[0]}") from None
+        num_actions, action_dim = codebook.shape
+        if planner is None:
+            planner = Planner(action_dim, num_actions, heads=default_heads(action_dim))
+            planner.initialize_head(codebook)
+        shape = planner.shape
+        if (shape["num_actions"], shape["action_dim"]) != (num_actions, action_dim):
+            raise InputError(
+                f"the planner has {shape['num_actions']} actions of {shape['action_dim']} dimensions, the corpus "
+                f"{num_actions} of {action_dim}; pre-train a planner on this corpus"
+            )
+        config = PlanLMConfig(
+            text_config=base.config,
+            num_actions=num_actions,
+            action_dim=action_dim,
+            planner_layers=int(shape["layers"]),
+            planner_heads=int(shape["heads"]),
+            planner_dropout=shape["dropout"],
+            conditioned_layers=max(1, len(output_projections(base)) - 2) if conditioned_layers is None else conditioned_layers,
+            **options,
+        )
+        model = cls(config, lm=base).to(dtype)
+        model.planner.load_state_dict(planner.state_dict())
+        with torch.no_grad():
+            model.codebook.copy_(codebook)
+        model.generation_config = base.generation_config
+        model._tokenizer = load_tokenizer(lm)
+        return model
+
+    def get_input_embeddings(self) -> nn.Module:
+        """The LM's token embedding."""
+        return self.lm.get_input_embeddings()
+
+    def get_output_embeddings(self) -> nn.Module:
+        """The LM's head."""
+        return self.lm.get_output_embeddings()
+
+    @property
+    def tokenizer(self) -> Any:
+        """The LM's tokenizer, loaded from the model's folder at first use."""
+        if self._tokenizer is None:
+            self._tokenizer = load_tokenizer(self.name_or_path)
+        return self._tokenizer
+
+    @tokenizer.setter
+    def tokenizer(self, tokenizer: Any) -> None:
+        self._tokenizer = tokenizer
+
+    @property
+    def encoder(self) -> SentenceEncoder:
+        """The sentence encoder of `config.encoder`, loaded at first use."""
+        if self._encoder is None:
+            self._encoder = SentenceEncoder(self.config.encoder)
+        return self._encoder
+
+    @encoder.setter
+    def encoder(self, encoder: SentenceEncoder) -> None:
+        self._encoder = encoder
+
+    def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:
+        """Save the model as transformers does, and its tokenizer beside it."""
+        super().save_pretrained(save_directory, **kwargs)
+        self.tokenizer.save_pretrained(save_directory)
+
+    def plan(
+        self,
+        segment_rows: Tensor,
+        sentence_embeddings: Tensor,
+        *,
+        actions: Tensor | None = None,
+        selection: str | None = None,
+        oracle_weight: float | Tensor = 0.0,
+        want_oracle_nll: bool = False,
+    ) -> tuple[PlanProjection, Tensor | None]:
+        """Plan the given segments.
+
+        Args:
+            segment_rows: `[S, 2]` (row of `sentence_embeddings`, sentence number).
+            sentence_embeddings: `[N, n, A]`.
+            actions: `[S]` oracle actions, -1 for none.
+            selection: METHOD.md's selection; default the configuration's.
+            oracle_weight: share of the oracle action in the mixture, a number or `[S]`.
+            want_oracle_nll: run the planner for its cross-entropy even where the selection does not ask it.
+
+        Returns:
+            (projection with `projected` `[S, D]`, planner logits `[S, K]` or None where the planner did not run).
+        """
+        selection = selection or self.config.selection
+        logits = None
+        if selection in PLANNED or want_oracle_nll:
+            hidden = self.planner(sentence_embeddings)[segment_rows[:, 0], segment_rows[:, 1]]  # [S, A]
+            logits = self.planner.head(hidden).float()  # [S, K]
+        noise = None
+        if selection in GUMBEL:
+            if self.training:
+                noise = self.config.gumbel_scale * _gumbel_like(logits)
+            else:
+                selection = "soft"
+        if logits is None:
+            logits = torch.zeros(len(segment_rows), self.config.num_actions, device=segment_rows.device)
+            planned = None
+        else:
+            planned = logits
+        projection = plan_projection(
+            logits,
+            self.codebook,
+            self.adapter.weight,
+            self.adapter.bias,
+            temperature=self.config.temperature,
+            selection=selection,
+            oracle=actions,
+            oracle_weight=oracle_weight,
+            noise=noise,
+            top_k=self.config.top_k if selection == "top-k" else None,
+        )
+        return projection, planned
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Any = None,
+        labels: Tensor | None = None,
+        *,
+        shift_labels: Tensor | None = None,
+        segment_ids: Tensor | None = None,
+        segment_rows: Tensor | None = None,
+        sentence_embeddings: Tensor | None = None,
+        actions: Tensor | None = None,
+        selection: str | None = None,
+        oracle_weight: float | Tensor = 0.0,
+        want_oracle_nll: bool = False,
+        use_cache: bool | None = None,
+        logits_to_keep: int = 0,
+        **kwargs: Any,
+    ) -> PlanLMOutput:
+        """Run the conditioned LM.
+
+        Args:
+            input_ids: `[B, W]`.
+            attention_mask, position_ids, past_key_values, use_cache, logits_to_keep: as in transformers.
+            labels: `[B, W]` in transformers' form: the same tokens as `input_ids`, -100 where not scored.
+            shift_labels: `[B, W]` the token after each position, -100 where not scored; logits are then not kept.
+            segment_ids: `[B, W]` plan segment of the sentence that holds the token after each position, -1 for none.
+            segment_rows, sentence_embeddings, actions, selection, oracle_weight, want_oracle_nll: see `plan`;
+                `selection="none"` switches the plan off.
+
+        Without `segment_ids` the text is planned by the model itself.
+        """
+        selection = selection or self.config.selection
+        projection: PlanProjection | None = None
+        action_logits: Tensor | None = None
+        if selection != "none" or want_oracle_nll:
+            if segment_ids is None:
+                tracker = SentenceTracker(self.tokenizer, self.encoder)
+                segment_ids, segment_rows, sentence_embeddings, _ = tracker.inputs(input_ids, attention_mask)
+            assert segment_rows is not None and sentence_embeddings is not None
+            projection, action_logits = self.plan(
+                segment_rows,
+                sentence_embeddings,
+                actions=actions,
+                selection="uniform" if selection == "none" else selection,
+                oracle_weight=oracle_weight,
+                want_oracle_nll=want_oracle_nll,
+            )
+        conditioned = projection is not None and selection != "none"
+        self.adapter.condition(projection.projected if conditioned and projection else None, segment_ids)
+        outputs = self.lm.base_model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            use_cache=use_cache,
+            **kwargs,
+        )
+        result = PlanLMOutput(action_logits=action_logits, past_key_values=outputs.past_key_values)
+        if projection is not None and actions is not None:
+            result.oracle_nll = projection.oracle_nll
+        hidden = outputs.last_hidden_state  # [B, W, d]
+        if labels is not None:
+            shift_labels = nn.functional.pad(labels, (0, 1), value=-100)[:, 1:]
+        if shift_labels is not None:
+            head: nn.Linear = self.get_output_embeddings()  # type: ignore[assignment]
+            targets = shift_labels.reshape(-1)
+            nll_sum, token_nll = linear_cross_entropy(hidden.reshape(len(targets), -1), head.weight, targets, head.bias)
+            result.nll_sum, result.token_nll = nll_sum, token_nll.view(shift_labels.shape)
+            result.loss = nll_sum / (targets != -100).sum().clamp(min=1)
+        if shift_labels is None or labels is not None:
+            result.logits = self.get_output_embeddings()(hidden[:, -logits_to_keep:])
+        return result
+
+    def generate(self, inputs: Tensor | None = None, *args: Any, forced_actions: list[int] | None = None, **kwargs: Any) -> Any:
+        """Generate as transformers does; each finished sentence is embedded and the next one planned.
+
+        Args:
+            inputs: `[B, W]` prompt tokens, or `input_ids=`.
+            forced_actions: actions that the first new sentences follow instead of the planner's prediction.
+        """
+        selection = kwargs.get("selection") or self.config.selection
+        if selection != "none":
+            kwargs["tracker"] = SentenceTracker(self.tokenizer, self.encoder, forced_actions)
+        return super().generate(inputs, *args, **kwargs)
+
+    def prepare_inputs_for_generation(
+        self, input_ids: Tensor, next_sequence_length: int | None = None, attention_mask: Tensor | None = None, **kwargs: Any
+    ) -> dict[str, Any]:
+        """transformers' inputs for one step, and the plan inputs of the positions it computes."""
+        tracker: SentenceTracker | None = kwargs.pop("tracker", None)
+        inputs = super().prepare_inputs_for_generation(
+            input_ids, next_sequence_length=next_sequence_length, attention_mask=attention_mask, **kwargs
+        )
+        if tracker is not None:
+            segment_ids, rows, embeddings, forced = tracker.inputs(input_ids, attention_mask, inputs["input_ids"].shape[1])
+            inputs |= {"segment_ids": segment_ids, "segment_rows": rows, "sentence_embeddings": embeddings}
+            if forced is not None:
+                inputs |= {"actions": forced, "oracle_weight": (forced >= 0).float()}
+        return inputs
+
+
+def _gumbel_like(logits: Tensor | None) -> Tensor:
+    """Standard Gumbel noise of the shape of `logits`, drawn once per sentence (CHECKLIST.md, defect 6)."""
+    assert logits is not None
+    return -torch.empty_like(logits).exponential_().log()

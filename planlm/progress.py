@@ -1,0 +1,68 @@
+"""Progress of long work on stderr: a bar in a terminal, a plain line now and then in a log file."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterable, Iterator
+from typing import TypeVar
+
+from tqdm import tqdm
+
+Item = TypeVar("Item")
+
+LOG_SECONDS = 10.0
+"""Seconds between lines where stderr is no terminal."""
+
+
+class Progress:
+    """Counts units of work; use as a context manager.
+
+    Args:
+        description: what is being done, shown first.
+        total: units in all, or None where unknown.
+        unit: name of a unit, in the plural ("documents").
+    """
+
+    def __init__(self, description: str, total: int | None = None, unit: str = "steps") -> None:
+        self.description, self.total, self.unit = description, total, unit
+        self.count, self.note = 0, ""
+        self.started = self._last_line = time.monotonic()
+        self._bar = tqdm(desc=description, total=total, unit=f" {unit}", leave=False) if sys.stderr.isatty() else None
+
+    def __enter__(self) -> Progress:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        if self._bar is not None:
+            self._bar.close()
+        elapsed = time.monotonic() - self.started
+        if exception[0] is None and elapsed > 2:
+            rate = self.count / elapsed
+            self.line(f"{self.description}: {self.count:,} {self.unit} in {elapsed:.0f} s ({rate:,.1f}/s) {self.note}".rstrip())
+
+    def advance(self, amount: int = 1, note: str = "") -> None:
+        """Report `amount` units done; `note` (say, a loss) stands behind the count."""
+        self.count += amount
+        self.note = note or self.note
+        if self._bar is not None:
+            if note:
+                self._bar.set_postfix_str(note, refresh=False)
+            self._bar.update(amount)
+        elif time.monotonic() - self._last_line > LOG_SECONDS:
+            self._last_line = time.monotonic()
+            of = f" of {self.total:,} ({100 * self.count / self.total:.0f} %)" if self.total else ""
+            self.line(f"{self.description}: {self.count:,}{of} {self.unit} {self.note}".rstrip())
+
+    def line(self, text: str) -> None:
+        """Print a line without tearing the bar."""
+        tqdm.write(text, file=sys.stderr)
+        sys.stderr.flush()
+
+
+def track(items: Iterable[Item], description: str, total: int | None = None, unit: str = "steps") -> Iterator[Item]:
+    """Iterate over `items` and report each as one unit of progress."""
+    with Progress(description, total, unit) as progress:
+        for item in items:
+            yield item
+            progress.advance()

@@ -1,0 +1,56 @@
+"""Parameter groups: what trains, from which step on, how fast."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+
+@dataclass(frozen=True)
+class ParameterGroup:
+    """Parameters with a learning rate of their own.
+
+    Attributes:
+        name: shown in logs ("adapter", "planner", ...).
+        parameters: by their name in the model.
+        lr: peak learning rate.
+        start: step (0-based) at which they join training; before, no gradient is computed for them.
+    """
+
+    name: str
+    parameters: dict[str, nn.Parameter]
+    lr: float
+    start: int = 0
+
+
+def make_optimizer(groups: list[ParameterGroup], weight_decay: float) -> torch.optim.AdamW:
+    """Fused AdamW over all groups; weight decay on matrices only."""
+    settings = []
+    for group in groups:
+        for matrices in (True, False):
+            chosen = [parameter for parameter in group.parameters.values() if (parameter.ndim >= 2) is matrices]
+            if chosen:
+                settings.append({"params": chosen, "group": group.name, "weight_decay": weight_decay if matrices else 0.0})
+    return torch.optim.AdamW(settings, lr=0.0, betas=(0.9, 0.999), fused=True)
+
+
+def optimizer_tensors(groups: list[ParameterGroup], optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
+    """Optimiser state by parameter name, `NAME/exp_avg` and so on."""
+    return {
+        f"{name}/{key}": value
+        for group in groups
+        for name, parameter in group.parameters.items()
+        for key, value in optimizer.state.get(parameter, {}).items()
+    }
+
+
+def restore_optimizer(
+    groups: list[ParameterGroup], optimizer: torch.optim.Optimizer, tensors: dict[str, torch.Tensor]
+) -> None:
+    """Put back what `optimizer_tensors` gave."""
+    parameters = {name: parameter for group in groups for name, parameter in group.parameters.items()}
+    for path, value in tensors.items():
+        name, key = path.rsplit("/", 1)
+        optimizer.state[parameters[name]][key] = value
