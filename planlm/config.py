@@ -72,11 +72,16 @@ class PlannerConfig(CommandConfig):
     epochs: float = option(4.0, "passes over the training documents")
     steps: int | None = option(None, "optimiser steps; overrides --epochs")
     batch_size: int = option(32, "documents per step (the papers')")
-    lr: float = option(1e-3, "peak learning rate; linear warm-up over 5 %, cosine decay")
+    lr: float = option(1e-3, "peak learning rate")
+    warmup: float = option(0.05, "fraction of training with linearly rising learning rate")
+    schedule: str = option("cosine", "learning rate after the warm-up", choices=("cosine", "linear", "constant"))
     weight_decay: float = option(0.01, "AdamW weight decay")
     max_grad_norm: float = option(1.0, "gradient norm above which gradients are scaled down")
+    checkpoint_every: int = option(500, "steps between checkpoints")
+    keep_checkpoints: int = option(2, "checkpoints kept")
     log_every: int = option(20, "steps between lines of metrics.jsonl")
     seed: int = option(0, "seed of initialisation, order and dropout")
+    resume: bool = option(False, "continue from the newest sound checkpoint in --out")
 
 
 @dataclass(frozen=True, kw_only=True)

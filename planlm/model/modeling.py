@@ -314,6 +314,8 @@ class PlanLMForCausalLM(PreTrainedModel, GenerationMixin):
         result = PlanLMOutput(action_logits=action_logits, past_key_values=outputs.past_key_values)
         if projection is not None and actions is not None:
             result.oracle_nll = projection.oracle_nll
+        if not self.lm.is_gradient_checkpointing:  # which runs the hooks once more, in the backward pass
+            self.adapter.condition(None, None)
         hidden = outputs.last_hidden_state  # [B, W, d]
         if labels is not None:
             shift_labels = nn.functional.pad(labels, (0, 1), value=-100)[:, 1:]
@@ -327,16 +329,15 @@ class PlanLMForCausalLM(PreTrainedModel, GenerationMixin):
             result.logits = self.get_output_embeddings()(hidden[:, -logits_to_keep:])
         return result
 
-    def generate(self, inputs: Tensor | None = None, *args: Any, forced_actions: list[int] | None = None, **kwargs: Any) -> Any:
+    def generate(self, inputs: Tensor | None = None, *args: Any, tracker: SentenceTracker | None = None, **kwargs: Any) -> Any:
         """Generate as transformers does; each finished sentence is embedded and the next one planned.
 
         Args:
             inputs: `[B, W]` prompt tokens, or `input_ids=`.
-            forced_actions: actions that the first new sentences follow instead of the planner's prediction.
+            tracker: follows the sentences; give one to force actions or to read the sentences afterwards.
         """
-        selection = kwargs.get("selection") or self.config.selection
-        if selection != "none":
-            kwargs["tracker"] = SentenceTracker(self.tokenizer, self.encoder, forced_actions)
+        if (kwargs.get("selection") or self.config.selection) != "none":
+            kwargs["tracker"] = tracker or SentenceTracker(self.tokenizer, self.encoder)
         return super().generate(inputs, *args, **kwargs)
 
     def prepare_inputs_for_generation(

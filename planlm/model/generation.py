@@ -1,0 +1,129 @@
+"""Continue a prompt with a joint model and say which plan each sentence followed."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM
+
+from planlm.config import GenerateConfig
+from planlm.errors import InputError
+from planlm.model.modeling import PlanLMForCausalLM
+from planlm.model.tracking import SentenceTracker
+from planlm.precision import device
+
+TOP_ACTIONS = 3
+"""Most probable actions reported for each sentence."""
+
+
+def load_model(run: str) -> PlanLMForCausalLM:
+    """The joint model of a run directory, or of a model folder, in evaluation mode.
+
+    Raises:
+        InputError: there is none, or it cannot be read.
+    """
+    folder = Path(run)
+    folder = folder / "model" if (folder / "model").is_dir() else folder
+    if not (folder / "config.json").is_file():
+        raise InputError(f"{run}: no trained model here (model/config.json is missing); make one with `planlm train`")
+    try:
+        model_type = json.loads((folder / "config.json").read_text()).get("model_type")
+        if model_type != "planlm":
+            raise InputError(f"{folder}: a {model_type} model, not a joint model of PlanLM; make one with `planlm train`")
+        model: PlanLMForCausalLM = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    except InputError:
+        raise
+    except Exception as error:
+        raise InputError(f"{folder}: model cannot be read: {str(error).strip().splitlines()[0]}") from None
+    return model.to(device()).eval()
+
+
+def generate(config: GenerateConfig) -> dict[str, Any]:
+    """Continue `config.prompt`.
+
+    Returns:
+        `prompt`, `text` (the continuation), `selection`, and `plan`: for each sentence continued or begun its text,
+        its most probable actions with their probabilities, and the action forced on it, if any. `--audit` appends one
+        line per sentence to a file.
+
+    Raises:
+        InputError: no model, an empty prompt for an LM without a start token, or an action that does not exist.
+    """
+    model = load_model(config.run)
+    forced = _parse_plan(config.plan, model.config.num_actions)
+    selection = config.selection or model.config.selection
+    if selection == "oracle":
+        raise InputError("--selection oracle needs the text that is yet to be written; choose soft or hard")
+    tokenizer = model.tokenizer
+    input_ids = tokenizer(config.prompt, return_tensors="pt").input_ids.long().to(model.device)
+    if input_ids.shape[1] == 0:
+        raise InputError("--prompt is empty, and this LM has no start token; give at least a word")
+    tracker = SentenceTracker(tokenizer, model.encoder, forced)
+    torch.manual_seed(config.seed)
+    sampling = {"do_sample": True, "temperature": config.temperature, "top_p": config.top_p, "top_k": 0}
+    with torch.no_grad():
+        ids = model.generate(
+            input_ids,
+            attention_mask=torch.ones_like(input_ids),
+            tracker=tracker,
+            selection=selection,
+            max_new_tokens=config.max_new_tokens,
+            pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
+            **(sampling if config.temperature > 0 else {"do_sample": False}),
+        )[0].tolist()
+    prompt_length = input_ids.shape[1]
+    result = {
+        "prompt": config.prompt,
+        "text": tokenizer.decode(ids[prompt_length:], skip_special_tokens=True),
+        "selection": selection,
+        "plan": [] if selection == "none" else _describe(model, tracker, tuple(ids), prompt_length, forced),
+    }
+    if config.audit:
+        with Path(config.audit).open("a") as file:
+            file.writelines(json.dumps(sentence, ensure_ascii=False) + "\n" for sentence in result["plan"])
+    return result
+
+
+def _parse_plan(text: str | None, num_actions: int) -> list[int]:
+    if text is None:
+        return []
+    try:
+        actions = [int(part) for part in text.split(",")]
+    except ValueError:
+        actions = [-1]
+    if not all(0 <= action < num_actions for action in actions):
+        raise InputError(f"--plan {text!r}: expected actions from 0 to {num_actions - 1} with commas between, e.g. 12,7")
+    return actions
+
+
+@torch.no_grad()
+def _describe(
+    model: PlanLMForCausalLM, tracker: SentenceTracker, ids: tuple[int, ...], prompt_length: int, forced: list[int]
+) -> list[dict[str, Any]]:
+    """The sentence that the prompt left open and those after it, with the planner's distribution for each."""
+    state = tracker.track(ids)
+    first = tracker.track(ids[:prompt_length]).segments[-1]
+    sentences = list(state.sentences)
+    if open_text := tracker.decode(ids[state.open_start :]).strip():
+        sentences.append(open_text)
+    _, _, embeddings, _ = tracker.inputs(torch.tensor([ids], device=model.device))
+    logits = model.planner.head(model.planner(embeddings)[0]).float()  # [n + 1, K]
+    probabilities = (logits / model.config.temperature).softmax(dim=-1)
+    described = []
+    for number in range(first, len(sentences)):
+        values, actions = probabilities[number].topk(min(TOP_ACTIONS, model.config.num_actions))
+        at = number - first
+        described.append(
+            {
+                "sentence": sentences[number],
+                "actions": [
+                    {"action": action, "probability": round(value, 4)}
+                    for action, value in zip(actions.tolist(), values.tolist(), strict=True)
+                ],
+                "forced": forced[at] if at < len(forced) else None,
+            }
+        )
+    return described

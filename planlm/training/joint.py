@@ -1,0 +1,201 @@
+"""Joint fine-tuning of planner and LM: METHOD.md's objective, selections, oracle mixing and delayed unfreezing."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from planlm.config import TrainConfig
+from planlm.corpus.batches import PlanBatch, PlanLoader
+from planlm.corpus.store import PreparedCorpus
+from planlm.errors import InputError
+from planlm.model.modeling import PLANNED, PlanLMForCausalLM, PlanLMOutput
+from planlm.model.planner import Planner
+from planlm.precision import autocast, device
+from planlm.text.alignment import load_tokenizer, tokenizer_fingerprint
+from planlm.training.groups import ParameterGroup
+from planlm.training.loop import Task, fit, num_steps
+from planlm.training.run import Run
+from planlm.training.schedules import oracle_ratio, parse_oracle_mix
+
+LEARNING = ("soft", "straight-through", "gumbel", "gumbel-hard", "top-k")
+"""Selections through which the LM's loss reaches the planner."""
+
+
+def train(config: TrainConfig) -> dict[str, Any]:
+    """Train a joint model on a prepared corpus and write `model/` into the run directory.
+
+    Returns:
+        The run directory, the model's folder, steps, labelled tokens, and the last logged losses.
+
+    Raises:
+        InputError: contradicting settings, a corpus of another tokenizer, a planner of another corpus, an unsupported
+            LM, or a run directory in use.
+    """
+    ratios = parse_oracle_mix(config.oracle_mix)
+    _check(config, ratios)
+    corpus = PreparedCorpus.load(config.corpus)
+    lm = config.lm or corpus.manifest.tokenizer
+    if tokenizer_fingerprint(load_tokenizer(lm)) != corpus.manifest.tokenizer_fingerprint:
+        raise InputError(
+            f"{config.corpus}: prepared with the tokenizer of {corpus.manifest.tokenizer}, which is not that of {lm}; "
+            f"prepare a corpus with --tokenizer {lm}"
+        )
+    planner = Planner.load(Path(config.planner) / "planner") if config.planner else None
+    loader = PlanLoader(corpus.split("train"), window=config.window, batch_size=config.batch_size, seed=config.seed)
+    steps = num_steps(config, loader.num_batches, config.accumulate)
+    torch.manual_seed(config.seed)
+    model = PlanLMForCausalLM.from_lm(
+        lm,
+        corpus.codebook,
+        planner=planner,
+        conditioned_layers=config.conditioned_layers,
+        gate=config.gate,
+        selection=config.selection,
+        temperature=config.temperature,
+        top_k=config.top_k,
+        gumbel_scale=config.gumbel_scale,
+        encoder=corpus.manifest.encoder,
+    ).to(device())
+    groups = trainable_groups(model, config, steps)
+    run = Run(config)
+    objective = Objective(model, config, steps, ratios)
+    task = Task(model, groups, loader, config.accumulate, steps, objective.backward, _num_labels)
+    fit(task, run, config)
+    model.eval().cpu()
+    folder = save_model(model, run.path / "model")
+    return {"run": str(run.path), "model": str(folder), "steps": steps, "selection": config.selection, **objective.last}
+
+
+def _check(config: TrainConfig, ratios: tuple[float, float]) -> None:
+    """Collect every contradiction between settings and raise once."""
+    problems = []
+    if config.selection == "none" and config.lm_mode == "freeze":
+        problems.append("--selection none with --lm-mode freeze trains nothing; choose another selection or --lm-mode full")
+    if config.selection == "top-k" and config.top_k is None:
+        problems.append("--selection top-k needs --top-k")
+    if config.selection != "top-k" and config.top_k is not None:
+        problems.append("--top-k is for --selection top-k")
+    if config.temperature <= 0:
+        problems.append(f"--temperature is {config.temperature}; set a number above 0")
+    for name in ("batch_size", "accumulate", "window", "checkpoint_every", "log_every", "keep_checkpoints"):
+        if getattr(config, name) < 1:
+            problems.append(f"--{name.replace('_', '-')} is {getattr(config, name)}; set at least 1")
+    for name in ("unfreeze_planner_at", "unfreeze_codebook_at", "warmup"):
+        if not 0 <= getattr(config, name) <= 1:
+            problems.append(f"--{name.replace('_', '-')} is {getattr(config, name)}; set a fraction from 0 to 1")
+    if max(ratios) > 0 and config.selection in ("none", "oracle"):
+        problems.append(f"--oracle-mix has no meaning with --selection {config.selection}")
+    if problems:
+        raise InputError("; ".join(problems))
+
+
+def trainable_groups(model: PlanLMForCausalLM, config: TrainConfig, steps: int) -> list[ParameterGroup]:
+    """Switch gradients off everywhere, then name what trains, from which step on and how fast.
+
+    The planner trains where the LM's loss reaches it or `--planner-loss` asks for it; the codebook in every
+    selection that shows it to the LM.
+    """
+    model.requires_grad_(False)
+    planner_learns = config.selection in LEARNING or config.planner_loss > 0
+    parts: list[tuple[str, Any, float, float]] = []
+    if config.selection != "none":
+        parts.append(("adapter", model.adapter.named_parameters(prefix="adapter"), config.lr, 0.0))
+        parts.append(("codebook", [("codebook", model.codebook)], config.codebook_lr, config.unfreeze_codebook_at))
+    if planner_learns and not config.freeze_planner:
+        named = model.planner.named_parameters(prefix="planner")
+        parts.append(("planner", named, config.planner_lr, config.unfreeze_planner_at))
+    if config.lm_mode == "full":
+        parts.append(("lm", model.lm.named_parameters(prefix="lm"), config.lm_lr, 0.0))
+    return [
+        ParameterGroup(name, dict(parameters), lr, start=round(at * steps)) for name, parameters, lr, at in parts if at < 1.0
+    ]
+
+
+class Objective:
+    """`CE(tokens) + planner_loss * CE(z, a)`, each a mean over all labelled positions of a step's batches.
+
+    Args:
+        model: the joint model.
+        config: the command's configuration.
+        steps: steps in all, for the oracle ratio's schedule.
+        ratios: oracle ratio at the first and at the last step.
+    """
+
+    def __init__(self, model: PlanLMForCausalLM, config: TrainConfig, steps: int, ratios: tuple[float, float]) -> None:
+        self.model, self.config, self.steps, self.ratios = model, config, steps, ratios
+        self.last: dict[str, float] = {}
+        model.train()
+        if config.lm_mode == "freeze":
+            model.lm.eval()  # no dropout in weights that cannot adapt to it
+
+    def backward(self, step: int, batches: list[PlanBatch]) -> dict[str, float]:
+        """Forward and backward over a step's batches; gradients add up in the parameters."""
+        where = self.model.device
+        num_labels = sum(int((batch.labels != -100).sum()) for batch in batches)
+        num_segments = sum(len(batch.actions) for batch in batches)
+        ratio = oracle_ratio(step, self.steps, self.ratios, self.config.oracle_schedule)
+        totals = torch.zeros(4, device=where)
+        for batch in batches:
+            batch = batch.to(where)
+            with autocast(self.config.precision, where):
+                output = self._forward(batch, ratio)
+                loss = output.nll_sum / num_labels
+                if self.config.planner_loss > 0:
+                    loss = loss + self.config.planner_loss * output.oracle_nll.sum() / num_segments
+            loss.backward()
+            totals += self._figures(output, batch.actions)
+        lm_nll, planner_nll, right, entropy = totals.tolist()
+        figures = {"lm_loss": lm_nll / max(1, num_labels), "oracle_ratio": ratio, "tokens": num_labels}
+        if output.action_logits is not None:
+            count = max(1, num_segments)
+            figures |= {"planner_loss": planner_nll / count, "planner_accuracy": right / count, "planner_entropy": entropy / count}
+        total = figures["lm_loss"] + self.config.planner_loss * figures.get("planner_loss", 0.0)
+        self.last = {"loss": total, **figures}
+        return self.last
+
+    def _forward(self, batch: PlanBatch, ratio: float) -> PlanLMOutput:
+        weight: float | Tensor = ratio
+        if ratio > 0 and self.config.oracle_mode == "sampled":
+            weight = (torch.rand(len(batch.actions), device=batch.actions.device) < ratio).float()
+        return self.model(
+            batch.input_ids,
+            shift_labels=batch.labels,
+            segment_ids=batch.segment_ids,
+            segment_rows=batch.segment_rows,
+            sentence_embeddings=batch.sentence_embeddings,
+            actions=batch.actions,
+            oracle_weight=weight,
+            want_oracle_nll=self.config.planner_loss > 0,
+            use_cache=False,
+        )
+
+    @staticmethod
+    @torch.no_grad()
+    def _figures(output: PlanLMOutput, actions: Tensor) -> Tensor:
+        """Sums over the batch: token NLL, planner NLL, planner hits, planner entropy."""
+        if output.action_logits is None:
+            zero = output.nll_sum.new_zeros(())
+            return torch.stack((output.nll_sum.float(), zero.float(), zero.float(), zero.float()))
+        log_p = output.action_logits.float().log_softmax(dim=-1)
+        entropy = -(log_p.exp() * log_p).sum()
+        right = (log_p.argmax(dim=-1) == actions).sum()
+        return torch.stack((output.nll_sum.float(), output.oracle_nll.sum().float(), right.float(), entropy))
+
+
+def _num_labels(batch: PlanBatch) -> int:
+    return int((batch.labels != -100).sum())
+
+
+def save_model(model: PlanLMForCausalLM, folder: Path) -> Path:
+    """Write the model's folder beside and rename it, so that it is whole or absent."""
+    beside = folder.with_name(folder.name + ".partial")
+    shutil.rmtree(beside, ignore_errors=True)
+    model.save_pretrained(beside)
+    shutil.rmtree(folder, ignore_errors=True)
+    beside.rename(folder)
+    return folder

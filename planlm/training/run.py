@@ -1,0 +1,66 @@
+"""A run directory: `config.yaml`, `metrics.jsonl`, `checkpoints/` and what training leaves behind."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from planlm.config import PlannerConfig, TrainConfig
+from planlm.errors import InputError
+from planlm.training.checkpoint import write_text
+
+FREE_TO_CHANGE = {"resume", "json", "log_every", "checkpoint_every", "keep_checkpoints"}
+"""Settings that may differ when a run is resumed: they leave weights and losses as they are."""
+
+
+class Run:
+    """The run directory of a command; opening it refuses to mix two runs.
+
+    Args:
+        config: the command's configuration; written to `config.yaml`.
+
+    Raises:
+        InputError: the directory holds a run already and `--resume` was not given, or one with other settings.
+    """
+
+    def __init__(self, config: PlannerConfig | TrainConfig) -> None:
+        self.path = Path(config.out)
+        self.checkpoints = self.path / "checkpoints"
+        self.metrics = self.path / "metrics.jsonl"
+        written = self.path / "config.yaml"
+        settings = asdict(config)
+        if written.exists():
+            if not config.resume:
+                raise InputError(f"{self.path}: holds a run already; continue it with --resume or choose another --out")
+            before = yaml.safe_load(written.read_text())
+            changed = [name for name in settings if name not in FREE_TO_CHANGE and before.get(name) != settings[name]]
+            if changed:
+                was = ", ".join(f"{name} was {before.get(name)!r}, now {settings[name]!r}" for name in changed)
+                raise InputError(f"{self.path}: cannot resume with other settings ({was})")
+        elif self.path.exists() and any(self.path.iterdir()):
+            raise InputError(f"{self.path}: is not empty and holds no run; choose another --out")
+        self.path.mkdir(parents=True, exist_ok=True)
+        write_text(written, yaml.safe_dump(settings, sort_keys=False))
+
+    def log(self, line: dict[str, Any]) -> None:
+        """Append one object to `metrics.jsonl`."""
+        with self.metrics.open("a") as file:
+            file.write(json.dumps(line) + "\n")
+
+    def forget_after(self, step: int) -> None:
+        """Drop logged lines of steps after `step`: a resumed run writes them again."""
+        if not self.metrics.exists():
+            return
+        kept = []
+        for text in self.metrics.read_text().splitlines():
+            try:
+                line = json.loads(text)
+            except ValueError:  # half a line from a process that was killed
+                continue
+            if line["step"] <= step:
+                kept.append(text)
+        write_text(self.metrics, "".join(text + "\n" for text in kept))
