@@ -1,0 +1,1 @@
+"""What preparation and generation must do identically: split, embed and tokenise text."""

@@ -1,0 +1,85 @@
+"""Tokens of a text, counted by sentence through the tokenizer's character offsets."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+
+import numpy as np
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+from planlm.errors import InputError
+from planlm.text.assets import loading, resolve
+
+
+def load_tokenizer(name: str) -> PreTrainedTokenizerFast:
+    """The tokenizer of a causal LM, by folder or hub name.
+
+    Raises:
+        InputError: it cannot be loaded, or it is a slow one, which knows no character offsets.
+    """
+    folder = resolve(name, "lm")
+    with loading(name, "lm"):
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+    if not tokenizer.is_fast:
+        raise InputError(f"{name}: its tokenizer gives no character offsets; give a model with a tokenizer.json")
+    return tokenizer
+
+
+def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerFast) -> str:
+    """sha256 of what decides how text becomes ids: vocabulary, merges, normalisation, pre- and post-processing.
+
+    Truncation and padding, which calls change on the way, are left out.
+    """
+    rules = json.loads(tokenizer.backend_tokenizer.to_str())
+    rules.pop("truncation", None)
+    rules.pop("padding", None)
+    return hashlib.sha256(json.dumps(rules, sort_keys=True).encode()).hexdigest()
+
+
+def start_tokens(tokenizer: PreTrainedTokenizerFast) -> list[int]:
+    """The ids that the tokenizer itself puts before a text: one for Llama, none for GPT-2."""
+    plain = tokenizer("a", add_special_tokens=False, verbose=False).input_ids
+    framed = tokenizer("a", verbose=False).input_ids
+    for start in range(len(framed) - len(plain) + 1):
+        if framed[start : start + len(plain)] == plain:
+            return list(framed[:start])
+    return []
+
+
+def tokenize(
+    tokenizer: PreTrainedTokenizerFast, text: str, spans: Sequence[tuple[int, int]]
+) -> tuple[list[int], list[int]]:
+    """Tokenise a whole text and count the tokens of each sentence.
+
+    A token belongs to the sentence that holds its first character, and white space between two sentences belongs to
+    the later one: so a token that holds any text of sentence i never counts to sentence i+1, whose plan knows
+    sentence i.
+
+    Args:
+        tokenizer: a fast tokenizer.
+        text: the document.
+        spans: its n sentences, as `split_sentences` gives them; at least one.
+
+    Returns:
+        ids: start token where the tokenizer adds one, then the whole text; no end token. Control tokens spelled out
+            in the text are text.
+        sentence_tokens: n counts that add up to len(ids); a sentence within another one's token has 0.
+    """
+    encoding = tokenizer(
+        text,
+        add_special_tokens=False,
+        split_special_tokens=True,
+        return_offsets_mapping=True,
+        return_attention_mask=False,
+        verbose=False,
+    )
+    starts = np.array(encoding["offset_mapping"], dtype=np.int64).reshape(-1, 2)[:, 0]
+    ends = np.array([end for _, end in spans[:-1]], dtype=np.int64)
+    # Some normalisers report offsets that step back by a character; sentences must not.
+    owners = np.maximum.accumulate(np.searchsorted(ends, starts, side="right")) if len(starts) else starts
+    counts = np.bincount(owners, minlength=len(spans))
+    prefix = start_tokens(tokenizer)
+    counts[0] += len(prefix)
+    return prefix + encoding["input_ids"], counts.tolist()

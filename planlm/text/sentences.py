@@ -1,0 +1,71 @@
+"""Sentence boundaries as character spans.
+
+syntok decides (F1 .940 on Brown at some 6,000 sentences/s; the sentence encoder behind it manages a few hundred), line
+by line, since a newline always ends a sentence and since syntok pads every paragraph with the length of the text
+before it, which is quadratic. Two rules are ours: a boundary needs a terminal mark before it (syntok also splits at
+semicolons and before some brackets, which breaks lists of names apart), and the full stops of scripts without
+spaces end a sentence (syntok looks for marks at the ends of words only).
+"""
+
+from __future__ import annotations
+
+import re
+
+from syntok.segmenter import segment
+from syntok.tokenizer import Tokenizer
+
+_TOKENIZER = Tokenizer(replace_not_contraction=False)
+_CLOSING = r"\"'´’”»›」』】〉》）)\]}*_"
+_TERMINATED = re.compile(rf"[.!?…‼‽⁇⁈⁉。！？｡．।॥؟۔][{_CLOSING}.!?…]*$")
+_UNSPACED = re.compile(rf"[。！？｡।॥؟۔]+[{_CLOSING}]*")
+
+
+def split_sentences(text: str) -> list[tuple[int, int]]:
+    """Split `text` into sentences.
+
+    Args:
+        text: any string; time is linear in its length.
+
+    Returns:
+        Spans (start, end) in characters, in order, without the white space around each; empty for blank text.
+    """
+    spans = []
+    offset = 0
+    for line in text.splitlines(keepends=True):
+        if not line.isspace():
+            for start, end in _pieces(line):
+                sentence = line[start:end].strip()
+                if sentence:
+                    start += offset + len(line[start:end]) - len(line[start:end].lstrip())
+                    spans.append((start, start + len(sentence)))
+        offset += len(line)
+    return spans
+
+
+def ends_sentence(text: str) -> bool:
+    """Whether a sentence boundary would stand at the end of `text` if a capitalised word followed.
+
+    Agrees with `split_sentences` by construction. Only the last line of `text` matters, so a caller that extends one
+    sentence token by token pays for that line each time.
+    """
+    bare = text.rstrip()
+    if not bare:
+        return False
+    if len(f".{text[len(bare) :]}.".splitlines()) > 1:
+        return True
+    line = bare.splitlines()[-1]
+    return any(end == len(line) for _, end in split_sentences(f"{line} Then"))
+
+
+def _pieces(line: str) -> list[tuple[int, int]]:
+    """Spans that cover `line`, one a sentence, white space included."""
+    cuts = {sentence[0].offset for sentence in segment(_TOKENIZER.tokenize(line)) if sentence}
+    cuts |= {match.end() for match in _UNSPACED.finditer(line)}
+    pieces = []
+    start = 0
+    for cut in sorted(cuts):
+        if start < cut < len(line) and _TERMINATED.search(line[max(start, cut - 40) : cut].rstrip()):
+            pieces.append((start, cut))
+            start = cut
+    pieces.append((start, len(line)))
+    return pieces
