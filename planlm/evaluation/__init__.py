@@ -1,0 +1,1 @@
+"""Perplexity, planner metrics and the significance of differences."""

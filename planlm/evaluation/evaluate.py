@@ -1,0 +1,167 @@
+"""`planlm evaluate`: perplexity under each plan, planner metrics, and intervals of the differences."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig
+
+from planlm.config import SELECTIONS, EvaluateConfig
+from planlm.corpus.store import PreparedCorpus
+from planlm.errors import InputError
+from planlm.evaluation.perplexity import default_window, score_documents
+from planlm.evaluation.planner_metrics import planner_metrics
+from planlm.evaluation.significance import DocumentScores, compare_rows
+from planlm.files import write_text
+from planlm.model.modeling import PlanLMForCausalLM
+from planlm.precision import device
+from planlm.text.alignment import tokenizer_fingerprint
+
+RESULTS = "evaluation.json"
+
+
+def evaluate(config: EvaluateConfig) -> dict[str, Any]:
+    """Evaluate a run on a split of a prepared corpus.
+
+    In a run directory the result is also written to `evaluation.json`, under the split's name (other splits' results
+    stay), together with every document's scores, from which `planlm report` compares runs with paired intervals.
+
+    Args:
+        config: a run directory or model folder, the corpus, and how to evaluate.
+
+    Returns:
+        `run`, `split`, `window`, `stride`, `tokens`, `documents`, `versus`, `rows` (see `compare_rows`) and `planner`
+        (see `planner_metrics`; None for an LM without one), ready for JSON.
+
+    Raises:
+        InputError: anything wrong with the arguments, the model, the corpus, or their fit.
+    """
+    plans = _parse(config)
+    run = Path(config.run)
+    corpus = PreparedCorpus.load(config.corpus)
+    dataset = corpus.split(config.split)
+    if config.max_documents is not None:
+        dataset = dataset.select(range(min(config.max_documents, len(dataset))))
+    earlier = _read_results(run / RESULTS)
+    model, is_planned = _load_model(run, plans, corpus)
+    _check_fit(model, config, corpus)
+    context = model.lm.config.max_position_embeddings
+    window = config.window or default_window(model)
+    if window > context:
+        raise InputError(f"--window {window}: the LM's context is {context} tokens; set at most that")
+    stride = config.stride or window
+    if stride > window:
+        raise InputError(f"--stride {stride}: larger than the window of {window}, which would leave tokens out")
+    versus = config.versus
+    if versus not in plans:
+        versus = plans[0]
+        print(f"evaluate: {config.versus} is not among the plans; differences refer to {versus}", file=sys.stderr)
+
+    scores = score_documents(
+        model,
+        dataset,
+        selections=plans,
+        window=window,
+        stride=stride,
+        batch_size=config.batch_size,
+        precision=config.precision,
+    )
+    if scores[versus].tokens.sum() == 0:
+        raise InputError(f"{config.corpus}: no document of the {config.split} split has a token to score")
+    rows = compare_rows(scores, versus, resamples=config.bootstrap, seed=config.seed)
+    result = {
+        "run": str(run),
+        "split": config.split,
+        "window": window,
+        "stride": stride,
+        "tokens": rows[0]["tokens"],
+        "documents": rows[0]["documents"],
+        "versus": versus,
+        "rows": rows,
+        "planner": planner_metrics(model.planner, dataset, corpus.action_counts) if is_planned else None,
+    }
+    if (run / "model").is_dir():
+        results = earlier | {config.split: result | {"scores": _scores_to_json(scores)}}
+        write_text(run / RESULTS, json.dumps(results, indent=1) + "\n")
+    return result
+
+
+def _parse(config: EvaluateConfig) -> list[str]:
+    """The plans asked for, in order and each once; collects every problem with the arguments."""
+    plans = list(dict.fromkeys(plan.strip() for plan in config.plans.split(",") if plan.strip()))
+    problems = []
+    unknown = [plan for plan in plans if plan not in SELECTIONS]
+    if unknown or not plans:
+        problems.append(f"--plans {config.plans}: expected some of {', '.join(SELECTIONS)}")
+    default = EvaluateConfig.__dataclass_fields__["versus"].default
+    if config.versus not in plans and config.versus != default:
+        problems.append(f"--versus {config.versus}: not among --plans {config.plans}")
+    for name in ("window", "stride", "batch_size", "max_documents", "bootstrap"):
+        value = getattr(config, name)
+        if value is not None and value < 1:
+            problems.append(f"--{name.replace('_', '-')} {value}: expected at least 1")
+    if problems:
+        raise InputError("; ".join(problems))
+    return plans
+
+
+def _load_model(run: Path, plans: list[str], corpus: PreparedCorpus) -> tuple[PlanLMForCausalLM, bool]:
+    """The model of a run directory or model folder, on the device, and whether it has a planner of its own.
+
+    A plain LM's folder serves for the plan `none`, so that an LM can be measured before any training.
+    """
+    folder = run / "model" if (run / "model").is_dir() else run
+    if not (folder / "config.json").is_file():
+        raise InputError(f"{run}: no model here; expected a run directory of planlm train, or a model folder")
+    try:
+        model_type = AutoConfig.from_pretrained(folder).model_type
+        is_planned = model_type == PlanLMForCausalLM.config_class.model_type
+        if is_planned:
+            model = PlanLMForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    except InputError:
+        raise
+    except Exception as error:  # whatever a damaged folder makes transformers and safetensors raise
+        raise InputError(f"{folder}: model cannot be loaded: {str(error).strip().splitlines()[0]}") from None
+    if not is_planned:
+        if plans != ["none"]:
+            raise InputError(f"{run}: a plain {model_type} LM, which has no plans; set --plans none")
+        model = PlanLMForCausalLM.from_lm(str(folder), corpus.codebook)
+    if "top-k" in plans and model.config.top_k is None:
+        raise InputError(f"--plans top-k: {run} was not trained with a k; leave top-k out")
+    return model.to(device()), is_planned
+
+
+def _check_fit(model: PlanLMForCausalLM, config: EvaluateConfig, corpus: PreparedCorpus) -> None:
+    """Refuse a corpus whose tokens or actions are not the model's."""
+    manifest = corpus.manifest
+    if tokenizer_fingerprint(model.tokenizer) != manifest.tokenizer_fingerprint:
+        raise InputError(
+            f"{config.corpus}: prepared with the tokenizer of {manifest.tokenizer}, which is not that of {config.run}; "
+            f"prepare the corpus again with --tokenizer set to the run's model folder"
+        )
+    of_model = (model.config.num_actions, model.config.action_dim)
+    of_corpus = (manifest.num_actions, manifest.action_dim)
+    if of_model != of_corpus:
+        raise InputError(
+            f"{config.run}: its model has {of_model[0]} actions of {of_model[1]} dimensions, {config.corpus} has "
+            f"{of_corpus[0]} of {of_corpus[1]}; evaluate on the corpus that the model was trained on"
+        )
+
+
+def _read_results(path: Path) -> dict[str, Any]:
+    """Earlier results, read before the work starts so that a damaged file costs no evaluation."""
+    if not path.exists():
+        return {}
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    except (ValueError, TypeError):
+        raise InputError(f"{path}: not valid JSON; delete it and evaluate again") from None
+
+
+def _scores_to_json(scores: dict[str, DocumentScores]) -> dict[str, Any]:
+    tokens = next(iter(scores.values())).tokens
+    return {"tokens": tokens.tolist(), "nll": {plan: score.nll_sum.tolist() for plan, score in scores.items()}}

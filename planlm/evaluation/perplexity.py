@@ -1,0 +1,90 @@
+"""Negative log-likelihood of documents under the model and a plan, by sliding window.
+
+transformers' convention ("Perplexity of fixed-length models"): windows advance by the stride, every token is scored
+once, in the first window that reaches it, and no window crosses a document. A document's first token is scored where
+the tokenizer put a start token before it: then it is not the first id.
+
+Legend: B windows, W positions, n documents.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+
+from planlm.corpus.batches import PlanLoader
+from planlm.evaluation.significance import DocumentScores
+from planlm.precision import autocast
+from planlm.progress import Progress
+
+if TYPE_CHECKING:
+    import datasets
+
+    from planlm.model.modeling import PlanLMForCausalLM
+
+MAX_WINDOW = 1024
+"""Default window of LMs with a longer context."""
+
+
+def default_window(model: PlanLMForCausalLM) -> int:
+    """The LM's context, at most 1024 tokens."""
+    return min(MAX_WINDOW, model.lm.config.max_position_embeddings)
+
+
+def score_documents(
+    model: PlanLMForCausalLM,
+    dataset: datasets.Dataset,
+    *,
+    selections: Sequence[str],
+    window: int,
+    stride: int | None = None,
+    batch_size: int = 8,
+    precision: str = "fp32",
+) -> dict[str, DocumentScores]:
+    """Score every token of a split's documents under one or more selections, in one pass over the data.
+
+    NLL is taken in float32 from float32 logits and summed in float64, so results depend on the batch size only by
+    the rounding of matrix products.
+
+    Args:
+        model: the joint model; left in the mode it was in.
+        dataset: a split of a prepared corpus.
+        selections: METHOD.md's names; `none` scores the LM alone.
+        window: positions W per window, at most the LM's context.
+        stride: tokens by which windows advance; default the window.
+        batch_size: windows B per forward pass.
+        precision: `fp32`, `bf16` or `auto`.
+
+    Returns:
+        Scores over all n documents by selection; a document of one token has none scored.
+    """
+    loader = PlanLoader(dataset, window=window, stride=stride, batch_size=batch_size, shuffle=False)
+    device = next(model.parameters()).device
+    nll = torch.zeros(len(selections), len(dataset), dtype=torch.float64)
+    tokens = torch.zeros(len(dataset), dtype=torch.int64)
+    was_training = model.training
+    model.eval()
+    progress = Progress("evaluate", total=loader.num_batches * len(selections), unit="batches")
+    with progress, torch.inference_mode(), autocast(precision, device):
+        for batch in loader:
+            tokens.index_add_(0, batch.window_documents, (batch.labels != -100).sum(dim=1))
+            on_device = batch.to(device)
+            for row, selection in enumerate(selections):
+                output = model(
+                    on_device.input_ids,
+                    shift_labels=on_device.labels,
+                    segment_ids=on_device.segment_ids,
+                    segment_rows=on_device.segment_rows,
+                    sentence_embeddings=on_device.sentence_embeddings,
+                    actions=on_device.actions,
+                    selection=selection,
+                )
+                window_nll = output.token_nll.double().sum(dim=1).cpu()  # [B]
+                nll[row].index_add_(0, batch.window_documents, window_nll)
+                progress.advance()
+    model.train(was_training)
+    return {
+        selection: DocumentScores(nll[row].numpy(), tokens.numpy()) for row, selection in enumerate(selections)
+    }

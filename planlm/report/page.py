@@ -1,0 +1,119 @@
+"""One HTML page from run directories: self-contained, readable offline, in light and in dark."""
+
+from __future__ import annotations
+
+import shlex
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import jinja2
+from markupsafe import Markup
+
+from planlm.config import ReportConfig
+from planlm.errors import InputError
+from planlm.files import write_text
+from planlm.report.plots import SERIES, curves_figure, perplexity_figure, to_svg
+from planlm.report.results import Run, compare_runs, load_runs
+from planlm.report.tables import PLANNER_METRICS, ROW_HEADINGS, describe, row_cells
+
+SPLITS = ("test", "validation", "train")
+
+
+def write_report(config: ReportConfig) -> Path:
+    """Write the page.
+
+    Args:
+        config: run directories and the page's path.
+
+    Returns:
+        The page that was written.
+
+    Raises:
+        InputError: a path that is no run directory, a result that cannot be read, or no folder to write to.
+    """
+    if not config.runs:
+        raise InputError("RUN: expected at least one run directory")
+    out = Path(config.out)
+    if out.is_dir():
+        raise InputError(f"{out}: is a folder; expected the page's file name, such as {out / 'report.html'}")
+    page = render(load_runs(config.runs))
+    out.parent.mkdir(parents=True, exist_ok=True)
+    write_text(out, page)
+    return out
+
+
+def render(runs: list[Run]) -> str:
+    """The page's text. Everything that comes from a run is escaped; only our own plots are not."""
+    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
+    template = environment.from_string(resources.files(__package__).joinpath("page.html").read_text(encoding="utf-8"))
+    comparisons = []
+    for split in SPLITS:
+        result = compare_runs(runs, split)
+        if result is not None:
+            comparisons.append({"result": result, "plot": _svg(perplexity_figure(result), f"compare-{split}")})
+    curves = curves_figure({run.name: run.metrics for run in runs})
+    return template.render(
+        runs=[_describe_run(run, number) for number, run in enumerate(runs)],
+        comparisons=comparisons,
+        curves=curves and _svg(curves, "curves"),
+        headings=ROW_HEADINGS,
+        describe=describe,
+        row_cells=row_cells,
+        planner_metrics=PLANNER_METRICS,
+    )
+
+
+def _svg(figure: Any, prefix: str) -> Markup:
+    return Markup(to_svg(figure, prefix))  # noqa: S704 (matplotlib escapes what it is given)
+
+
+def _describe_run(run: Run, number: int) -> dict[str, Any]:
+    """What the template shows of a run."""
+    evaluations = [
+        {
+            "result": run.evaluation[split],
+            "plot": _svg(perplexity_figure(run.evaluation[split]), f"run{number + 1}-{split}"),
+            "planner": run.evaluation[split].get("planner"),
+        }
+        for split in SPLITS
+        if split in run.evaluation
+    ]
+    folder = shlex.quote(str(run.path))
+    corpus = shlex.quote(str(run.config.get("corpus", "CORPUS")))
+    return {
+        "name": run.name,
+        "path": str(run.path),
+        "series": number % len(SERIES),
+        "config": run.config,
+        "headline": _headline(run),
+        "metrics": run.metrics,
+        "summary": _summary(run.metrics) if run.metrics else [],
+        "evaluations": evaluations,
+        "planner": run.planner,
+        "generation": run.generation,
+        "evaluate_command": f"planlm evaluate {folder} --corpus {corpus}",
+        "generate_command": f"planlm generate {folder} --prompt 'The town' --show-plan",
+    }
+
+
+def _headline(run: Run) -> str:
+    """What was trained, in one sentence."""
+    config = run.config
+    if run.planner:
+        return "A planner, pre-trained on its own to predict the next sentence's action."
+    if "selection" not in config:
+        return ""
+    planner = "planner frozen" if config.get("freeze_planner") else "planner trained jointly"
+    lm = "LM frozen" if config.get("lm_mode") == "freeze" else "LM fine-tuned"
+    return f"{config.get('lm') or 'The LM of the corpus'}, conditioned on {config['selection']} plans; {lm}, {planner}."
+
+
+def _summary(metrics: list[dict[str, Any]]) -> list[str]:
+    """Steps, tokens, last loss, tokens per second and minutes of a run, from its last line."""
+    last = metrics[-1]
+    shown = {
+        "step": "{:,}", "tokens": "{:,}", "loss": "{:.4f}", "tokens_per_second": "{:,.0f}", "seconds": "{:.1f}",
+    }  # fmt: skip
+    values = {**last, "seconds": last["seconds"] / 60} if last.get("seconds") is not None else last
+    return [form.format(values[key]) if values.get(key) is not None else "–" for key, form in shown.items()]

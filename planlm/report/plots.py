@@ -1,0 +1,208 @@
+"""Plots: perplexity with paired intervals, and training curves; as PNG files or as SVG for a page.
+
+SVG colours of text and lines are written as CSS variables, so that a plot follows the page into dark mode.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+INK, MUTED, GRID, PAPER = "#1c1c20", "#6b6b76", "#e3e3e8", "#fefefd"
+SERIES = ("#0072b2", "#d55e00", "#009e73", "#c2569b", "#b58900", "#4fa3d9", "#8f6bd0", "#7a7a7a")
+"""Okabe and Ito's colours, which colour-blind readers can tell apart, darkened where they were pale on white."""
+
+_VARIABLES = {INK: "--ink", MUTED: "--muted", GRID: "--grid", PAPER: "--paper"} | {
+    color: f"--series-{number}" for number, color in enumerate(SERIES)
+}
+
+CURVES = (
+    ("lm_loss", "LM loss (nats per token)"),
+    ("planner_loss", "planner loss (nats per sentence)"),
+    ("planner_accuracy", "planner accuracy@1"),
+    ("planner_entropy", "planner entropy (nats)"),
+)
+"""Keys of metrics.jsonl that are drawn, with their titles."""
+
+_OUTLIER = 4.0
+"""A single row this many times farther from the reference than the next is drawn at the edge, for the others' sake."""
+
+_STYLE = {
+    "font.family": "sans-serif",
+    "font.size": 10,
+    "text.color": INK,
+    "axes.labelcolor": MUTED,
+    "axes.edgecolor": GRID,
+    "axes.facecolor": "none",
+    "axes.titlesize": 10,
+    "axes.titlelocation": "left",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "xtick.color": MUTED,
+    "ytick.color": MUTED,
+    "grid.color": GRID,
+    "figure.facecolor": PAPER,
+    "svg.fonttype": "none",
+}
+
+
+def perplexity_figure(result: dict[str, Any]) -> Figure:
+    """One line per row: its perplexity, and the 95 % interval of its difference to the reference as a bar.
+
+    The interval of the difference in nats, `[low, high]`, is drawn at `perplexity_ref · exp([low, high])`.
+
+    Args:
+        result: what `planlm evaluate` writes for a split: `rows`, `versus`, `split`.
+    """
+    rows = result["rows"]
+    reference = next(row for row in rows if row["plan"] == result["versus"])
+    low, high, off_scale = _limits(rows)
+    with mpl.rc_context(_STYLE):
+        figure = Figure(figsize=(8.4, 1.25 + 0.42 * len(rows)), layout="constrained")
+        axes = figure.add_subplot()
+        axes.axvline(reference["perplexity"], color=MUTED, linewidth=1, linestyle=(0, (2, 3)), zorder=1)
+        for height, row in enumerate(rows):
+            _draw_row(axes, height, row, reference["perplexity"], edge=off_scale.get(row["plan"]))
+        axes.set_xlim(low, high)
+        axes.set_ylim(len(rows) - 0.4, -0.6)
+        axes.set_yticks(range(len(rows)), [row["plan"] for row in rows])
+        axes.tick_params(axis="y", length=0, labelcolor=INK, labelsize=10.5)
+        axes.spines["left"].set_visible(False)
+        axes.grid(axis="x", linewidth=0.8, zorder=0)
+        axes.set_axisbelow(True)
+        axes.set_xlabel("perplexity: lower is better")
+        axes.set_title(
+            f"Perplexity on the {result['split']} split; bars: 95 % interval of the difference to {result['versus']}",
+            pad=10,
+        )
+    return figure
+
+
+def curves_figure(runs: dict[str, Sequence[dict[str, Any]]]) -> Figure | None:
+    """Training curves, one panel a quantity and one line a run: logged values faint, their running mean strong.
+
+    Args:
+        runs: lines of metrics.jsonl by the run's name.
+
+    Returns:
+        The figure, or None where there is nothing to draw.
+    """
+    panels = [(key, title) for key, title in CURVES if any(_series(lines, key)[0] for lines in runs.values())]
+    if not panels:
+        return None
+    with mpl.rc_context(_STYLE):
+        num_rows = math.ceil(len(panels) / 2)
+        figure = Figure(figsize=(8.4, 2.5 * num_rows), layout="constrained")
+        for place, (key, title) in enumerate(panels, start=1):
+            axes = figure.add_subplot(num_rows, 2, place)
+            for number, lines in enumerate(runs.values()):
+                steps, values = _series(lines, key)
+                color = SERIES[number % len(SERIES)]
+                axes.plot(steps, values, color=color, linewidth=0.8, alpha=0.3)
+                axes.plot(steps, _running_mean(values), color=color, linewidth=1.6)
+            axes.set_title(title)
+            axes.grid(linewidth=0.8)
+            axes.locator_params(nbins=6)
+            if place > len(panels) - 2:
+                axes.set_xlabel("step")
+    return figure
+
+
+def save_png(figure: Figure, path: str | Path) -> None:
+    """Write a figure as PNG, beside and renamed, so that a reader never sees half of it."""
+    beside = Path(f"{path}.partial")
+    figure.savefig(beside, format="png", dpi=160)
+    beside.replace(path)
+
+
+def to_svg(figure: Figure, prefix: str) -> str:
+    """A figure as an `<svg>` element for a page.
+
+    Args:
+        figure: what to draw.
+        prefix: stands before every id, so that several figures can live on one page; also makes ids repeatable.
+
+    Returns:
+        The element: no namespace or document addresses, no size but the view box, colours as the CSS variables
+        `--ink`, `--muted`, `--grid`, `--paper` and `--series-0` and so on.
+    """
+    buffer = io.StringIO()
+    with mpl.rc_context({**_STYLE, "svg.hashsalt": prefix}):
+        figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+    svg = buffer.getvalue()
+    svg = svg[svg.index("<svg") :]
+    svg = re.sub(r"<metadata>.*?</metadata>\s*", "", svg, flags=re.DOTALL)
+    svg = re.sub(r'\s(?:xmlns(?::\w+)?|version|width|height)="[^"]*"', "", svg[: svg.index(">")]) + svg[svg.index(">") :]
+    svg = svg.replace("xlink:href", "href")
+    svg = re.sub(r'\bid="', f'id="{prefix}-', svg)
+    svg = re.sub(r"(url\(#|href=\"#)", rf"\1{prefix}-", svg)
+    for color, variable in _VARIABLES.items():
+        svg = svg.replace(color, f"var({variable})")
+    return svg
+
+
+def _draw_row(axes: Axes, height: int, row: dict[str, Any], reference: float, edge: float | None) -> None:
+    """One row: point, interval and label, or an arrow at the `edge` of the plot for a row that lies beyond it."""
+    is_reference = row["verdict"] == "reference"
+    decided = row["verdict"] in ("better", "worse")
+    color = MUTED if is_reference or not decided else SERIES[0] if row["verdict"] == "better" else SERIES[1]
+    if edge is not None:
+        beyond = row["perplexity"] > reference
+        axes.plot(edge, height, marker=">" if beyond else "<", color=color, markersize=7, clip_on=False, zorder=3)
+        axes.annotate(
+            "off the scale", (edge, height), xytext=(-8 if beyond else 8, 0), textcoords="offset points",
+            ha="right" if beyond else "left", va="center", fontsize=9, color=MUTED,
+        )  # fmt: skip
+    else:
+        if row["ci95"] is not None:
+            ends = [reference * math.exp(nats) for nats in row["ci95"]]
+            axes.plot(ends, [height, height], color=color, linewidth=2.4, solid_capstyle="butt", alpha=0.6, zorder=2)
+        filled = color if decided or is_reference else PAPER
+        axes.plot(row["perplexity"], height, "o", color=color, markerfacecolor=filled, markersize=6.5, zorder=3)
+    label = f"{row['perplexity']:.2f}"
+    if not is_reference:
+        label += f"   {row['delta']:+.4f} nats".replace("-", "−")
+    axes.annotate(label, (1.02, height), xycoords=("axes fraction", "data"), va="center", fontsize=9.5, color=INK)
+
+
+def _limits(rows: list[dict[str, Any]]) -> tuple[float, float, dict[str, float]]:
+    """The axis' two ends, and of a row that lies far beyond all others the end it is drawn at."""
+    reference = next(row for row in rows if row["verdict"] == "reference")["perplexity"]
+    distances = sorted((abs(row["perplexity"] - reference), row["plan"]) for row in rows)
+    beyond = None
+    if len(rows) > 2 and distances[-1][0] > _OUTLIER * distances[-2][0] > 0:
+        beyond = distances[-1][1]
+    shown = [row for row in rows if row["plan"] != beyond]
+    ends = [row["perplexity"] for row in shown]
+    ends += [reference * math.exp(nats) for row in shown if row["ci95"] is not None for nats in row["ci95"]]
+    margin = 0.06 * (max(ends) - min(ends)) or 0.01 * reference
+    low, high = min(ends) - margin, max(ends) + margin
+    if beyond is None:
+        return low, high, {}
+    outlier = next(row for row in rows if row["plan"] == beyond)
+    return low, high, {beyond: high if outlier["perplexity"] > reference else low}
+
+
+def _series(lines: Sequence[dict[str, Any]], key: str) -> tuple[list[float], list[float]]:
+    """Steps and values of a quantity, where it was logged and finite."""
+    points = [(line["step"], line[key]) for line in lines if isinstance(line.get(key), int | float)]
+    points = [(step, value) for step, value in points if math.isfinite(value)]
+    return [step for step, _ in points], [value for _, value in points]
+
+
+def _running_mean(values: list[float]) -> list[float]:
+    """Mean of the values around each, over a twentieth of the whole on either side."""
+    reach = len(values) // 20
+    means = []
+    for place in range(len(values)):
+        near = values[max(0, place - reach) : place + reach + 1]
+        means.append(sum(near) / len(near))
+    return means

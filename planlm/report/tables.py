@@ -1,0 +1,80 @@
+"""Results as text: aligned tables for a terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+PLANNER_METRICS = (
+    ("accuracy@1", "accuracy@1"),
+    ("accuracy@5", "accuracy@5"),
+    ("accuracy@10", "accuracy@10"),
+    ("mrr", "mean reciprocal rank"),
+    ("nll", "NLL (nats)"),
+    ("ece", "calibration error"),
+    ("unigram_nll", "unigram NLL (nats)"),
+    ("unigram_accuracy@1", "accuracy of the most frequent action"),
+    ("repeat_last_accuracy", "accuracy of repeating the last action"),
+)
+"""Keys of the planner's metrics with what they are called in front of readers."""
+
+
+def describe(result: dict[str, Any]) -> str:
+    """What a table of perplexities shows: split, size, window, reference; two sentences, a line each."""
+    return (
+        f"Perplexity on the {result['split']} split: {_count(result['documents'], 'document')}, "
+        f"{_count(result['tokens'], 'token')}, window {result['window']}, stride {result['stride']}.\n"
+        f"Differences: nats per token against {result['versus']}, with paired 95 % intervals over documents."
+    )
+
+
+def row_cells(row: dict[str, Any]) -> list[str]:
+    """The cells of one row: plan, perplexity, difference, interval, tokens, documents, verdict."""
+    is_reference = row["verdict"] == "reference"
+    interval = row["ci95"]
+    return [
+        row["plan"],
+        f"{row['perplexity']:.2f}",
+        "0" if is_reference else f"{row['delta']:+.4f}".replace("-", "−"),
+        "–" if interval is None else "[{:+.4f}, {:+.4f}]".format(*interval).replace("-", "−"),
+        f"{row['tokens']:,}",
+        f"{row['documents']:,}",
+        row["verdict"],
+    ]
+
+
+ROW_HEADINGS = ("plan", "perplexity", "difference", "95 % interval", "tokens", "documents", "verdict")
+
+
+def format_rows(result: dict[str, Any]) -> str:
+    """The table of perplexities, with two lines above it that say what it shows.
+
+    Args:
+        result: `split`, `window`, `stride`, `tokens`, `documents`, `versus` and `rows` as `compare_rows` makes them.
+    """
+    cells = [row_cells(row) for row in result["rows"]]
+    return f"{describe(result)}\n\n{_align([ROW_HEADINGS, *cells], left=(0, 6))}"
+
+
+def format_planner(planner: dict[str, Any]) -> str:
+    """The planner's metrics, one a line."""
+    title = f"Planner: next action of {planner['num_actions']:,}, over {_count(planner['sentences'], 'sentence')}"
+    cells = [(label, f"{planner[key]:.4f}") for key, label in PLANNER_METRICS if key in planner]
+    return f"{title}\n\n{_align(cells, left=(0,))}"
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number:,} {noun}" + ("" if number == 1 else "s")
+
+
+def _align(rows: Sequence[Sequence[str]], left: tuple[int, ...]) -> str:
+    """Columns padded to their widest cell; `left` lists the columns of words, the others hold figures."""
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    lines = []
+    for row in rows:
+        padded = (
+            cell.ljust(width) if column in left else cell.rjust(width)
+            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
+        )
+        lines.append("  ".join(padded).rstrip())
+    return "\n".join(lines)
