@@ -19,7 +19,7 @@ class PlanLMConfig(PretrainedConfig):
         planner_layers, planner_heads, planner_dropout: shape of the planner.
         conditioned_layers: number of topmost LM layers that receive the plan.
         gate: whether each conditioned channel has a zero-initialised gate [g].
-        selection, temperature, top_k, gumbel_scale: how the plan is formed unless a call says otherwise.
+        selection, plan_temperature, plan_top_k, gumbel_scale: how the plan is formed unless a call says otherwise.
         encoder: sentence encoder, by hub name or folder, that `generate()` embeds finished sentences with.
     """
 
@@ -35,7 +35,7 @@ class PlanLMConfig(PretrainedConfig):
     conditioned_layers: int = 1
     gate: bool = False
     selection: str = "soft"
-    temperature: float = 1.0
-    top_k: int | None = None
+    plan_temperature: float = 1.0
+    plan_top_k: int | None = None
     gumbel_scale: float = 1.0
     encoder: str = ""

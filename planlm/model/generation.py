@@ -111,7 +111,7 @@ def _describe(
         sentences.append(open_text)
     _, _, embeddings, _ = tracker.inputs(torch.tensor([ids], device=model.device))
     logits = model.planner.head(model.planner(embeddings)[0]).float()  # [n + 1, K]
-    probabilities = (logits / model.config.temperature).softmax(dim=-1)
+    probabilities = (logits / model.config.plan_temperature).softmax(dim=-1)
     described = []
     for number in range(first, len(sentences)):
         values, actions = probabilities[number].topk(min(TOP_ACTIONS, model.config.num_actions))

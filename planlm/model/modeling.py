@@ -148,6 +148,7 @@ class PlanLMForCausalLM(PreTrainedModel, GenerationMixin):
             )
         config = PlanLMConfig(
             text_config=base.config,
+            attn_implementation=base.config._attn_implementation,  # or it is reset for the LM, and its mask with it
             num_actions=num_actions,
             action_dim=action_dim,
             planner_layers=int(shape["layers"]),
@@ -243,12 +244,12 @@ class PlanLMForCausalLM(PreTrainedModel, GenerationMixin):
             self.codebook,
             self.adapter.weight,
             self.adapter.bias,
-            temperature=self.config.temperature,
+            temperature=self.config.plan_temperature,
             selection=selection,
             oracle=actions,
             oracle_weight=oracle_weight,
             noise=noise,
-            top_k=self.config.top_k if selection == "top-k" else None,
+            top_k=self.config.plan_top_k if selection == "top-k" else None,
         )
         return projection, planned
 
@@ -314,7 +315,7 @@ class PlanLMForCausalLM(PreTrainedModel, GenerationMixin):
         result = PlanLMOutput(action_logits=action_logits, past_key_values=outputs.past_key_values)
         if projection is not None and actions is not None:
             result.oracle_nll = projection.oracle_nll
-        if not self.lm.is_gradient_checkpointing:  # which runs the hooks once more, in the backward pass
+        if not self.lm.is_activation_checkpointing:  # which runs the hooks once more, in the backward pass
             self.adapter.condition(None, None)
         hidden = outputs.last_hidden_state  # [B, W, d]
         if labels is not None:

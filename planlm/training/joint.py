@@ -56,8 +56,8 @@ def train(config: TrainConfig) -> dict[str, Any]:
         conditioned_layers=config.conditioned_layers,
         gate=config.gate,
         selection=config.selection,
-        temperature=config.temperature,
-        top_k=config.top_k,
+        plan_temperature=config.temperature,
+        plan_top_k=config.top_k,
         gumbel_scale=config.gumbel_scale,
         encoder=corpus.manifest.encoder,
     ).to(device())

@@ -1,0 +1,194 @@
+"""The joint model's invariants: causality, alignment, the plan switched off, gradients, saving."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+import planlm  # noqa: F401  registers the Auto classes
+from planlm.errors import InputError
+from planlm.model import PlanLMForCausalLM
+from planlm.model.families import OUTPUT_PROJECTIONS
+
+FAMILIES = ("gpt2", "llama")
+PREDICTED = ("soft", "hard", "straight-through", "gumbel", "gumbel-hard", "top-k")
+LEARNING = {"soft", "straight-through", "gumbel", "gumbel-hard", "top-k"}
+ALL = (*PREDICTED, "oracle", "uniform", "fixed")
+K, A = 7, 16
+
+
+def joint_model(folder: str, encoder: object, **options: object) -> PlanLMForCausalLM:
+    """A joint model over a tiny LM whose plan is loud: every part that starts at zero is random."""
+    model = PlanLMForCausalLM.from_lm(folder, torch.randn(K, A), conditioned_layers=2, plan_top_k=3, encoder="none", **options)
+    torch.nn.init.normal_(model.adapter.weight)
+    torch.nn.init.normal_(model.adapter.bias)
+    model.encoder = encoder  # type: ignore[assignment]
+    return model.eval()
+
+
+def batch() -> dict[str, Tensor]:
+    """Two windows with 2 and 2 segments, the second one padded."""
+    return {
+        "input_ids": torch.randint(0, 300, (2, 10)),
+        "segment_ids": torch.tensor([[0] * 5 + [1] * 5, [2] * 5 + [3] * 4 + [-1]]),
+        "segment_rows": torch.tensor([[0, 0], [0, 1], [1, 1], [1, 2]]),
+        "sentence_embeddings": torch.nn.functional.normalize(torch.randn(2, 3, A), dim=-1),
+        "actions": torch.tensor([1, 2, 3, 4]),
+    }
+
+
+@pytest.mark.parametrize("selection", PREDICTED + ("uniform", "fixed"))
+@pytest.mark.parametrize("family", FAMILIES)
+def test_changing_a_sentence_changes_no_plan_before_it(
+    family: str, selection: str, lm_folder: Callable[[str], str], encoder: object
+) -> None:
+    """Perturb sentence j's tokens and embedding: logits up to the position before its first token stay bit for bit."""
+    model = joint_model(lm_folder(family), encoder)
+    words = "The cat sat on the mat. It was warm there. Rain fell on the harbour. Boats stayed in."
+    changed = words.replace("Rain fell on the harbour", "Nobody knew of the school")
+    for text_a, text_b in ((words, changed),):
+        ids_a, ids_b = (model.tokenizer(text, return_tensors="pt").input_ids for text in (text_a, text_b))
+        same = next(t for t in range(ids_a.shape[1]) if ids_a[0, t] != ids_b[0, t])
+        # Equal lengths keep the arithmetic's shapes, and so its rounding, the same.
+        width = min(ids_a.shape[1], ids_b.shape[1])
+        torch.manual_seed(1)
+        out_a = model(ids_a[:, :width], selection=selection)
+        torch.manual_seed(1)
+        out_b = model(ids_b[:, :width], selection=selection)
+        assert torch.equal(out_a.logits[:, : same - 1], out_b.logits[:, : same - 1])
+        assert not torch.equal(out_a.logits[:, same:], out_b.logits[:, same:])
+        if out_a.action_logits is not None:  # sentences 0, 1, 2 are planned without sentence 2; sentence 3 is not
+            torch.testing.assert_close(out_a.action_logits[:3], out_b.action_logits[:3], rtol=0, atol=0)
+            assert not torch.allclose(out_a.action_logits[3], out_b.action_logits[3])
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_plan_switches_at_the_position_that_predicts_a_sentence(
+    family: str, lm_folder: Callable[[str], str], encoder: object
+) -> None:
+    """Another plan for segment 1 changes logits from the first position of segment 1 on, and not one position earlier."""
+    model, inputs = joint_model(lm_folder(family), encoder), batch()
+    before = model(**inputs, selection="oracle").logits
+    after = model(**{**inputs, "actions": torch.tensor([1, 5, 3, 4])}, selection="oracle").logits
+    assert torch.equal(before[0, :5], after[0, :5])
+    assert not torch.equal(before[0, 5], after[0, 5])
+    assert torch.equal(before[1], after[1])
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_plan_off_is_the_plain_lm_bit_for_bit(family: str, lm_folder: Callable[[str], str], encoder: object) -> None:
+    folder = lm_folder(family)
+    plain = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    model, inputs = joint_model(folder, encoder), batch()
+    for parameter in model.lm.parameters():
+        parameter.requires_grad_(False)
+    expected = plain(inputs["input_ids"]).logits
+    assert torch.equal(model(inputs["input_ids"], selection="none").logits, expected)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    for _ in range(3):
+        model(**inputs, shift_labels=inputs["input_ids"]).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert not torch.equal(model(**inputs).logits, expected)
+    assert torch.equal(model(inputs["input_ids"], selection="none").logits, expected)
+
+
+@pytest.mark.parametrize("selection", ALL)
+def test_lm_loss_reaches_the_planner_where_it_should(
+    selection: str, lm_folder: Callable[[str], str], encoder: object
+) -> None:
+    model, inputs = joint_model(lm_folder("gpt2"), encoder).train(), batch()
+    model(**inputs, shift_labels=inputs["input_ids"], selection=selection).nll_sum.backward()
+    reached = any(p.grad is not None and p.grad.abs().sum() > 0 for p in model.planner.parameters())
+    assert reached == (selection in LEARNING)
+    assert model.adapter.weight.grad is not None
+    assert model.codebook.grad.abs().sum() > 0
+
+
+def test_loss_and_token_nll_agree_with_transformers(lm_folder: Callable[[str], str], encoder: object) -> None:
+    model, inputs = joint_model(lm_folder("llama"), encoder), batch()
+    labels = inputs["input_ids"].clone()
+    labels[0, :3] = -100
+    output = model(**inputs, labels=labels)
+    expected = torch.nn.functional.cross_entropy(
+        output.logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), ignore_index=-100, reduction="none"
+    )
+    torch.testing.assert_close(output.token_nll[:, :-1].flatten(), expected)
+    torch.testing.assert_close(output.loss, expected.sum() / (labels[:, 1:] != -100).sum())
+
+
+def test_plans_the_text_by_itself_as_a_prepared_batch_does(lm_folder: Callable[[str], str], encoder: object) -> None:
+    model = joint_model(lm_folder("llama"), encoder)
+    ids = model.tokenizer("The cat sat. It was warm.", return_tensors="pt").input_ids
+    first = len(model.tokenizer("The cat sat.").input_ids)  # start token included
+    segments = torch.tensor([[0] * (first - 1) + [1] * (ids.shape[1] - first) + [2]])
+    embeddings = torch.from_numpy(model.encoder.encode(["The cat sat.", "It was warm."]))[None]
+    rows = torch.tensor([[0, 0], [0, 1], [0, 2]])
+    prepared = model(ids, segment_ids=segments, segment_rows=rows, sentence_embeddings=embeddings)
+    assert torch.equal(model(ids).logits, prepared.logits)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_saved_model_gives_the_same_logits_in_a_new_process(
+    family: str, lm_folder: Callable[[str], str], encoder: object, tmp_path: Path
+) -> None:
+    model, inputs = joint_model(lm_folder(family), encoder, gate=True, plan_temperature=1.5), batch()
+    torch.nn.init.normal_(model.adapter.gate)
+    model.save_pretrained(tmp_path / "model")
+    torch.save({"inputs": inputs, "logits": model(**inputs).logits}, tmp_path / "expected.pt")
+    script = (
+        "import sys, torch, planlm; from transformers import AutoModelForCausalLM\n"
+        "model = AutoModelForCausalLM.from_pretrained(sys.argv[1] + '/model').eval()\n"
+        "stored = torch.load(sys.argv[1] + '/expected.pt')\n"
+        "assert type(model).__name__ == 'PlanLMForCausalLM'\n"
+        "assert torch.equal(model(**stored['inputs']).logits, stored['logits'])\n"
+        "assert model.tokenizer is not None\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script, str(tmp_path)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_unsupported_family_is_refused_with_the_list(tmp_path: Path) -> None:
+    from transformers import BloomConfig, BloomForCausalLM
+
+    BloomForCausalLM(BloomConfig(vocab_size=50, hidden_size=8, n_layer=1, n_head=1)).save_pretrained(tmp_path)
+    with pytest.raises(InputError, match="bloom.*GPT-2, OLMo"):
+        PlanLMForCausalLM.from_lm(str(tmp_path), torch.randn(K, A))
+
+
+@pytest.mark.parametrize("layers", [0, 4])
+def test_too_many_conditioned_layers_are_refused(layers: int, lm_folder: Callable[[str], str]) -> None:
+    with pytest.raises(InputError, match="the LM has 3; set 1 to 3"):
+        PlanLMForCausalLM.from_lm(lm_folder("gpt2"), torch.randn(K, A), conditioned_layers=layers)
+
+
+@pytest.mark.parametrize("model_type", sorted(OUTPUT_PROJECTIONS))
+def test_every_family_is_conditioned(model_type: str) -> None:
+    """A tiny random model of each family: the plan changes the logits, switched off it does not."""
+    from transformers import AutoConfig
+
+    from planlm.model import PlanLMConfig
+
+    shape = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": 50}
+    if model_type != "gpt2":
+        shape |= {"intermediate_size": 64}
+    if model_type not in ("gpt2", "gpt_neox"):
+        shape |= {"num_key_value_heads": 2}
+    text_config = AutoConfig.for_model(model_type, **shape)
+    model = PlanLMForCausalLM(
+        PlanLMConfig(text_config=text_config, num_actions=K, action_dim=A, planner_heads=2, conditioned_layers=2)
+    ).eval()
+    torch.nn.init.normal_(model.adapter.weight)
+    torch.nn.init.normal_(model.codebook)
+    inputs = batch()
+    inputs["input_ids"] %= 50
+    plain = model.lm(inputs["input_ids"]).logits
+    assert torch.equal(model(inputs["input_ids"], selection="none").logits, plain)
+    assert not torch.allclose(model(**inputs).logits, plain)
