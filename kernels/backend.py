@@ -52,7 +52,7 @@ def choose(operation: str, sample: Tensor) -> Callable[..., Any]:
         reason = why_not(forced, operation, sample)
         if reason is not None:
             raise ValueError(f"backend {forced!r} was asked for, but {reason}; use 'reference' or leave it to PlanLM")
-    return getattr(reference, operation)  # type: ignore[no-any-return]
+    return getattr(reference, operation)
 
 
 def full_precision(device: torch.device) -> AbstractContextManager[object]:

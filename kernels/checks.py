@@ -97,7 +97,9 @@ def check_add_plan(x: Tensor, plan: Tensor, segment_ids: Tensor, gate: Tensor | 
         return
     lowest, highest = (int(bound) for bound in segment_ids.aminmax())
     if lowest < -1 or highest >= num_sentences:
-        _refuse("segment_ids", f"ids from {lowest} to {highest}", f"-1 (no plan) to {num_sentences - 1} (S - 1)")
+        _refuse(
+            "segment_ids", f"ids from {lowest} to {highest}", f"-1 (no plan) or a row of plan, below {num_sentences}"
+        )
     planned = segment_ids[segment_ids >= 0]
     if bool((planned.diff() < 0).any()):
         at = int((planned.diff() < 0).nonzero()[0])

@@ -20,7 +20,7 @@ def first_derivative_only(tensor: Tensor | None) -> Tensor | None:
     """The tensor itself, such that differentiating its gradient raises a RuntimeError."""
     if tensor is None or not tensor.requires_grad:
         return tensor
-    return _FirstDerivativeOnly.apply(tensor)  # type: ignore[no-untyped-call,no-any-return]
+    return _FirstDerivativeOnly.apply(tensor)  # type: ignore[no-untyped-call]
 
 
 class _FirstDerivativeOnly(torch.autograd.Function):
@@ -30,7 +30,7 @@ class _FirstDerivativeOnly(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Tensor:
-        return _Refused.apply(gradient)  # type: ignore[no-untyped-call,no-any-return]
+        return _Refused.apply(gradient)  # type: ignore[no-untyped-call]
 
 
 class _Refused(torch.autograd.Function):

@@ -49,14 +49,16 @@ def plan_projection(
     if selection == "top-k":
         assert top_k is not None
         scores = scores.masked_fill(_all_but_largest(scores, top_k), -torch.inf)
-    scaled = scores / temperature
-    mixture = _mixture(selection, scaled, scores.argmax(dim=1), actions, oracle)  # [S, A]
+    # Less the largest score before anything else: logits of 1e4 are 1e-3 apart in float32, their differences exact.
+    best_score, best = scores.detach().max(dim=1, keepdim=True)  # [S, 1]; among equals the first
+    scaled = (scores - best_score) / temperature  # [S, K], at most 0
+    mixture = _mixture(selection, scaled, best.squeeze(1), actions, oracle)  # [S, A]
     if oracle is not None:
         mixture = _mix_oracle(mixture, actions, oracle, oracle_weight)
     projected = F.linear(mixture, weight.to(working), None if bias is None else bias.to(working))  # [S, D]
     return PlanProjection(
         projected.to(torch.promote_types(codebook.dtype, weight.dtype)),
-        scaled.logsumexp(dim=1),
+        scaled.logsumexp(dim=1) + best_score.squeeze(1) / temperature,
         z.new_zeros(z.shape[0])
         if oracle is None
         else F.cross_entropy(z, oracle.clamp(min=-1), ignore_index=-1, reduction="none"),

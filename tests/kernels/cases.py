@@ -1,0 +1,144 @@
+"""Inputs and options that the kernel tests share, and how they compare tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+SELECTIONS = ("soft", "hard", "straight-through", "gumbel", "gumbel-hard", "top-k", "oracle", "uniform", "fixed")
+STEPPED = ("straight-through", "gumbel-hard")
+"""Selections whose forward is a step function of the logits while their gradient is that of the soft mixture."""
+PLANNING = ("soft", "straight-through", "gumbel", "gumbel-hard", "top-k")
+"""Selections whose mixture sends a gradient to the planner."""
+MIXINGS = ("unlabelled", "labelled", "number", "rows")
+"""No oracle; oracle for the cross-entropy alone; one share for all rows; a share per row."""
+
+
+def random(*shape: int, generator: torch.Generator, dtype: torch.dtype = torch.float64) -> Tensor:
+    """A leaf that requires a gradient, of standard normal values."""
+    return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype).requires_grad_()
+
+
+def projection_inputs(
+    num_sentences: int = 5,
+    num_actions: int = 7,
+    size: int = 3,
+    plan_size: int = 4,
+    *,
+    dtype: torch.dtype = torch.float64,
+    seed: int = 0,
+) -> dict[str, Tensor]:
+    """logits, codebook, weight and bias."""
+    generator = torch.Generator().manual_seed(seed)
+    return {
+        "logits": random(num_sentences, num_actions, generator=generator, dtype=dtype),
+        "codebook": random(num_actions, size, generator=generator, dtype=dtype),
+        "weight": random(plan_size, size, generator=generator, dtype=dtype),
+        "bias": random(plan_size, generator=generator, dtype=dtype),
+    }
+
+
+def hidden_inputs(
+    num_sentences: int = 5,
+    num_actions: int = 7,
+    state_size: int = 6,
+    size: int = 3,
+    plan_size: int = 4,
+    *,
+    dtype: torch.dtype = torch.float64,
+    seed: int = 0,
+) -> dict[str, Tensor]:
+    """hidden, head, head_bias, codebook, weight and bias."""
+    rest = projection_inputs(num_sentences, num_actions, size, plan_size, dtype=dtype, seed=seed)
+    del rest["logits"]
+    generator = torch.Generator().manual_seed(seed + 1)
+    return {
+        "hidden": random(num_sentences, state_size, generator=generator, dtype=dtype),
+        "head": random(num_actions, state_size, generator=generator, dtype=dtype),
+        "head_bias": random(num_actions, generator=generator, dtype=dtype),
+        **rest,
+    }
+
+
+def projection_options(
+    selection: str,
+    mixing: str = "unlabelled",
+    num_sentences: int = 5,
+    num_actions: int = 7,
+    *,
+    temperature: float = 0.7,
+    dtype: torch.dtype = torch.float64,
+    seed: int = 0,
+) -> dict[str, Any]:
+    """Options that a selection takes; noise and a share per row require gradients. Every third label is missing."""
+    generator = torch.Generator().manual_seed(seed + 2)
+    options: dict[str, Any] = {"selection": selection, "temperature": temperature}
+    if selection.startswith("gumbel"):
+        options["noise"] = random(num_sentences, num_actions, generator=generator, dtype=dtype)
+    if selection == "top-k":
+        options["top_k"] = max(1, num_actions // 2)
+    if selection == "oracle" or mixing != "unlabelled":
+        oracle = torch.randint(num_actions, (num_sentences,), generator=generator)
+        if selection != "oracle":
+            oracle[2::3] = -1
+        options["oracle"] = oracle
+    if mixing == "number":
+        options["oracle_weight"] = 0.3
+    elif mixing == "rows":
+        share = 0.1 + 0.8 * torch.rand(num_sentences, generator=generator, dtype=torch.float64)
+        options["oracle_weight"] = share.to(dtype).requires_grad_()
+    return options
+
+
+def leaves(inputs: Mapping[str, Any], options: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The tensors among inputs and options that require a gradient."""
+    everything = {**inputs, **options}
+    return {name: value for name, value in everything.items() if isinstance(value, Tensor) and value.requires_grad}
+
+
+def upstream(outputs: Sequence[Tensor], seed: int = 9) -> list[Tensor]:
+    """A random gradient for every output: sixteenths, so that they are the same numbers in every precision."""
+    generator = torch.Generator().manual_seed(seed)
+    return [(16 * torch.randn(out.shape, generator=generator)).round().div(16).to(out.dtype) for out in outputs]
+
+
+def gradients(outputs: Sequence[Tensor], wanted: Mapping[str, Tensor], seed: int = 9) -> dict[str, Tensor]:
+    """Gradients of random upstream gradients for each wanted tensor; zeros where none arrives."""
+    pairs = [(out, up) for out, up in zip(outputs, upstream(outputs, seed), strict=True) if out.requires_grad]
+    found = torch.autograd.grad(
+        [out for out, _ in pairs], list(wanted.values()), [up for _, up in pairs], materialize_grads=True
+    )
+    return dict(zip(wanted, found, strict=True))
+
+
+def in_float64(group: Mapping[str, Any]) -> dict[str, Any]:
+    """The same values in float64, as leaves of their own."""
+    return {
+        name: value.detach().double().requires_grad_(value.requires_grad)
+        if isinstance(value, Tensor) and value.is_floating_point()
+        else value
+        for name, value in group.items()
+    }
+
+
+def relative_error(got: Tensor, want: Tensor) -> float:
+    """Largest absolute difference over the largest absolute value wanted."""
+    if want.numel() == 0:
+        return 0.0
+    return ((got.double() - want.double()).abs().max() / want.double().abs().max().clamp(min=1e-30)).item()
+
+
+def assert_close(name: str, got: Tensor, want: Tensor, tolerance: float) -> None:
+    """Fail with the tensor's name, the error and the worst index unless `relative_error` is within tolerance."""
+    assert got.shape == want.shape, f"{name}: shape {tuple(got.shape)}, expected {tuple(want.shape)}"
+    error = relative_error(got, want)
+    if not error <= tolerance:
+        worst = torch.unravel_index((got.double() - want.double()).abs().argmax(), got.shape)
+        at = tuple(int(index) for index in worst)
+        raise AssertionError(
+            f"{name}: relative error {error:.3g}, {error / tolerance:.3g} times the tolerance; "
+            f"worst at {at}: {got[at].item()} for {want[at].item()}"
+        )
