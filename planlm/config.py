@@ -7,8 +7,12 @@ from (METHOD.md's papers, or a figure in docs/log.md).
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field, fields
 from typing import Any
+
+from planlm.errors import InputError
 
 DEFAULT_ENCODER = "sentence-transformers/all-MiniLM-L6-v2"
 DEFAULT_LM = "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -19,21 +23,57 @@ SELECTIONS = (
 """METHOD.md's selection table, in its order; `none` switches the adapter off."""
 
 
-def option(default: Any, help: str, *, choices: tuple[str, ...] | None = None, positional: bool = False) -> Any:
+@dataclass(frozen=True)
+class Limit:
+    """The numbers a setting can have: `holds` decides, `words` follow "expected" in the error."""
+
+    words: str
+    holds: Callable[[float], bool]
+
+
+COUNT = Limit("at least 1", lambda value: value >= 1)
+NOT_NEGATIVE = Limit("at least 0", lambda value: value >= 0)
+POSITIVE = Limit("more than 0", lambda value: value > 0)
+SHARE = Limit("0 to 1", lambda value: 0 <= value <= 1)
+BELOW_ONE = Limit("at least 0 and less than 1", lambda value: 0 <= value < 1)
+SHARE_NOT_ZERO = Limit("more than 0 and at most 1", lambda value: 0 < value <= 1)
+
+
+def option(default: Any, help: str, *, choices: tuple[str, ...] | None = None, limit: Limit | None = None) -> Any:
     """A dataclass field that is also a flag: `help` is shown by `--help`, with the default behind it."""
-    return field(default=default, metadata={"help": help, "choices": choices, "positional": positional})
+    return field(default=default, metadata={"help": help, "choices": choices, "limit": limit, "positional": False})
 
 
 def required(help: str, *, positional: bool = False) -> Any:
     """A field without a default: the command line asks for it."""
-    return field(metadata={"help": help, "choices": None, "positional": positional})
+    return field(metadata={"help": help, "choices": None, "limit": None, "positional": positional})
 
 
 @dataclass(frozen=True, kw_only=True)
 class CommandConfig:
-    """What every command takes."""
+    """What every command takes.
+
+    Raises:
+        InputError: values that cannot be, all of them in one line.
+    """
 
     json: bool = option(False, "print the result on stdout as one JSON object")
+
+    def __post_init__(self) -> None:
+        problems = []
+        for setting in fields(self):
+            value, choices, limit = getattr(self, setting.name), setting.metadata["choices"], setting.metadata["limit"]
+            flag = "--" + setting.name.replace("_", "-")
+            if value is None:
+                continue
+            if choices and value not in choices:
+                problems.append(f"{flag} {value}: expected one of {', '.join(choices)}")
+            elif isinstance(value, float) and not math.isfinite(value):
+                problems.append(f"{flag} {value}: expected a finite number")
+            elif limit and not limit.holds(value):
+                problems.append(f"{flag} {value}: expected {limit.words}")
+        if problems:
+            raise InputError("; ".join(problems))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,17 +87,25 @@ class PrepareConfig(CommandConfig):
     out: str = required("folder to write the prepared corpus to")
     text_field: str = option("text", "field or column that holds a document's text")
     id_field: str = option("id", "field or column that holds a document's id; where absent, file name and row are used")
-    actions: int | None = option(None, "number of actions K; default: 1024 as in the papers, or as many as the training sentences allow at 39 a cluster")
+    actions: int | None = option(
+        None,
+        "number of actions K; default: the papers' 1024, or as many as the training sentences allow at 39 each",
+        limit=COUNT,
+    )
     encoder: str = option(DEFAULT_ENCODER, "sentence-transformers model, by hub name or folder")
     tokenizer: str = option(DEFAULT_LM, "tokenizer of the LM to be trained, by hub name or folder")
-    validation_fraction: float = option(0.05, "share of documents in the validation split")
-    test_fraction: float = option(0.05, "share of documents in the test split")
-    min_sentences: int = option(2, "shorter documents are left out (sentences)")
-    max_documents: int | None = option(None, "stop after so many documents")
-    shard_documents: int = option(1000, "documents per shard: the unit that is resumed, and the memory in use")
-    kmeans_iterations: int = option(20, "k-means iterations")
-    precision: str = option("auto", "encoder arithmetic; auto: bf16 where the processor has it", choices=("auto", "bf16", "fp32"))
-    seed: int = option(0, "seed of k-means and of the sample it is fitted on")
+    validation_fraction: float = option(0.05, "share of documents in the validation split", limit=BELOW_ONE)
+    test_fraction: float = option(0.05, "share of documents in the test split", limit=BELOW_ONE)
+    min_sentences: int = option(2, "shorter documents are left out (sentences)", limit=COUNT)
+    max_documents: int | None = option(None, "stop after so many documents", limit=COUNT)
+    shard_documents: int = option(
+        1000, "documents per shard: the unit that is resumed, and the memory in use", limit=COUNT
+    )
+    kmeans_iterations: int = option(20, "k-means iterations", limit=COUNT)
+    precision: str = option(
+        "auto", "encoder arithmetic; auto: bf16 where the processor has it", choices=("auto", "bf16", "fp32")
+    )
+    seed: int = option(0, "seed of k-means and of the sample it is fitted on", limit=NOT_NEGATIVE)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,21 +114,21 @@ class PlannerConfig(CommandConfig):
 
     corpus: str = required("prepared corpus")
     out: str = required("run directory to write")
-    layers: int = option(2, "planner transformer layers")
-    heads: int | None = option(None, "attention heads; default: one per 64 channels")
-    dropout: float = option(0.1, "dropout in the planner")
-    epochs: float = option(4.0, "passes over the training documents")
-    steps: int | None = option(None, "optimiser steps; overrides --epochs")
-    batch_size: int = option(32, "documents per step (the papers')")
-    lr: float = option(1e-3, "peak learning rate")
-    warmup: float = option(0.05, "fraction of training with linearly rising learning rate")
+    layers: int = option(2, "planner transformer layers", limit=COUNT)
+    heads: int | None = option(None, "attention heads; default: one per 64 channels", limit=COUNT)
+    dropout: float = option(0.1, "dropout in the planner", limit=BELOW_ONE)
+    epochs: float = option(4.0, "passes over the training documents", limit=POSITIVE)
+    steps: int | None = option(None, "optimiser steps; overrides --epochs", limit=COUNT)
+    batch_size: int = option(32, "documents per step (the papers')", limit=COUNT)
+    lr: float = option(1e-3, "peak learning rate", limit=NOT_NEGATIVE)
+    warmup: float = option(0.05, "fraction of training with linearly rising learning rate", limit=SHARE)
     schedule: str = option("cosine", "learning rate after the warm-up", choices=("cosine", "linear", "constant"))
-    weight_decay: float = option(0.01, "AdamW weight decay")
-    max_grad_norm: float = option(1.0, "gradient norm above which gradients are scaled down")
-    checkpoint_every: int = option(500, "steps between checkpoints")
-    keep_checkpoints: int = option(2, "checkpoints kept")
-    log_every: int = option(20, "steps between lines of metrics.jsonl")
-    seed: int = option(0, "seed of initialisation, order and dropout")
+    weight_decay: float = option(0.01, "AdamW weight decay", limit=NOT_NEGATIVE)
+    max_grad_norm: float = option(1.0, "gradient norm above which gradients are scaled down", limit=POSITIVE)
+    checkpoint_every: int = option(500, "steps between checkpoints", limit=COUNT)
+    keep_checkpoints: int = option(2, "checkpoints kept", limit=COUNT)
+    log_every: int = option(20, "steps between lines of metrics.jsonl", limit=COUNT)
+    seed: int = option(0, "seed of initialisation, order and dropout", limit=NOT_NEGATIVE)
     resume: bool = option(False, "continue from the newest sound checkpoint in --out")
 
 
@@ -93,38 +141,50 @@ class TrainConfig(CommandConfig):
     lm: str | None = option(None, "causal LM, by hub name or folder; default: the LM whose tokenizer the corpus used")
     planner: str | None = option(None, "run directory of pretrain-planner; without one the planner starts untrained")
     selection: str = option("soft", "what the LM is conditioned on (see METHOD.md)", choices=SELECTIONS)
-    temperature: float = option(1.0, "softmax temperature of the mixture")
-    top_k: int | None = option(None, "actions kept by --selection top-k")
-    gumbel_scale: float = option(1.0, "scale of the Gumbel noise")
+    temperature: float = option(1.0, "softmax temperature of the mixture", limit=POSITIVE)
+    top_k: int | None = option(None, "actions kept by --selection top-k", limit=COUNT)
+    gumbel_scale: float = option(1.0, "scale of the Gumbel noise", limit=NOT_NEGATIVE)
     conditioning: str = option("adapter", "where the plan enters the LM", choices=("adapter",))
-    conditioned_layers: int | None = option(None, "number of topmost LM layers conditioned; default: all but the first two (the papers')")
+    conditioned_layers: int | None = option(
+        None, "number of topmost LM layers conditioned; default: all but the first two (the papers')", limit=COUNT
+    )
     gate: bool = option(False, "multiply the plan with a gate per channel, initialised with zero")
-    lm_mode: str = option("freeze", "freeze: only adapter, codebook and planner train; full: the LM too", choices=("freeze", "full"))
+    lm_mode: str = option(
+        "freeze", "freeze: only adapter, codebook and planner train; full: the LM too", choices=("freeze", "full")
+    )
     freeze_planner: bool = option(False, "keep the planner as pre-trained")
-    unfreeze_planner_at: float = option(0.4, "fraction of training after which the planner joins; 0: from the start")
-    unfreeze_codebook_at: float = option(0.0, "fraction of training after which the codebook joins; 1: never")
-    planner_loss: float = option(0.0, "weight of the planner's own cross-entropy in the loss")
+    unfreeze_planner_at: float = option(
+        0.4, "fraction of training after which the planner joins; 0: from the start", limit=SHARE
+    )
+    unfreeze_codebook_at: float = option(
+        0.0, "fraction of training after which the codebook joins; 1: never", limit=SHARE
+    )
+    planner_loss: float = option(0.0, "weight of the planner's own cross-entropy in the loss", limit=NOT_NEGATIVE)
     oracle_mix: str = option("0", "share of oracle actions, RHO or RHO:RHO_END over training")
-    oracle_mode: str = option("sampled", "sampled: per sentence, either; convex: always the weighted mean", choices=("sampled", "convex"))
+    oracle_mode: str = option(
+        "sampled", "sampled: per sentence, either; convex: always the weighted mean", choices=("sampled", "convex")
+    )
     oracle_schedule: str = option("linear", "shape of RHO:RHO_END", choices=("linear", "cosine"))
-    epochs: float = option(1.0, "passes over the training tokens")
-    steps: int | None = option(None, "optimiser steps; overrides --epochs")
-    batch_size: int = option(32, "windows per forward pass (the papers')")
-    accumulate: int = option(1, "forward passes per optimiser step")
-    window: int = option(128, "tokens per window (the papers')")
-    lr: float = option(1e-3, "peak learning rate of the new parameters (adapter)")
-    planner_lr: float = option(3e-4, "peak learning rate of the planner")
-    codebook_lr: float = option(1e-4, "peak learning rate of the codebook")
-    lm_lr: float = option(5e-5, "peak learning rate of the LM in mode full")
-    warmup: float = option(0.05, "fraction of training with linearly rising learning rate")
+    epochs: float = option(1.0, "passes over the training tokens", limit=POSITIVE)
+    steps: int | None = option(None, "optimiser steps; overrides --epochs", limit=COUNT)
+    batch_size: int = option(32, "windows per forward pass (the papers')", limit=COUNT)
+    accumulate: int = option(1, "forward passes per optimiser step", limit=COUNT)
+    window: int = option(128, "tokens per window (the papers')", limit=COUNT)
+    lr: float = option(1e-3, "peak learning rate of the new parameters (adapter)", limit=NOT_NEGATIVE)
+    planner_lr: float = option(3e-4, "peak learning rate of the planner", limit=NOT_NEGATIVE)
+    codebook_lr: float = option(1e-4, "peak learning rate of the codebook", limit=NOT_NEGATIVE)
+    lm_lr: float = option(5e-5, "peak learning rate of the LM in mode full", limit=NOT_NEGATIVE)
+    warmup: float = option(0.05, "fraction of training with linearly rising learning rate", limit=SHARE)
     schedule: str = option("cosine", "learning rate after the warm-up", choices=("cosine", "linear", "constant"))
-    weight_decay: float = option(0.0, "AdamW weight decay")
-    max_grad_norm: float = option(1.0, "gradient norm, per parameter group, above which gradients are scaled down")
+    weight_decay: float = option(0.0, "AdamW weight decay", limit=NOT_NEGATIVE)
+    max_grad_norm: float = option(
+        1.0, "gradient norm, per parameter group, above which gradients are scaled down", limit=POSITIVE
+    )
     precision: str = option("auto", "auto: bf16 autocast where the processor has it", choices=("auto", "bf16", "fp32"))
-    checkpoint_every: int = option(500, "steps between checkpoints")
-    keep_checkpoints: int = option(2, "checkpoints kept")
-    log_every: int = option(10, "steps between lines of metrics.jsonl")
-    seed: int = option(0, "seed of initialisation, order, noise and oracle mixing")
+    checkpoint_every: int = option(500, "steps between checkpoints", limit=COUNT)
+    keep_checkpoints: int = option(2, "checkpoints kept", limit=COUNT)
+    log_every: int = option(10, "steps between lines of metrics.jsonl", limit=COUNT)
+    seed: int = option(0, "seed of initialisation, order, noise and oracle mixing", limit=NOT_NEGATIVE)
     resume: bool = option(False, "continue from the newest sound checkpoint in --out")
 
 
@@ -136,14 +196,16 @@ class EvaluateConfig(CommandConfig):
     corpus: str = required("prepared corpus")
     split: str = option("test", "split to evaluate", choices=("train", "validation", "test"))
     plans: str = option("none,fixed,uniform,hard,soft,oracle", "comma-separated selections, each one row")
-    window: int | None = option(None, "tokens of context; default: the LM's, at most 1024")
-    stride: int | None = option(None, "tokens scored per window; default: the window")
-    batch_size: int = option(8, "windows per forward pass")
-    max_documents: int | None = option(None, "evaluate only the first so many documents")
+    window: int | None = option(None, "tokens of context; default: the LM's, at most 1024", limit=COUNT)
+    stride: int | None = option(None, "tokens scored per window; default: the window", limit=COUNT)
+    batch_size: int = option(8, "windows per forward pass", limit=COUNT)
+    max_documents: int | None = option(None, "evaluate only the first so many documents", limit=COUNT)
     versus: str = option("fixed", "row that differences and intervals refer to")
-    bootstrap: int = option(2000, "resamples of documents for the 95 % intervals")
-    precision: str = option("fp32", "arithmetic; auto: bf16 where the processor has it", choices=("auto", "bf16", "fp32"))
-    seed: int = option(0, "seed of the bootstrap")
+    bootstrap: int = option(2000, "resamples of documents for the 95 % intervals", limit=COUNT)
+    precision: str = option(
+        "fp32", "arithmetic; auto: bf16 where the processor has it", choices=("auto", "bf16", "fp32")
+    )
+    seed: int = option(0, "seed of the bootstrap", limit=NOT_NEGATIVE)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -152,14 +214,18 @@ class GenerateConfig(CommandConfig):
 
     run: str = required("run directory of train, or a model folder", positional=True)
     prompt: str = required("text to continue")
-    max_new_tokens: int = option(128, "tokens to generate")
-    temperature: float = option(0.8, "sampling temperature; 0: greedy")
-    top_p: float = option(0.95, "nucleus of the sampling distribution")
-    plan: str | None = option(None, "actions to follow for the next sentences, e.g. 12,7,130; afterwards the planner decides")
-    selection: str | None = option(None, "selection to generate with; default: the one trained with", choices=SELECTIONS)
+    max_new_tokens: int = option(128, "tokens to generate", limit=COUNT)
+    temperature: float = option(0.8, "sampling temperature; 0: greedy", limit=NOT_NEGATIVE)
+    top_p: float = option(0.95, "nucleus of the sampling distribution", limit=SHARE_NOT_ZERO)
+    plan: str | None = option(
+        None, "actions to follow for the next sentences, e.g. 12,7,130; afterwards the planner decides"
+    )
+    selection: str | None = option(
+        None, "selection to generate with; default: the one trained with", choices=SELECTIONS
+    )
     show_plan: bool = option(False, "print each sentence with its most probable actions")
     audit: str | None = option(None, "JSON-lines file: one object per sentence with its plan")
-    seed: int = option(0, "seed of the sampling")
+    seed: int = option(0, "seed of the sampling", limit=NOT_NEGATIVE)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -167,9 +233,9 @@ class ActionsConfig(CommandConfig):
     """What each action means: size, typical sentences, distinctive terms."""
 
     corpus: str = required("prepared corpus", positional=True)
-    action: int | None = option(None, "only this action, with more examples")
-    examples: int = option(3, "typical sentences per action")
-    terms: int = option(6, "distinctive terms per action")
+    action: int | None = option(None, "only this action, with more examples", limit=NOT_NEGATIVE)
+    examples: int = option(3, "typical sentences per action", limit=NOT_NEGATIVE)
+    terms: int = option(6, "distinctive terms per action", limit=NOT_NEGATIVE)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -190,4 +256,4 @@ class QuickstartConfig(CommandConfig):
     """The whole path on real text and real pre-trained weights, from packages alone."""
 
     out: str = option("quickstart", "folder for everything that is made")
-    seed: int = option(0, "seed of every stage")
+    seed: int = option(0, "seed of every stage", limit=NOT_NEGATIVE)
