@@ -1,0 +1,51 @@
+"""Chunked linear cross-entropy against torch's, values and gradients."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from planlm.model.loss import CHUNK, linear_cross_entropy
+
+
+@pytest.mark.parametrize("num_rows", [1, CHUNK, 2 * CHUNK + 37])
+@pytest.mark.parametrize("with_bias", [False, True])
+def test_agrees_with_the_unchunked_loss(num_rows: int, with_bias: bool) -> None:
+    hidden = torch.randn(num_rows, 8, requires_grad=True)
+    weight = torch.randn(11, 8, requires_grad=True)
+    bias = torch.randn(11, requires_grad=True) if with_bias else None
+    labels = torch.randint(0, 11, (num_rows,))
+    labels[num_rows // 3 : num_rows // 2] = -100
+    nll_sum, token_nll = linear_cross_entropy(hidden, weight, labels, bias)
+    (0.37 * nll_sum).backward()
+    got = [part.grad for part in (hidden, weight, bias) if part is not None]
+    for part in (hidden, weight, bias):
+        if part is not None:
+            part.grad = None
+    expected = F.cross_entropy(F.linear(hidden, weight, bias), labels, ignore_index=-100, reduction="none")
+    (0.37 * expected.sum()).backward()
+    torch.testing.assert_close(token_nll, expected)
+    torch.testing.assert_close(nll_sum, expected.sum())
+    for mine, part in zip(got, [p for p in (hidden, weight, bias) if p is not None], strict=True):
+        torch.testing.assert_close(mine, part.grad)
+
+
+def test_all_ignored_is_zero_with_zero_gradient() -> None:
+    hidden = torch.randn(5, 8, requires_grad=True)
+    nll_sum, token_nll = linear_cross_entropy(hidden, torch.randn(11, 8), torch.full((5,), -100))
+    nll_sum.backward()
+    assert nll_sum.item() == 0 and not token_nll.any() and not hidden.grad.any()
+
+
+def test_runs_in_bf16_under_autocast_and_keeps_gradient_dtypes() -> None:
+    hidden = torch.randn(64, 32, requires_grad=True)
+    weight = torch.randn(101, 32, requires_grad=True)
+    labels = torch.randint(0, 101, (64,))
+    exact, _ = linear_cross_entropy(hidden, weight, labels)
+    with torch.autocast("cpu", torch.bfloat16):
+        rounded, token_nll = linear_cross_entropy(hidden, weight, labels)
+    rounded.backward()
+    assert token_nll.dtype == torch.float32 and hidden.grad.dtype == weight.grad.dtype == torch.float32
+    assert abs(rounded.item() / exact.item() - 1) < 0.01
+    assert rounded.item() != exact.item()

@@ -1,0 +1,51 @@
+"""Checkpoints survive being torn, and old ones go."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from planlm.training.checkpoint import load_checkpoint, save_checkpoint
+
+
+def save(folder: Path, step: int, keep: int = 2) -> Path:
+    return save_checkpoint(folder, step, {"w": torch.full((3,), float(step))}, {"loader": {"epoch": step}}, keep)
+
+
+def test_newest_is_loaded_and_only_the_last_are_kept(tmp_path: Path) -> None:
+    for step in (2, 9, 10):
+        save(tmp_path, step)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-10", "step-9"]
+    found = load_checkpoint(tmp_path, print)
+    assert found is not None
+    tensors, state = found
+    assert tensors["w"].tolist() == [10.0] * 3
+    assert state == {"format_version": 1, "step": 10, "loader": {"epoch": 10}}
+
+
+@pytest.mark.parametrize("damage", ["tensors.safetensors", "state.json", "checksums.json"])
+@pytest.mark.parametrize("how", ["cut", "flipped", "gone"])
+def test_damaged_checkpoint_is_set_aside_for_the_one_before(tmp_path: Path, damage: str, how: str) -> None:
+    save(tmp_path, 1)
+    victim = save(tmp_path, 2) / damage
+    content = bytearray(victim.read_bytes())
+    if how == "gone":
+        victim.unlink()
+    else:
+        content[len(content) // 2] ^= 1
+        victim.write_bytes(content[: len(content) // 2] if how == "cut" else content)
+    said: list[str] = []
+    found = load_checkpoint(tmp_path, said.append)
+    assert found is not None and found[1]["step"] == 1
+    assert len(said) == 1 and "step-2" in said[0] and "damaged" in said[0]
+    assert (tmp_path / "step-2.damaged").is_dir()
+
+
+def test_half_written_checkpoint_is_not_seen(tmp_path: Path) -> None:
+    save(tmp_path, 1)
+    (tmp_path / "step-2.partial").mkdir()
+    found = load_checkpoint(tmp_path, print)
+    assert found is not None and found[1]["step"] == 1
+    assert load_checkpoint(tmp_path / "empty", print) is None
