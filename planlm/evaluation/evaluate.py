@@ -7,9 +7,6 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import torch
-from transformers import AutoConfig
-
 from planlm.config import SELECTIONS, EvaluateConfig
 from planlm.corpus.store import PreparedCorpus
 from planlm.errors import InputError
@@ -17,11 +14,16 @@ from planlm.evaluation.perplexity import default_window, score_documents
 from planlm.evaluation.planner_metrics import planner_metrics
 from planlm.evaluation.significance import DocumentScores, compare_rows
 from planlm.files import write_text
+from planlm.model.configuration import PlanLMConfig
+from planlm.model.generation import load_model
 from planlm.model.modeling import PlanLMForCausalLM
 from planlm.precision import device
 from planlm.text.alignment import tokenizer_fingerprint
 
 RESULTS = "evaluation.json"
+
+_LARGEST_NLL = 700.0
+"""Nats per token; float64 ends at a perplexity of exp(709)."""
 
 
 def evaluate(config: EvaluateConfig) -> dict[str, Any]:
@@ -72,6 +74,11 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     )
     if scores[versus].tokens.sum() == 0:
         raise InputError(f"{config.corpus}: no document of the {config.split} split has a token to score")
+    for plan, score in scores.items():
+        if not score.nll < _LARGEST_NLL:
+            raise InputError(
+                f"{run}: its NLL under plan {plan} is {score.nll}: training diverged; train at lower rates"
+            )
     rows = compare_rows(scores, versus, resamples=config.bootstrap, seed=config.seed)
     result = {
         "run": str(run),
@@ -91,7 +98,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
 
 
 def _parse(config: EvaluateConfig) -> list[str]:
-    """The plans asked for, in order and each once; collects every problem with the arguments."""
+    """The plans asked for, in order and each once."""
     plans = list(dict.fromkeys(plan.strip() for plan in config.plans.split(",") if plan.strip()))
     problems = []
     unknown = [plan for plan in plans if plan not in SELECTIONS]
@@ -100,10 +107,6 @@ def _parse(config: EvaluateConfig) -> list[str]:
     default = EvaluateConfig.__dataclass_fields__["versus"].default
     if config.versus not in plans and config.versus != default:
         problems.append(f"--versus {config.versus}: not among --plans {config.plans}")
-    for name in ("window", "stride", "batch_size", "max_documents", "bootstrap"):
-        value = getattr(config, name)
-        if value is not None and value < 1:
-            problems.append(f"--{name.replace('_', '-')} {value}: expected at least 1")
     if problems:
         raise InputError("; ".join(problems))
     return plans
@@ -114,25 +117,19 @@ def _load_model(run: Path, plans: list[str], corpus: PreparedCorpus) -> tuple[Pl
 
     A plain LM's folder serves for the plan `none`, so that an LM can be measured before any training.
     """
-    folder = run / "model" if (run / "model").is_dir() else run
-    if not (folder / "config.json").is_file():
-        raise InputError(f"{run}: no model here; expected a run directory of planlm train, or a model folder")
+    if plans == ["none"] and _is_plain_lm(run / "config.json"):
+        return PlanLMForCausalLM.from_lm(str(run), corpus.codebook).to(device()), False  # type: ignore[arg-type]
+    model = load_model(str(run))
+    if "top-k" in plans and model.config.plan_top_k is None:
+        raise InputError(f"--plans {','.join(plans)}: {run} was not trained with --top-k; leave top-k out")
+    return model, True
+
+
+def _is_plain_lm(config: Path) -> bool:
     try:
-        model_type = AutoConfig.from_pretrained(folder).model_type
-        is_planned = model_type == PlanLMForCausalLM.config_class.model_type
-        if is_planned:
-            model = PlanLMForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    except InputError:
-        raise
-    except Exception as error:  # whatever a damaged folder makes transformers and safetensors raise
-        raise InputError(f"{folder}: model cannot be loaded: {str(error).strip().splitlines()[0]}") from None
-    if not is_planned:
-        if plans != ["none"]:
-            raise InputError(f"{run}: a plain {model_type} LM, which has no plans; set --plans none")
-        model = PlanLMForCausalLM.from_lm(str(folder), corpus.codebook)
-    if "top-k" in plans and model.config.top_k is None:
-        raise InputError(f"--plans top-k: {run} was not trained with a k; leave top-k out")
-    return model.to(device()), is_planned
+        return bool(json.loads(config.read_text(encoding="utf-8"))["model_type"] != PlanLMConfig.model_type)
+    except (OSError, ValueError, KeyError):
+        return False
 
 
 def _check_fit(model: PlanLMForCausalLM, config: EvaluateConfig, corpus: PreparedCorpus) -> None:

@@ -12,9 +12,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 
-from planlm.corpus.batches import PlanLoader
+from planlm.corpus.batches import PlanLoader, windows
 from planlm.evaluation.significance import DocumentScores
 from planlm.precision import autocast
 from planlm.progress import Progress
@@ -26,6 +27,9 @@ if TYPE_CHECKING:
 
 MAX_WINDOW = 1024
 """Default window of LMs with a longer context."""
+
+_WHOLE = 1 << 40
+"""A window longer than any document: one window each, which has the document's length."""
 
 
 def default_window(model: PlanLMForCausalLM) -> int:
@@ -60,31 +64,33 @@ def score_documents(
     Returns:
         Scores over all n documents by selection; a document of one token has none scored.
     """
-    loader = PlanLoader(dataset, window=window, stride=stride, batch_size=batch_size, shuffle=False)
+    # Documents of like length together, and no column that is padding in every window: pad as little as can be.
+    whole = windows(dataset, _WHOLE)
+    order = whole.document[np.argsort(-whole.length, kind="stable")]  # [n], less the documents of one token
+    loader = PlanLoader(dataset.select(order), window=window, stride=stride, batch_size=batch_size, shuffle=False)
     device = next(model.parameters()).device
     nll = torch.zeros(len(selections), len(dataset), dtype=torch.float64)
     tokens = torch.zeros(len(dataset), dtype=torch.int64)
     was_training = model.training
-    model.eval()
+    model.train(False)
     progress = Progress("evaluate", total=loader.num_batches * len(selections), unit="batches")
     with progress, torch.inference_mode(), autocast(precision, device):
         for batch in loader:
-            tokens.index_add_(0, batch.window_documents, (batch.labels != -100).sum(dim=1))
+            documents = torch.from_numpy(order)[batch.window_documents]  # [B]
+            tokens.index_add_(0, documents, (batch.labels != -100).sum(dim=1))
+            width = int((batch.segment_ids >= 0).sum(dim=1).max())
             on_device = batch.to(device)
             for row, selection in enumerate(selections):
                 output = model(
-                    on_device.input_ids,
-                    shift_labels=on_device.labels,
-                    segment_ids=on_device.segment_ids,
+                    on_device.input_ids[:, :width],
+                    shift_labels=on_device.labels[:, :width],
+                    segment_ids=on_device.segment_ids[:, :width],
                     segment_rows=on_device.segment_rows,
                     sentence_embeddings=on_device.sentence_embeddings,
                     actions=on_device.actions,
                     selection=selection,
                 )
-                window_nll = output.token_nll.double().sum(dim=1).cpu()  # [B]
-                nll[row].index_add_(0, batch.window_documents, window_nll)
+                nll[row].index_add_(0, documents, output.token_nll.double().sum(dim=1).cpu())
                 progress.advance()
     model.train(was_training)
-    return {
-        selection: DocumentScores(nll[row].numpy(), tokens.numpy()) for row, selection in enumerate(selections)
-    }
+    return {selection: DocumentScores(nll[row].numpy(), tokens.numpy()) for row, selection in enumerate(selections)}

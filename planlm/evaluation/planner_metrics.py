@@ -45,7 +45,7 @@ def planner_metrics(
     """
     device = next(planner.parameters()).device
     was_training = planner.training
-    planner.eval()
+    planner.train(False)
     loader = SentenceLoader(dataset, batch_size=batch_size, shuffle=False)
     parts: list[dict[str, Tensor]] = []
     repeated, most_frequent = 0, int(action_counts.argmax())

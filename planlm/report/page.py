@@ -65,7 +65,7 @@ def render(runs: list[Run]) -> str:
 
 
 def _svg(figure: Any, prefix: str) -> Markup:
-    return Markup(to_svg(figure, prefix))  # noqa: S704 (matplotlib escapes what it is given)
+    return Markup(to_svg(figure, prefix))  # matplotlib escapes what it is given
 
 
 def _describe_run(run: Run, number: int) -> dict[str, Any]:
@@ -104,9 +104,13 @@ def _headline(run: Run) -> str:
         return "A planner, pre-trained on its own to predict the next sentence's action."
     if "selection" not in config:
         return ""
-    planner = "planner frozen" if config.get("freeze_planner") else "planner trained jointly"
-    lm = "LM frozen" if config.get("lm_mode") == "freeze" else "LM fine-tuned"
-    return f"{config.get('lm') or 'The LM of the corpus'}, conditioned on {config['selection']} plans; {lm}, {planner}."
+    parts = [
+        f"{config.get('lm') or 'The LM of the corpus'}, conditioned on {config['selection']} plans",
+        "LM frozen" if config.get("lm_mode") == "freeze" else "LM fine-tuned",
+    ]
+    if config["selection"] not in ("oracle", "uniform", "fixed", "none"):
+        parts.append("planner frozen" if config.get("freeze_planner") else "planner trained jointly")
+    return "; ".join(parts) + "."
 
 
 def _summary(metrics: list[dict[str, Any]]) -> list[str]:

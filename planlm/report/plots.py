@@ -12,9 +12,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import matplotlib as mpl
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
+from planlm.errors import InputError
+
+try:
+    import matplotlib as mpl
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
+except ImportError:
+    raise InputError("plots and reports need matplotlib: pip install 'planlm[report]'") from None
 
 INK, MUTED, GRID, PAPER = "#1c1c20", "#6b6b76", "#e3e3e8", "#fefefd"
 SERIES = ("#0072b2", "#d55e00", "#009e73", "#c2569b", "#b58900", "#4fa3d9", "#8f6bd0", "#7a7a7a")
@@ -35,7 +41,7 @@ CURVES = (
 _OUTLIER = 4.0
 """A single row this many times farther from the reference than the next is drawn at the edge, for the others' sake."""
 
-_STYLE = {
+_STYLE: dict[Any, Any] = {
     "font.family": "sans-serif",
     "font.size": 10,
     "text.color": INK,
@@ -100,7 +106,7 @@ def curves_figure(runs: dict[str, Sequence[dict[str, Any]]]) -> Figure | None:
         return None
     with mpl.rc_context(_STYLE):
         num_rows = math.ceil(len(panels) / 2)
-        figure = Figure(figsize=(8.4, 2.5 * num_rows), layout="constrained")
+        figure = Figure(figsize=(8.4, 2.6 * num_rows), layout=ConstrainedLayoutEngine(hspace=0.1))
         for place, (key, title) in enumerate(panels, start=1):
             axes = figure.add_subplot(num_rows, 2, place)
             for number, lines in enumerate(runs.values()):
@@ -138,10 +144,12 @@ def to_svg(figure: Figure, prefix: str) -> str:
     with mpl.rc_context({**_STYLE, "svg.hashsalt": prefix}):
         figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
     svg = buffer.getvalue()
-    svg = svg[svg.index("<svg") :]
-    svg = re.sub(r"<metadata>.*?</metadata>\s*", "", svg, flags=re.DOTALL)
-    svg = re.sub(r'\s(?:xmlns(?::\w+)?|version|width|height)="[^"]*"', "", svg[: svg.index(">")]) + svg[svg.index(">") :]
-    svg = svg.replace("xlink:href", "href")
+    start = svg.index("<svg")
+    end = svg.index(">", start)
+    head, body = svg[start:end], svg[end:]
+    head = re.sub(r'\s(?:xmlns(?::\w+)?|version|width|height)="[^"]*"', "", head)
+    body = re.sub(r"<metadata>.*?</metadata>\s*", "", body, flags=re.DOTALL).replace("xlink:href", "href")
+    svg = head + body
     svg = re.sub(r'\bid="', f'id="{prefix}-', svg)
     svg = re.sub(r"(url\(#|href=\"#)", rf"\1{prefix}-", svg)
     for color, variable in _VARIABLES.items():

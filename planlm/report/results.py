@@ -17,6 +17,9 @@ from planlm.evaluation.significance import DocumentScores, compare_rows
 CONFIG, METRICS, PLANNER = "config.yaml", "metrics.jsonl", "planner_metrics.json"
 EVALUATION, GENERATION = "evaluation.json", "generation.json"
 
+_NONE: dict[str, Any] = {"scores": {"nll": {}}}
+"""Stands for the evaluation of a run that has none."""
+
 
 @dataclass(frozen=True)
 class Run:
@@ -65,11 +68,11 @@ def compare_runs(runs: Sequence[Run], split: str) -> dict[str, Any] | None:
         What `format_rows` and `perplexity_figure` take, with the names of runs that could not be compared in
         `left_out`; None where fewer than two runs can be.
     """
-    usable = [run for run in runs if _trained_plan(run) in run.evaluation.get(split, {}).get("scores", {}).get("nll", ())]
+    usable = [run for run in runs if _trained_plan(run) in run.evaluation.get(split, _NONE)["scores"]["nll"]]
     comparable = [run for run in usable if _tokens(run, split) == _tokens(usable[0], split)]
     if len(comparable) < 2:
         return None
-    scores = {}
+    scores: dict[str, DocumentScores] = {}
     versus = ""
     for run in comparable:
         plan = _trained_plan(run)
@@ -84,7 +87,7 @@ def compare_runs(runs: Sequence[Run], split: str) -> dict[str, Any] | None:
         **{key: first[key] for key in ("split", "window", "stride", "tokens", "documents")},
         "versus": versus,
         "rows": compare_rows(scores, versus),
-        "left_out": [run.name for run in runs if run not in comparable],
+        "left_out": [run.name for run in runs if _trained_plan(run) and run not in comparable],
     }
 
 

@@ -1,0 +1,201 @@
+"""The HTML page: valid, self-contained, escaped, and sensible where something is missing."""
+
+import json
+import re
+import subprocess
+import sys
+from html.parser import HTMLParser
+
+import pytest
+
+from planlm.config import ReportConfig
+from planlm.errors import InputError
+from planlm.report.page import write_report
+from planlm.report.results import compare_runs, load_runs
+
+VOID = {"meta", "br", "hr", "img", "link", "input"}
+ACTIONS = [{"action": 12, "probability": 0.31}, {"action": 7, "probability": 0.2}]
+GENERATION = {
+    "prompt": "The castle <b>was</b> built in 1204.",
+    "text": " It burned & fell. Then",
+    "selection": "soft",
+    "plan": [
+        {"sentence": "It burned & fell.", "actions": ACTIONS, "forced": None},
+        {"sentence": "Then", "actions": ACTIONS, "forced": 99},
+    ],
+}
+
+
+class Page(HTMLParser):
+    """Checks nesting; collects text, ids and whatever a browser would fetch."""
+
+    def __init__(self, html):
+        super().__init__(convert_charrefs=True)
+        self.open, self.text, self.ids, self.fetched, self.tags = [], "", [], [], set()
+        self.feed(html)
+        self.close()
+        assert self.open == []
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.add(tag)
+        if tag not in VOID:
+            self.open.append(tag)
+        for name, value in attributes:
+            if name == "id":
+                self.ids.append(value)
+            if name in ("src", "href", "data", "action", "poster", "srcset") and not value.startswith("#"):
+                self.fetched.append(value)
+
+    def handle_startendtag(self, tag, attributes):
+        self.handle_starttag(tag, attributes)
+        self.handle_endtag(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.text += data
+
+
+@pytest.fixture
+def report(tmp_path):
+    """Write the report of some runs and read it back."""
+
+    def make(*runs):
+        out = write_report(ReportConfig(runs=tuple(map(str, runs)), out=str(tmp_path / "report.html")))
+        html = out.read_text()
+        return html, Page(html)
+
+    return make
+
+
+def test_the_page_is_valid_and_asks_nothing_of_the_network(report, make_run):
+    html, page = report(make_run("fixed", "fixed", 0.0), make_run("soft", generation=GENERATION))
+    assert page.fetched == []
+    assert "http:" not in html
+    assert "https:" not in html
+    assert "@import" not in html
+    assert not re.search(r"url\((?!#)", html)
+    assert "script" not in page.tags
+    assert len(page.ids) == len(set(page.ids))
+    assert "prefers-color-scheme: dark" in html
+
+
+def test_one_run_shows_all_it_has(report, make_run):
+    _, page = report(make_run("soft", splits=("test", "validation"), generation=GENERATION))
+    for expected in (
+        "Perplexity on the test split", "Perplexity on the validation split", "LM loss",
+        "accuracy@10", "0.6920", "It burned & fell.", "31%", "99 asked for", "6,600",
+        "LM frozen; planner trained jointly",
+    ):  # fmt: skip
+        assert expected in page.text, expected
+    assert "Comparison" not in page.text
+
+
+def test_text_from_a_run_is_escaped(report, make_run):
+    evil = "<script>alert('x')</script>"
+    html, page = report(make_run("soft", generation=GENERATION, config={"lm": evil, evil: evil}))
+    assert "<script" not in html
+    assert evil in page.text
+    assert "<b>" not in html
+    assert "The castle <b>was</b> built" in page.text
+
+
+def test_several_runs_are_compared_under_the_plans_they_were_trained_with(report, make_run):
+    names = {"two-stage": ("hard", -0.004), "fixed": ("fixed", 0.0), "joint-soft": ("soft", -0.02)}
+    runs = [make_run(name, *plan) for name, plan in names.items()]
+    _, page = report(*runs)
+    assert page.text.index("Comparison") < page.text.index("Training")
+    result = compare_runs(load_runs([str(run) for run in runs]), "test")
+    assert result["versus"] == "fixed"
+    assert [row["plan"] for row in result["rows"]] == ["no plan", "two-stage (hard)", "fixed", "joint-soft"]
+    assert result["rows"][3]["delta"] == pytest.approx(-0.02, abs=0.005)
+    assert result["rows"][3]["verdict"] == "better"
+    assert result["left_out"] == []
+    assert compare_runs(load_runs([str(run) for run in runs]), "validation") is None
+
+
+def test_runs_that_scored_other_tokens_are_left_out_and_named(report, make_run):
+    runs = [make_run("fixed", "fixed", 0.0), make_run("soft"), make_run("other", "hard", -0.01)]
+    results = json.loads((runs[2] / "evaluation.json").read_text())
+    results["test"]["window"] = 128
+    (runs[2] / "evaluation.json").write_text(json.dumps(results))
+    _, page = report(*runs)
+    assert "under their own plan: other." in " ".join(page.text.split())
+
+
+def test_what_is_missing_is_named_with_the_command_that_makes_it(report, make_run, tmp_path):
+    run = make_run("soft", evaluated=(), lines=0)
+    (run / "metrics.jsonl").unlink()
+    _, page = report(run)
+    assert f"planlm evaluate {run} --corpus 'my corpus'" in page.text
+    assert f"planlm generate {run} --prompt" in page.text
+    assert "planlm train --corpus CORPUS --out RUN" in page.text
+    (run / "config.yaml").write_text("{}")
+    _, page = report(run, make_run("second"))
+    assert "No config.yaml" in page.text
+    assert "Nothing to compare yet" in page.text
+
+
+def test_a_text_generated_without_plan_is_shown_as_it_is(report, make_run):
+    _, page = report(make_run("soft", generation=GENERATION | {"plan": [], "selection": "none"}))
+    assert "Continuation under none plans" in page.text
+    assert GENERATION["text"] in page.text
+
+
+def test_a_planner_run_shows_the_planner_and_asks_for_no_evaluation(report, make_run, planner):
+    run = make_run("planner", evaluated=(), planner_metrics=planner | {"split": "validation"})
+    (run / "config.yaml").write_text("corpus: c\nlayers: 2\n")
+    _, page = report(run)
+    assert "Planner, validation split" in page.text
+    assert "Not evaluated yet" not in page.text
+
+
+def test_a_half_written_last_line_is_left_out(report, make_run):
+    run = make_run("soft", lines=3)
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 40, "lo')
+    assert [line["step"] for line in load_runs([str(run)])[0].metrics] == [10, 20, 30]
+    report(run)
+
+
+def test_runs_of_the_same_name_are_told_apart(make_run):
+    runs = load_runs([str(make_run("a/soft")), str(make_run("b/soft"))])
+    assert runs[0].name != runs[1].name
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "message"),
+    [
+        ("evaluation.json", "{", "not valid JSON"),
+        ("evaluation.json", "[1]", "expected a JSON object, got list"),
+        ("config.yaml", "a: [", "not valid YAML"),
+        ("config.yaml", "just text", "expected keys and values"),
+        ("metrics.jsonl", '{"step": 1}\n{\n{"step": 3}\n', "metrics.jsonl:2: not valid JSON"),
+    ],
+)
+def test_a_damaged_file_is_named_in_one_line(make_run, tmp_path, file, content, message):
+    run = make_run("soft")
+    (run / file).write_text(content)
+    with pytest.raises(InputError, match=re.escape(message)) as caught:
+        write_report(ReportConfig(runs=(str(run),), out=str(tmp_path / "report.html")))
+    assert str(run / file) in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "report.html").exists()
+
+
+def test_wrong_paths_are_refused(make_run, tmp_path):
+    (tmp_path / "empty").mkdir()
+    for runs, out, message in (
+        ((), "report.html", "at least one run"),
+        (("no/such/run",), "report.html", "no such run directory"),
+        ((str(tmp_path / "empty"),), "report.html", "holds no results"),
+        ((str(make_run("soft")),), "", "is a folder"),
+    ):
+        with pytest.raises(InputError, match=message):
+            write_report(ReportConfig(runs=runs, out=str(tmp_path / out)))
+
+
+def test_the_report_needs_neither_torch_nor_the_model():
+    code = "import sys, planlm.report.page; print(sys.modules.keys() & {'torch', 'transformers', 'datasets'})"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "set()\n"
