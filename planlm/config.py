@@ -2,7 +2,7 @@
 
 Standard library only, and imported by every room: `planlm --help` must answer without importing torch, and library
 functions take the same objects that the command line builds. `help` texts give units and say where a default comes
-from (METHOD.md's papers, or a figure in docs/log.md).
+from (the papers of docs/method.md, or a figure in docs/log.md).
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ DEFAULT_LM = "HuggingFaceTB/SmolLM2-135M-Instruct"
 SELECTIONS = (
     "soft", "hard", "straight-through", "gumbel", "gumbel-hard", "top-k", "oracle", "uniform", "fixed", "none",
 )  # fmt: skip
-"""METHOD.md's selection table, in its order; `none` switches the adapter off."""
+"""docs/method.md's selection table, in its order; `none` switches the adapter off."""
 
 
 @dataclass(frozen=True)
@@ -140,7 +140,7 @@ class TrainConfig(CommandConfig):
     out: str = required("run directory to write")
     lm: str | None = option(None, "causal LM, by hub name or folder; default: the LM whose tokenizer the corpus used")
     planner: str | None = option(None, "run directory of pretrain-planner; without one the planner starts untrained")
-    selection: str = option("soft", "what the LM is conditioned on (see METHOD.md)", choices=SELECTIONS)
+    selection: str = option("soft", "what the LM is conditioned on (docs/method.md)", choices=SELECTIONS)
     temperature: float = option(1.0, "softmax temperature of the mixture", limit=POSITIVE)
     top_k: int | None = option(None, "actions kept by --selection top-k", limit=COUNT)
     gumbel_scale: float = option(1.0, "scale of the Gumbel noise", limit=NOT_NEGATIVE)

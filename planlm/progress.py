@@ -38,8 +38,10 @@ class Progress:
             self._bar.close()
         elapsed = time.monotonic() - self.started
         if exception[0] is None and elapsed > 2:
-            rate = self.count / elapsed
-            self.line(f"{self.description}: {self.count:,} {self.unit} in {elapsed:.0f} s ({rate:,.1f}/s) {self.note}".rstrip())
+            rate = f"{self.count / elapsed:,.1f}/s"
+            self.line(
+                f"{self.description}: {self.count:,} {self.unit} in {elapsed:.0f} s ({rate}) {self.note}".rstrip()
+            )
 
     def advance(self, amount: int = 1, note: str = "") -> None:
         """Report `amount` units done; `note` (say, a loss) stands behind the count."""

@@ -1,0 +1,201 @@
+"""From dataclasses to flags and configuration files, and back: every field of planlm/config.py is both."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import difflib
+import types
+import typing
+from pathlib import Path
+from typing import Any, NoReturn, TypeVar
+
+from planlm.config import CommandConfig
+from planlm.errors import InputError
+
+Config = TypeVar("Config", bound=CommandConfig)
+
+_KINDS = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
+
+
+def parse(config_class: type[Config], arguments: list[str], *, prog: str, epilog: str) -> Config:
+    """Build a command's configuration: flags win over `--config FILE`, which wins over defaults.
+
+    Args:
+        config_class: dataclass of the command; its docstring is the help's first line.
+        arguments: the command line behind the command's name.
+        prog: "planlm train" and so on.
+        epilog: shown at the end of the help.
+
+    Raises:
+        InputError: an unknown, missing or malformed argument, or a configuration file that cannot be used.
+        SystemExit: after `--help`.
+    """
+    parser = _build(config_class, prog, epilog)
+    found, rest = parser.parse_known_intermixed_args(arguments)
+    if rest:
+        parser.error(_explain_unknown(rest, config_class))
+    given = vars(found)
+    file = given.pop("config", None)
+    settings = {**(_read_file(Path(file), config_class) if file else {}), **given}
+    missing = [_shown(field) for field in _required(config_class) if settings.get(field.name) in (None, ())]
+    if missing:
+        parser.error(f"missing {', '.join(missing)}")
+    return config_class(**settings)
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse whose errors are InputErrors of one line."""
+
+    def error(self, message: str) -> NoReturn:
+        """Raise what argparse would print."""
+        raise InputError(f"{message} (see {self.prog} --help)")
+
+
+def _build(config_class: type[Config], prog: str, epilog: str) -> Parser:
+    """The parser of a command. Flags that are not given leave no trace, so that a file's values show through."""
+    needed = " ".join(_shown(field) for field in _required(config_class))
+    parser = Parser(
+        prog=prog,
+        usage=f"{prog} {needed + ' ' if needed else ''}[options]",
+        description=(config_class.__doc__ or "").splitlines()[0],
+        epilog=epilog,
+        argument_default=argparse.SUPPRESS,
+        allow_abbrev=False,
+        add_help=False,
+        formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, max_help_position=34),
+    )
+    groups = {True: parser.add_argument_group("required"), False: parser.add_argument_group("options")}
+    for field in sorted(dataclasses.fields(config_class), key=lambda field: field.name == "json"):
+        _add(groups[field in _required(config_class)], field, _kind(config_class, field))
+    groups[False].add_argument(
+        "--config", metavar="FILE", help="YAML file with any of these settings; flags win over it"
+    )
+    groups[False].add_argument("--help", "-h", action="help", help="show this help")
+    return parser
+
+
+def _add(group: argparse._ArgumentGroup, field: dataclasses.Field[Any], kind: type) -> None:
+    text = _help(field).replace("%", "%%")
+    if field.metadata["positional"]:
+        group.add_argument(
+            field.name,
+            nargs="*" if kind is tuple else "?",
+            default=argparse.SUPPRESS,
+            metavar=_metavar(field),
+            help=text,
+        )
+    elif kind is bool:
+        group.add_argument(_flag(field), action=argparse.BooleanOptionalAction, help=text)
+    else:
+        metavar = None if field.metadata["choices"] else {int: "N", float: "X"}.get(kind, _metavar(field))
+        group.add_argument(_flag(field), type=kind, choices=field.metadata["choices"], metavar=metavar, help=text)
+
+
+def _help(field: dataclasses.Field[Any]) -> str:
+    """The field's help with its default; a default of None is explained by the help itself."""
+    if field.default is dataclasses.MISSING or field.default is None:
+        return str(field.metadata["help"])
+    default = {True: "yes", False: "no"}[field.default] if isinstance(field.default, bool) else field.default
+    return f"{field.metadata['help']} (default: {default})"
+
+
+def _kind(config_class: type[Config], field: dataclasses.Field[Any]) -> type:
+    """int, float, bool, str or tuple: the field's type without `| None` and element types."""
+    hint = typing.get_type_hints(config_class)[field.name]
+    if isinstance(hint, types.UnionType):
+        hint = next(part for part in typing.get_args(hint) if part is not type(None))
+    return typing.get_origin(hint) or hint
+
+
+def _required(config_class: type[Config]) -> list[dataclasses.Field[Any]]:
+    return [field for field in dataclasses.fields(config_class) if field.default is dataclasses.MISSING]
+
+
+def _flag(field: dataclasses.Field[Any]) -> str:
+    return "--" + field.name.replace("_", "-")
+
+
+def _metavar(field: dataclasses.Field[Any]) -> str:
+    several = "tuple" in str(field.type)
+    return field.name.rstrip("s" if several else "").split("_")[-1].upper()
+
+
+def _shown(field: dataclasses.Field[Any]) -> str:
+    """How usage and errors show a required argument: `INPUT...`, `--out OUT`."""
+    if field.metadata["positional"]:
+        return _metavar(field) + ("..." if "tuple" in str(field.type) else "")
+    return f"{_flag(field)} {_metavar(field)}"
+
+
+def _explain_unknown(rest: list[str], config_class: type[Config]) -> str:
+    """Name the first argument that nothing takes, and the flag it resembles."""
+    unknown = next((word for word in rest if word.startswith("-")), rest[0]).split("=")[0]
+    if not unknown.startswith("-"):
+        return f"unexpected argument {unknown!r}"
+    flags = ["--config", "--help", *(_flag(field) for field in dataclasses.fields(config_class))]
+    return f"unknown option {unknown}" + _suggest(unknown, flags)
+
+
+def _suggest(word: str, known: list[str]) -> str:
+    close = difflib.get_close_matches(word, known, n=1)
+    return f"; did you mean {close[0]}?" if close else ""
+
+
+def _read_file(path: Path, config_class: type[Config]) -> dict[str, Any]:
+    """Settings of a YAML file, checked against the fields' types.
+
+    Raises:
+        InputError: no such file, no YAML, no mapping, unknown keys, or values of another type.
+    """
+    import yaml
+
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(f"{path}: {error.strerror}; --config needs a YAML file") from None
+    except UnicodeDecodeError:
+        raise InputError(f"{path}: not UTF-8 text; --config needs a YAML file") from None
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f":{mark.line + 1}" if mark else ""
+        raise InputError(f"{path}{where}: not YAML ({getattr(error, 'problem', None) or 'cannot be read'})") from None
+    if content is None:
+        return {}
+    if not isinstance(content, dict):
+        raise InputError(f"{path}: expected lines of the form `setting: value`")
+    known = {field.name: field for field in dataclasses.fields(config_class)}
+    settings = {}
+    for key, value in content.items():
+        name = str(key).replace("-", "_")
+        if name not in known:
+            raise InputError(f"{path}: unknown setting {key!r}" + _suggest(name, list(known)))
+        settings[name] = _from_yaml(f"{path}: {key}", value, config_class, known[name])
+    return settings
+
+
+def _from_yaml(where: str, value: Any, config_class: type[Config], field: dataclasses.Field[Any]) -> Any:
+    """A value as the field's type. Text becomes a number where one is needed: to YAML, 1e-3 is text."""
+    kind = _kind(config_class, field)
+    if value is None and "None" in str(field.type):
+        return None
+    if kind is tuple:
+        items = value if isinstance(value, list) else [value]
+        if all(isinstance(item, str) for item in items):
+            return tuple(items)
+        raise InputError(f"{where}: expected a text or a list of texts, got {value!r}")
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if kind is bool and isinstance(value, bool):
+        return value
+    if kind is str and (isinstance(value, str) or is_number):
+        return str(value)
+    if (
+        kind in (int, float)
+        and (is_number or isinstance(value, str))
+        and not (kind is int and isinstance(value, float))
+    ):
+        try:
+            return kind(value)
+        except ValueError:
+            pass
+    raise InputError(f"{where}: expected {_KINDS[kind]}, got {value!r}")

@@ -1,0 +1,261 @@
+"""The command line: `planlm COMMAND ...`. Parses, runs, prints, and turns errors into one line and an exit status.
+
+0: done. 1: the machine failed, or the command was interrupted. 2: wrong usage or input. Results go to stdout;
+progress, warnings and errors go to stderr. A command's code, and with it torch, is imported when the command runs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import errno
+import importlib
+import json
+import logging
+import math
+import os
+import signal
+import sys
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from planlm import __version__, arguments, config, show
+from planlm.allocator import keep_memory
+from planlm.errors import InputError, MachineError
+
+
+@dataclasses.dataclass(frozen=True)
+class Command:
+    """What the command line knows of a command.
+
+    Attributes:
+        config: its settings; the docstring is its one-line description.
+        run: "module:function" that takes the settings and returns the result.
+        show: makes text of the result.
+        example: shown at the end of its help.
+        data: what `--json` prints of the result.
+        allocates: it trains or scores, and gains from malloc keeping its memory.
+    """
+
+    config: type[config.CommandConfig]
+    run: str
+    show: Callable[[Any, Any], str]
+    example: str
+    data: Callable[[Any], Any] = lambda result: result
+    allocates: bool = False
+
+
+COMMANDS = {
+    "quickstart": Command(
+        config.QuickstartConfig,
+        "planlm.quickstart.run:quickstart",
+        show.quickstart,
+        "planlm quickstart",
+        allocates=True,
+    ),
+    "prepare": Command(
+        config.PrepareConfig,
+        "planlm.corpus.prepare:prepare",
+        show.corpus,
+        "planlm prepare articles.jsonl.gz --out corpus --actions 256",
+        data=lambda corpus: {"corpus": corpus.path, **dataclasses.asdict(corpus.manifest)},
+    ),
+    "actions": Command(
+        config.ActionsConfig,
+        "planlm.corpus.actions:describe_actions",
+        show.actions,
+        "planlm actions corpus --action 7",
+        data=lambda descriptions: {"actions": descriptions},
+    ),
+    "pretrain-planner": Command(
+        config.PlannerConfig,
+        "planlm.training.planner:pretrain_planner",
+        show.planner,
+        "planlm pretrain-planner --corpus corpus --out planner",
+        allocates=True,
+    ),
+    "train": Command(
+        config.TrainConfig,
+        "planlm.training.joint:train",
+        show.training,
+        "planlm train --corpus corpus --planner planner --selection soft --out run",
+        allocates=True,
+    ),
+    "evaluate": Command(
+        config.EvaluateConfig,
+        "planlm.evaluation.evaluate:evaluate",
+        show.evaluation,
+        "planlm evaluate run --corpus corpus --plans none,fixed,hard,soft,oracle",
+        allocates=True,
+    ),
+    "generate": Command(
+        config.GenerateConfig,
+        "planlm.model.generation:generate",
+        show.generation,
+        'planlm generate run --prompt "The harbour was built in 1905." --show-plan',
+    ),
+    "report": Command(
+        config.ReportConfig,
+        "planlm.report.page:write_report",
+        show.report,
+        "planlm report run other-run --out report.html",
+        data=lambda page: {"report": page},
+    ),
+    "doctor": Command(config.DoctorConfig, "planlm.doctor:doctor", show.doctor, "planlm doctor"),
+}
+
+
+_USERS_FILE_ERRORS = (FileNotFoundError, FileExistsError, NotADirectoryError, IsADirectoryError, PermissionError)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one command.
+
+    Args:
+        argv: arguments without the program's name; default: the process's.
+
+    Returns:
+        The exit status.
+    """
+    try:
+        with _terminable():
+            return _run(sys.argv[1:] if argv is None else argv)
+    except InputError as error:
+        return _fail(2, str(error))
+    except BrokenPipeError:
+        # The reader of our output has gone, as `head` does. Python would complain once more when it flushes at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except KeyboardInterrupt as interrupt:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second Ctrl-C must not tear the last line
+        return _fail(1, str(interrupt) or "interrupted")
+    except Exception as error:
+        failure = _machine_failure(error)
+        if failure is None and isinstance(error, _USERS_FILE_ERRORS) and error.filename is not None:
+            return _fail(2, f"{error.filename}: {error.strerror}")
+        if failure is None:
+            print("planlm: this is a bug in PlanLM; please report it with the lines below", file=sys.stderr)
+            raise
+        return _fail(1, failure)
+
+
+def _run(argv: list[str]) -> int:
+    """Parse, run and print; the exit status."""
+    if not argv:
+        _top_parser().print_help(sys.stderr)
+        return 2
+    try:
+        name = _top_parser().parse_args(argv[:1]).command
+        command = COMMANDS[name]
+        settings = arguments.parse(
+            command.config, argv[1:], prog=f"planlm {name}", epilog=f"example:\n  {command.example}"
+        )
+    except SystemExit as done:  # --help and --version
+        return int(done.code or 0)
+    _silence_libraries()
+    if command.allocates:
+        keep_memory()
+    module, function = command.run.split(":")
+    with contextlib.redirect_stdout(sys.stderr):  # stdout is the result's alone, whatever a library prints
+        result = getattr(importlib.import_module(module), function)(settings)
+        text = (
+            json.dumps(_plain(command.data(result)), allow_nan=False)
+            if settings.json
+            else command.show(result, settings)
+        )
+    print(text, flush=True)
+    return 0
+
+
+def _top_parser() -> argparse.ArgumentParser:
+    """Only the command's name, `--help` and `--version`: each command has a parser of its own."""
+    width = max(map(len, COMMANDS))
+    lines = [
+        f"  {name:{width}}  {(command.config.__doc__ or '').splitlines()[0]}" for name, command in COMMANDS.items()
+    ]
+    examples = [COMMANDS[name].example for name in ("prepare", "pretrain-planner", "train", "evaluate", "generate")]
+    parser = arguments.Parser(
+        prog="planlm",
+        usage="planlm COMMAND [options]",
+        description="Planner-conditioned language models, trained end to end.\n\ncommands:\n" + "\n".join(lines),
+        epilog="example, from text to a model that plans:\n  "
+        + "\n  ".join(examples)
+        + "\n\n`planlm COMMAND --help` explains a command's settings, units and defaults.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("command", choices=COMMANDS, metavar="COMMAND", help=argparse.SUPPRESS)
+    parser.add_argument("--version", action="version", version=f"planlm {__version__}")
+    return parser
+
+
+@contextlib.contextmanager
+def _terminable() -> Iterator[None]:
+    """Let SIGTERM unwind the stack as Ctrl-C does, so that nothing stays half-written."""
+
+    def stop(number: int, frame: Any) -> None:
+        raise KeyboardInterrupt("terminated")
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _silence_libraries() -> None:
+    """Keep libraries' warnings and bars off the screen unless PLANLM_VERBOSE is set; PlanLM shows its own progress."""
+    if os.environ.get("PLANLM_VERBOSE"):
+        return
+    logging.disable(logging.WARNING)
+    warnings.simplefilter("ignore")
+    for variable in ("HF_HUB_DISABLE_PROGRESS_BARS", "HF_DATASETS_DISABLE_PROGRESS_BARS"):
+        os.environ.setdefault(variable, "1")
+
+
+def _machine_failure(error: BaseException | None) -> str | None:
+    """One line for an error that is the machine's, looked for along the chain of causes; None for any other."""
+    while error is not None:
+        text = str(error).strip()
+        if isinstance(error, MachineError):
+            return text
+        # Rust and C++ libraries wrap the system's error in exceptions of their own.
+        if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left on device" in text:
+            where = getattr(error, "filename", None)
+            return (
+                f"no space left on the disk{f' for {where}' if where else ''}; free some and run the same command again"
+            )
+        if (
+            isinstance(error, MemoryError)
+            or type(error).__name__ == "OutOfMemoryError"
+            or "can't allocate memory" in text
+        ):
+            return "out of memory; a smaller --batch-size, --window or model needs less"
+        if type(error) is OSError and error.errno is not None:  # an input or output error, too many open files
+            return f"{error.filename or 'the system'}: {error.strerror}"
+        error = error.__cause__ or error.__context__
+    return None
+
+
+def _fail(status: int, message: str) -> int:
+    with contextlib.suppress(BrokenPipeError):
+        print(f"planlm: error: {' '.join(message.split())}", file=sys.stderr, flush=True)
+    return status
+
+
+def _plain(value: Any) -> Any:
+    """A result in JSON's own types; JSON has no NaN or infinity, so they become null."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {field.name: _plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    if isinstance(value, Path):
+        return str(value)
+    if hasattr(value, "tolist"):  # NumPy's and torch's scalars and arrays
+        return _plain(value.tolist())
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,0 +1,103 @@
+"""Results as text for people; `--json` prints the same results for programs."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Mapping
+from typing import Any
+
+from planlm import config
+
+
+def corpus(result: Any, settings: config.PrepareConfig) -> str:
+    """A prepared corpus: where it is, what is in its splits."""
+    manifest = result.manifest
+    lines = [
+        f"{split}: {counts['documents']:,} documents, {counts['sentences']:,} sentences, {counts['tokens']:,} tokens"
+        for split, counts in manifest.splits.items()
+    ]
+    lines.append(f"{manifest.num_actions:,} actions of {manifest.action_dim} dimensions from {manifest.encoder}")
+    if manifest.left_out:
+        lines.append(f"{manifest.left_out:,} documents left out: fewer than {settings.min_sentences} sentences")
+    return "\n".join(
+        [f"Prepared corpus in {result.path}", *lines, f"next: planlm pretrain-planner --corpus {result.path}"]
+    )
+
+
+def planner(result: dict[str, Any], settings: config.PlannerConfig) -> str:
+    """A pre-trained planner's metrics on the validation split."""
+    from planlm.report.tables import format_planner
+
+    return f"{format_planner(result)}\n\nplanner in {result['run']}"
+
+
+def training(result: dict[str, Any], settings: config.TrainConfig) -> str:
+    """Where the model is and what the last step looked like."""
+    return _pairs(result)
+
+
+def evaluation(result: dict[str, Any], settings: config.EvaluateConfig) -> str:
+    """The table of perplexities and the planner's metrics."""
+    from planlm.report.tables import format_planner, format_rows
+
+    parts = [format_rows(result)]
+    if result.get("planner"):
+        parts.append(format_planner(result["planner"]))
+    return "\n\n".join(parts)
+
+
+def generation(result: dict[str, Any], settings: config.GenerateConfig) -> str:
+    """Prompt and continuation; with `--show-plan` each sentence and what the planner expected of it."""
+    parts = [result["prompt"] + result["text"]]
+    if settings.show_plan:
+        parts += [_planned_sentence(sentence) for sentence in result["plan"]]
+    return "\n\n".join(parts)
+
+
+def _planned_sentence(sentence: dict[str, Any]) -> str:
+    likely = "  ".join(f"{action['action']} ({action['probability']:.1%})" for action in sentence["actions"])
+    plan = (
+        f"plan {sentence['forced']}, as asked; the planner's: {likely}"
+        if sentence["forced"] is not None
+        else f"plan {likely}"
+    )
+    return f"{plan}\n{textwrap.indent(textwrap.fill(sentence['sentence'], 100), '  ')}"
+
+
+def actions(result: Any, settings: config.ActionsConfig) -> str:
+    """Each action: its number, size, terms, and typical sentences."""
+    return "\n\n".join(_action(description) for description in result)
+
+
+def _action(description: Any) -> str:
+    title = f"action {description.action}: {description.size:,} sentences ({description.share:.2%})"
+    sentences = "\n".join(textwrap.shorten(sentence, 160, placeholder=" ...") for sentence in description.sentences)
+    return f"{title}\n  terms: {', '.join(description.terms)}\n{textwrap.indent(sentences, '  - ')}"
+
+
+def quickstart(result: dict[str, Any], settings: config.QuickstartConfig) -> str:
+    """What the quickstart made."""
+    return _pairs(result)
+
+
+def report(result: Any, settings: config.ReportConfig) -> str:
+    """Where the page is."""
+    return f"report in {result}"
+
+
+def doctor(result: dict[str, Any], settings: config.DoctorConfig) -> str:
+    """Sections of what was found."""
+    return "\n\n".join(f"{name}\n{textwrap.indent(_pairs(found), '  ')}" for name, found in result.items())
+
+
+def _pairs(result: Mapping[str, Any]) -> str:
+    """One line for each entry, values below each other."""
+    names = {key: key.replace("_", " ") for key in result}
+    width = max(map(len, names.values()))
+    return "\n".join(f"{names[key]:{width}}  {_value(value)}" for key, value in result.items())
+
+
+def _value(value: Any) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return f"{value:,}" if isinstance(value, int) else f"{value:.4f}" if isinstance(value, float) else str(value)
