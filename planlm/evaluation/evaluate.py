@@ -51,13 +51,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     earlier = _read_results(run / RESULTS)
     model, is_planned = _load_model(run, plans, corpus)
     _check_fit(model, config, corpus)
-    context = model.lm.config.max_position_embeddings
-    window = config.window or default_window(model)
-    if window > context:
-        raise InputError(f"--window {window}: the LM's context is {context} tokens; set at most that")
-    stride = config.stride or window
-    if stride > window:
-        raise InputError(f"--stride {stride}: larger than the window of {window}, which would leave tokens out")
+    window, stride = _window_and_stride(config, model)
     versus = config.versus
     if versus not in plans:
         versus = plans[0]
@@ -72,13 +66,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
         batch_size=config.batch_size,
         precision=config.precision,
     )
-    if scores[versus].tokens.sum() == 0:
-        raise InputError(f"{config.corpus}: no document of the {config.split} split has a token to score")
-    for plan, score in scores.items():
-        if not score.nll < _LARGEST_NLL:
-            raise InputError(
-                f"{run}: its NLL under plan {plan} is {score.nll}: training diverged; train at lower rates"
-            )
+    _check_scores(scores, config)
     rows = compare_rows(scores, versus, resamples=config.bootstrap, seed=config.seed)
     result = {
         "run": str(run),
@@ -147,6 +135,26 @@ def _check_fit(model: PlanLMForCausalLM, config: EvaluateConfig, corpus: Prepare
             f"{config.run}: its model has {of_model[0]} actions of {of_model[1]} dimensions, {config.corpus} has "
             f"{of_corpus[0]} of {of_corpus[1]}; evaluate on the corpus that the model was trained on"
         )
+
+
+def _window_and_stride(config: EvaluateConfig, model: PlanLMForCausalLM) -> tuple[int, int]:
+    context = model.lm.config.max_position_embeddings
+    window = config.window or default_window(model)
+    if window > context:
+        raise InputError(f"--window {window}: the LM's context is {context} tokens; set at most that")
+    stride = config.stride or window
+    if stride > window:
+        raise InputError(f"--stride {stride}: larger than the window of {window}, which would leave tokens out")
+    return window, stride
+
+
+def _check_scores(scores: dict[str, DocumentScores], config: EvaluateConfig) -> None:
+    """Refuse scores that make no table."""
+    for plan, score in scores.items():
+        if score.tokens.sum() == 0:
+            raise InputError(f"{config.corpus}: no document of the {config.split} split has a token to score")
+        if not score.nll < _LARGEST_NLL:
+            raise InputError(f"{config.run}: training diverged, NLL is {score.nll} under plan {plan}; lower its rates")
 
 
 def _read_results(path: Path) -> dict[str, Any]:
