@@ -19,6 +19,9 @@ SAMPLE = [
 ]
 
 
+torch.set_num_threads(1)  # tiny tensors: threads would only wait for each other
+
+
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)

@@ -342,10 +342,14 @@ class PlanLMForCausalLM(PreTrainedModel, GenerationMixin):
         return super().generate(inputs, *args, **kwargs)
 
     def prepare_inputs_for_generation(
-        self, input_ids: Tensor, next_sequence_length: int | None = None, attention_mask: Tensor | None = None, **kwargs: Any
+        self,
+        input_ids: Tensor,
+        next_sequence_length: int | None = None,
+        attention_mask: Tensor | None = None,
+        tracker: SentenceTracker | None = None,
+        **kwargs: Any,
     ) -> dict[str, Any]:
         """transformers' inputs for one step, and the plan inputs of the positions it computes."""
-        tracker: SentenceTracker | None = kwargs.pop("tracker", None)
         inputs = super().prepare_inputs_for_generation(
             input_ids, next_sequence_length=next_sequence_length, attention_mask=attention_mask, **kwargs
         )

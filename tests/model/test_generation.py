@@ -1,0 +1,153 @@
+"""Generation: sentences are found while they are written, cached and uncached runs agree, plans can be forced."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+import planlm.model.generation as generation
+from planlm.config import GenerateConfig
+from planlm.errors import InputError
+from planlm.model import PlanLMForCausalLM
+from planlm.model.tracking import SentenceTracker
+
+FAMILIES = ("gpt2", "llama")
+PROMPT = "The cat sat on the mat. It was warm there. Rain"
+
+
+@pytest.fixture
+def model(lm_folder: Callable[[str], str], encoder: object, request: pytest.FixtureRequest) -> PlanLMForCausalLM:
+    """A tiny random model with a loud plan, and a full stop likely enough to end many sentences."""
+    made = PlanLMForCausalLM.from_lm(lm_folder(request.param), torch.randn(7, 16), conditioned_layers=2)
+    torch.nn.init.normal_(made.adapter.weight)
+    made.encoder = encoder  # type: ignore[assignment]
+    return made.eval()
+
+
+
+class Prose:
+    """Leaves an untrained LM the choice of a few words, with a full stop at every sixth position."""
+
+    def __init__(self, model: PlanLMForCausalLM) -> None:
+        words = model.tokenizer(" The cat sat on mat was warm there Boats", add_special_tokens=False).input_ids
+        self.words = torch.tensor(sorted(set(words)))
+        self.stop = torch.tensor(model.tokenizer(".", add_special_tokens=False).input_ids)
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        allowed = self.stop if input_ids.shape[1] % 6 == 0 else self.words
+        masked = torch.full_like(scores, -torch.inf)
+        masked[:, allowed] = scores[:, allowed]
+        return masked
+
+
+@pytest.mark.parametrize("model", FAMILIES, indirect=True)
+@pytest.mark.parametrize("sampling", [{"do_sample": False}, {"do_sample": True}, {"num_beams": 3}])
+def test_cached_and_uncached_generation_agree(model: PlanLMForCausalLM, sampling: dict[str, object]) -> None:
+    ids = model.tokenizer(PROMPT, return_tensors="pt").input_ids
+    runs = []
+    for use_cache in (True, False):
+        torch.manual_seed(3)
+        tracker = SentenceTracker(model.tokenizer, model.encoder)
+        out = model.generate(
+            ids, attention_mask=torch.ones_like(ids), tracker=tracker, max_new_tokens=40, use_cache=use_cache,
+            logits_processor=[Prose(model)], eos_token_id=-1, **sampling,
+        )  # fmt: skip
+        runs.append(out[0].tolist())
+        sentences = tracker.track(tuple(runs[-1])).sentences
+    assert runs[0] == runs[1]
+    assert len(sentences) > 3, "the run must have planned sentences of its own"
+
+
+@pytest.mark.parametrize("model", FAMILIES, indirect=True)
+def test_left_padding_changes_nothing(model: PlanLMForCausalLM) -> None:
+    short, long = (model.tokenizer(text).input_ids for text in (PROMPT, PROMPT + " fell on the harbour. Boats"))
+    pad = len(long) - len(short)
+    ids = torch.tensor([[0] * pad + short, long])
+    mask = torch.tensor([[0] * pad + [1] * len(short), [1] * len(long)])
+    settings = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": -1}
+    both = model.generate(ids, attention_mask=mask, **settings)
+    for row, alone in ((0, short), (1, long)):
+        single = torch.tensor([alone])
+        expected = model.generate(single, attention_mask=torch.ones_like(single), **settings)
+        assert both[row, -12:].tolist() == expected[0, -12:].tolist()
+
+
+@pytest.mark.parametrize("model", FAMILIES, indirect=True)
+def test_prompt_is_cut_as_preparation_cuts_it_and_growth_keeps_decisions(model: PlanLMForCausalLM) -> None:
+    tracker = SentenceTracker(model.tokenizer, model.encoder)
+    text = "Dr. Smith came in! Was he late? Nobody knew"
+    ids = tuple(model.tokenizer(text).input_ids)
+    state = tracker.track(ids)
+    assert state.sentences == ("Dr. Smith came in!", "Was he late?")
+    assert state.segments[-1] == 2
+    boundary = len(model.tokenizer("Dr. Smith came in!").input_ids)
+    assert state.segments[boundary - 2 : boundary] == (0, 1), "the last token of a sentence carries the next plan"
+    more = tuple(model.tokenizer(text + ". And").input_ids)
+    assert more[: len(ids)] == ids
+    for end in range(len(ids) + 1, len(more) + 1):
+        grown = tracker.track(more[:end])
+        assert grown.segments[: len(ids)] == state.segments
+    assert grown.sentences == (*state.sentences, "Nobody knew.")
+
+
+@pytest.mark.parametrize("model", ["gpt2"], indirect=True)
+def test_forced_action_is_followed(model: PlanLMForCausalLM) -> None:
+    """With action a forced on the open sentence the next-token logits are those of the oracle a."""
+    ids = model.tokenizer(PROMPT, return_tensors="pt").input_ids
+    tracker = SentenceTracker(model.tokenizer, model.encoder, [4])
+    inputs = model.prepare_inputs_for_generation(ids, tracker=tracker, is_first_iteration=True)
+    forced = model(**inputs).logits[0, -1]
+    plain = SentenceTracker(model.tokenizer, model.encoder).inputs(ids)
+    actions = torch.tensor([4 if sentence == 2 else 0 for _, sentence in plain[1].tolist()])
+    last = model(
+        ids, segment_ids=plain[0], segment_rows=plain[1], sentence_embeddings=plain[2], actions=actions,
+        oracle_weight=(plain[1][:, 1] == 2).float(),
+    ).logits[0, -1]  # fmt: skip
+    assert torch.equal(forced, last)
+    assert not torch.equal(forced, model(ids).logits[0, -1])
+
+
+@pytest.mark.parametrize("model", ["llama"], indirect=True)
+def test_command_reports_each_sentence_with_its_plan(
+    model: PlanLMForCausalLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(generation, "load_model", lambda run: model)
+    audit = tmp_path / "audit.jsonl"
+    config = GenerateConfig(run="run", prompt=PROMPT, max_new_tokens=30, plan="3,1", audit=str(audit), seed=5)
+    result = generation.generate(config)
+    assert result == generation.generate(config), "the same seed gives the same text"
+    assert result["plan"][0]["forced"] == 3 and result["plan"][0]["sentence"].startswith("Rain")
+    assert all(len(sentence["actions"]) == 3 for sentence in result["plan"])
+    assert sum(a["probability"] for a in result["plan"][0]["actions"]) <= 1.001
+    lines = [json.loads(line) for line in audit.read_text().splitlines()]
+    assert lines == result["plan"] * 2
+    json.dumps(result)
+
+
+@pytest.mark.parametrize("model", ["gpt2"], indirect=True)
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"plan": "1,x"}, "--plan '1,x': expected actions from 0 to 6"),
+        ({"plan": "7"}, "expected actions from 0 to 6"),
+        ({"prompt": ""}, "--prompt is empty"),
+        ({"selection": "oracle"}, "--selection oracle needs the text"),
+    ],
+)
+def test_bad_options_are_refused(
+    model: PlanLMForCausalLM, options: dict[str, str], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(generation, "load_model", lambda run: model)
+    with pytest.raises(InputError, match=message):
+        generation.generate(GenerateConfig(**{"run": "run", "prompt": PROMPT, **options}))
+
+
+def test_folder_without_a_joint_model_is_refused(lm_folder: Callable[[str], str], tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="no trained model here"):
+        generation.load_model(str(tmp_path))
+    with pytest.raises(InputError, match="a gpt2 model, not a joint model"):
+        generation.load_model(lm_folder("gpt2"))
