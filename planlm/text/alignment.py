@@ -22,7 +22,7 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerFast:
     folder = resolve(name, "lm")
     with loading(name, "lm"):
         tokenizer = AutoTokenizer.from_pretrained(folder)
-    if not tokenizer.is_fast:
+    if not isinstance(tokenizer, PreTrainedTokenizerFast):
         raise InputError(f"{name}: its tokenizer gives no character offsets; give a model with a tokenizer.json")
     return tokenizer
 

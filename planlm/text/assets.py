@@ -79,8 +79,7 @@ def cache_folder() -> Path:
 
 def hub_within_reach() -> bool:
     """One quick request, where the hub's client would retry for a minute."""
-    from huggingface_hub import constants
-    from huggingface_hub.utils import get_session
+    from huggingface_hub import constants, get_session
 
     if constants.HF_HUB_OFFLINE:
         return False
@@ -150,5 +149,5 @@ def _convert(gguf: Path, folder: Path) -> None:
         for attribute in ("quantization_config", "_model_name_or_path"):
             if hasattr(model.config, attribute):
                 delattr(model.config, attribute)
-        model.to(torch.bfloat16).save_pretrained(folder)
+        model.bfloat16().save_pretrained(folder)
         tokenizer.save_pretrained(folder)

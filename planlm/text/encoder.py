@@ -44,7 +44,7 @@ class SentenceEncoder:
             if not quiet:
                 logging.enable_progress_bar()
         self._model.eval()
-        self.dim: int = self._model.get_embedding_dimension()
+        self.dim: int = self._model.get_embedding_dimension() or 0
         self._limit: int = self._model.max_seq_length or 512
         if compute_dtype(precision, self._model.device) == torch.bfloat16:
             self._model[0].to(torch.bfloat16)

@@ -1,0 +1,217 @@
+"""`planlm prepare`: raw text to a prepared corpus, resumable at any moment.
+
+Everything is read once to find faults and to fingerprint it; then documents are split, tokenised and embedded shard by
+shard into OUT/partial; the codebook is fitted on training sentences; and the corpus' files are written, its manifest
+last. What is in OUT/partial belongs to the settings and sources in its arguments.json.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import importlib.metadata
+import json
+import shutil
+import sys
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save
+
+from planlm.config import PrepareConfig
+from planlm.corpus.codebook import SAMPLE_PER_ACTION, SENTENCES_PER_ACTION, fit_codebook
+from planlm.corpus.shards import EncodedShards, encode_shards
+from planlm.corpus.sources import Fields, read_documents, scan
+from planlm.corpus.splits import assign_splits
+from planlm.corpus.store import CODEBOOK, FORMAT_VERSION, MANIFEST, SPLITS, Manifest, PreparedCorpus
+from planlm.corpus.writing import replacing, storage_errors, write_json
+from planlm.errors import InputError
+from planlm.precision import compute_dtype, device
+from planlm.text.alignment import load_tokenizer, start_tokens, tokenizer_fingerprint
+
+DEFAULT_ACTIONS = 1024
+"""K of the papers."""
+
+ENCODING = ("encoder", "tokenizer", "tokenizer_fingerprint", "precision", "min_sentences", "shard_documents")
+"""Settings that the shards in OUT/partial depend on."""
+
+ASSEMBLY = ("actions", "validation_fraction", "test_fraction", "kmeans_iterations", "seed")
+"""Settings that only what is made from the shards depends on: they may change before the corpus is finished."""
+
+PACKAGES = ("planlm", "torch", "transformers", "sentence-transformers", "datasets", "faiss-cpu", "syntok", "pyarrow")
+
+
+def prepare(config: PrepareConfig) -> PreparedCorpus:
+    """Prepare a corpus, or go on with one that was interrupted; a finished one of the same kind is returned as it is.
+
+    The same settings and sources give the same bytes.
+
+    Raises:
+        InputError: faulty input or settings, or an `out` that holds something else.
+        MachineError: the disk is full; what is finished stays, and the same call goes on from there.
+    """
+    _check(config)
+    out = Path(config.out)
+    fields = Fields(config.text_field, config.id_field)
+    tokenizer = load_tokenizer(config.tokenizer)
+    arguments: dict[str, Any] = {
+        "settings": _settings(config, tokenizer_fingerprint(tokenizer)),
+        "sources": [asdict(source) for source in scan(config.inputs, fields, config.max_documents)],
+    }
+    if (out / MANIFEST).exists():
+        return _finished(out, arguments)
+    with storage_errors(out), _partial(out, arguments) as partial:
+        total = sum(source["documents"] for source in arguments["sources"])
+        documents = read_documents(config.inputs, fields, config.max_documents)
+        shards = EncodedShards(encode_shards(documents, total, partial, config))
+        try:
+            splits = _splits(shards, total, config)
+        except InputError:  # three documents at most are kept: nothing to go on with after the settings are mended
+            shutil.rmtree(partial)
+            with contextlib.suppress(OSError):
+                out.rmdir()
+            raise
+        codebook = _codebook(out, shards, splits == SPLITS.index("train"), config)
+        totals = shards.write_corpus(out, splits, codebook)
+        manifest = Manifest(
+            format_version=FORMAT_VERSION,
+            num_actions=codebook.shape[0],
+            action_dim=codebook.shape[1],
+            encoder=config.encoder,
+            tokenizer=config.tokenizer,
+            tokenizer_fingerprint=tokenizer_fingerprint(tokenizer),
+            has_start_token=bool(start_tokens(tokenizer)),
+            splits=totals,
+            left_out=total - len(shards.hashes),
+            seed=config.seed,
+            sources=arguments["sources"],
+            settings=arguments["settings"],
+            versions=_versions(),
+        )
+        write_json(out / MANIFEST, asdict(manifest))
+        shutil.rmtree(partial)
+    return PreparedCorpus.load(out)
+
+
+def _check(config: PrepareConfig) -> None:
+    """Collect every fault of the settings and raise once."""
+    problems = []
+    if not config.inputs:
+        problems.append("no input; give files, folders or hf:NAME")
+    for name in ("shard_documents", "kmeans_iterations", "min_sentences", "max_documents", "actions"):
+        value = getattr(config, name)
+        if value is not None and value < 1:
+            problems.append(f"--{name.replace('_', '-')} is {value}; set at least 1")
+    fractions = (config.validation_fraction, config.test_fraction)
+    if min(fractions) < 0 or sum(fractions) >= 1:
+        problems.append(
+            f"--validation-fraction {fractions[0]} and --test-fraction {fractions[1]}: set shares from 0 that leave "
+            "some for training"
+        )
+    if problems:
+        raise InputError("; ".join(problems))
+
+
+def _settings(config: PrepareConfig, fingerprint: str) -> dict[str, Any]:
+    """What decides a corpus' bytes besides its documents."""
+    bf16 = compute_dtype(config.precision, device()) == torch.bfloat16
+    resolved = {"precision": "bf16" if bf16 else "fp32", "tokenizer_fingerprint": fingerprint}
+    return {name: resolved.get(name, getattr(config, name, None)) for name in ENCODING + ASSEMBLY}
+
+
+def _differences(found: dict[str, Any], asked: dict[str, Any], settings: tuple[str, ...]) -> str:
+    """What distinguishes the sources and some settings of two preparations, in words; empty where nothing does."""
+    differences = [
+        f"{name} {found['settings'].get(name)} there, {asked['settings'][name]} here"
+        for name in settings
+        if found["settings"].get(name) != asked["settings"][name]
+    ]
+    if [source["fingerprint"] for source in found["sources"]] != [source["fingerprint"] for source in asked["sources"]]:
+        differences.append("other documents")
+    return ", ".join(differences)
+
+
+def _finished(out: Path, arguments: dict[str, Any]) -> PreparedCorpus:
+    """The corpus that is in `out` already, if it is the one asked for."""
+    corpus = PreparedCorpus.load(out)
+    found = {"settings": corpus.manifest.settings, "sources": corpus.manifest.sources}
+    if differences := _differences(found, arguments, ENCODING + ASSEMBLY):
+        raise InputError(f"{out}: holds another prepared corpus ({differences}); give another --out")
+    shutil.rmtree(out / "partial", ignore_errors=True)  # left where a call was killed after writing the manifest
+    _note(f"{out} is prepared already, from the same documents and with the same settings")
+    return corpus
+
+
+@contextlib.contextmanager
+def _partial(out: Path, arguments: dict[str, Any]) -> Iterator[Path]:
+    """The folder OUT/partial, checked to belong to `arguments` and held against other processes."""
+    partial = out / "partial"
+    if out.is_dir() and any(out.iterdir()) and not partial.is_dir():
+        raise InputError(f"{out}: holds other files; give another --out")
+    partial.mkdir(parents=True, exist_ok=True)
+    with open(partial / "lock", "w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise InputError(f"{out}: another `planlm prepare` is at work there; wait, or give another --out") from None
+        record = partial / "arguments.json"
+        if record.exists():
+            found = json.loads(record.read_text(encoding="utf-8"))
+            if differences := _differences(found, arguments, ENCODING):
+                raise InputError(
+                    f"{out}: holds an unfinished preparation of another kind ({differences}); go on with its settings, "
+                    "delete it, or give another --out"
+                )
+            if found != arguments:
+                (out / CODEBOOK).unlink(missing_ok=True)
+            _note(f"going on with the preparation in {out}")
+        write_json(record, arguments)
+        yield partial
+
+
+def _splits(shards: EncodedShards, total: int, config: PrepareConfig) -> np.ndarray:
+    """The split of every document that is kept."""
+    kept = len(shards.hashes)
+    if not kept:
+        raise InputError(
+            f"{' '.join(config.inputs)}: none of {total} documents has at least {config.min_sentences} sentences; set "
+            "--min-sentences lower, or check --text-field"
+        )
+    if kept < total:
+        _note(f"left out {total - kept:,} of {total:,} documents with fewer than {config.min_sentences} sentences")
+    return assign_splits(shards.hashes, config.validation_fraction, config.test_fraction)
+
+
+def _codebook(out: Path, shards: EncodedShards, training: np.ndarray, config: PrepareConfig) -> np.ndarray:
+    """Fit the codebook on training sentences and store it, or read the one that an interrupted call stored."""
+    if (out / CODEBOOK).exists():
+        return load_file(out / CODEBOOK)["codebook"].numpy()
+    num_sentences = int(shards.num_sentences[training].sum())
+    num_actions = config.actions or max(2, min(DEFAULT_ACTIONS, num_sentences // SENTENCES_PER_ACTION))
+    if num_sentences < num_actions * SENTENCES_PER_ACTION:
+        _note(
+            f"few training sentences for {num_actions} actions: {num_sentences}, {SENTENCES_PER_ACTION} an action are "
+            f"advisable; --actions {max(2, num_sentences // SENTENCES_PER_ACTION)} would keep to that"
+        )
+    sample = shards.sample_embeddings(training, num_actions * SAMPLE_PER_ACTION, config.seed)
+    _note(f"fitting {num_actions} actions on {len(sample):,} training sentences")
+    codebook = fit_codebook(sample, num_actions, iterations=config.kmeans_iterations, seed=config.seed)
+    with replacing(out / CODEBOOK) as file:
+        file.write(save({"codebook": torch.from_numpy(codebook)}))
+    return codebook
+
+
+def _versions() -> dict[str, str]:
+    versions = {}
+    for package in PACKAGES:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions[package] = importlib.metadata.version(package)
+    return versions
+
+
+def _note(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)

@@ -1,0 +1,204 @@
+"""The two passes over documents: raw text to encoded shards, and encoded shards to the corpus' files."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+from transformers import PreTrainedTokenizerFast
+
+from planlm.config import PrepareConfig
+from planlm.corpus.codebook import assign_actions
+from planlm.corpus.sources import Document, id_hash
+from planlm.corpus.store import SPLITS, document_features
+from planlm.corpus.writing import lists, read_arrow, write_arrow, write_json, write_split_files
+from planlm.errors import InputError
+from planlm.progress import Progress
+from planlm.text.alignment import load_tokenizer, tokenize
+from planlm.text.encoder import SentenceEncoder
+from planlm.text.sentences import split_sentences
+
+SHARD_CHARACTERS = 16_000_000
+"""A shard ends here too: 1,000 usual documents have 4 million characters, 1,000 books would not fit in memory."""
+
+ENCODED_TOGETHER = 2048
+"""Sentences sorted by length at a time: enough for batches without padding, few enough for progress every seconds."""
+
+
+def encode_shards(documents: Iterable[Document], total: int, folder: Path, config: PrepareConfig) -> list[Path]:
+    """First pass: split, tokenise and embed, one shard at a time; shards already in `folder` are not redone.
+
+    Args:
+        documents: all of them, in order.
+        total: their number, for progress.
+        folder: where shards are written.
+        config: the command's.
+
+    Returns:
+        Arrow files with the columns of `document_features` except actions; only documents with enough sentences.
+    """
+    # Loading takes seconds, which a call that finds every shard done need not spend.
+    tools: tuple[PreTrainedTokenizerFast, SentenceEncoder] | None = None
+    paths = []
+    with Progress("Preparing", total, "documents") as progress:
+        for number, shard in enumerate(_grouped(documents, config.shard_documents)):
+            path = folder / f"shard-{number:05d}.arrow"
+            paths.append(path)
+            if path.exists():
+                progress.advance(len(shard))
+                continue
+            if tools is None:
+                tools = load_tokenizer(config.tokenizer), SentenceEncoder(config.encoder, precision=config.precision)
+            write_arrow(path, _encoded(shard, *tools, config.min_sentences, progress.advance))
+    return paths
+
+
+def _grouped(documents: Iterable[Document], size: int) -> Iterator[list[Document]]:
+    """Shards: a function of the documents alone, so that a resumed preparation finds the same ones."""
+    shard: list[Document] = []
+    characters = 0
+    for document in documents:
+        shard.append(document)
+        characters += len(document.text)
+        if len(shard) == size or characters >= SHARD_CHARACTERS:
+            yield shard
+            shard, characters = [], 0
+    if shard:
+        yield shard
+
+
+def _encoded(
+    shard: list[Document],
+    tokenizer: PreTrainedTokenizerFast,
+    encoder: SentenceEncoder,
+    min_sentences: int,
+    advance: Callable[[int], None],
+) -> pa.Table:
+    kept, spans, ids, counts = [], [], [], []
+    embeddings: list[np.ndarray] = []
+    waiting: list[str] = []
+    read = 0
+    for number, document in enumerate(shard, 1):
+        found = split_sentences(document.text)
+        if len(found) >= max(1, min_sentences):
+            document_ids, sentence_tokens = tokenize(tokenizer, document.text, found)
+            kept.append(document)
+            spans.append(np.array(found, dtype=np.int32))
+            ids.append(np.array(document_ids, dtype=np.int32))
+            counts.append(np.array(sentence_tokens, dtype=np.int32))
+            waiting += [document.text[start:end] for start, end in found]
+        if len(waiting) >= ENCODED_TOGETHER or number == len(shard):
+            embeddings.append(encoder.encode(waiting).astype(np.float16))
+            waiting = []
+            advance(number - read)
+            read = number
+    rows = np.concatenate(embeddings)  # [sentences of the shard, A]
+    if not np.isfinite(rows).all():
+        raise InputError(f"{encoder.name}: its embeddings are not finite in float16; use another encoder or precision")
+    ends = np.cumsum([len(array) for array in spans], dtype=np.int64)
+    return pa.table(
+        {
+            "id": pa.array([document.id for document in kept], pa.string()),
+            "text": pa.array([document.text for document in kept], pa.string()),
+            "input_ids": lists(ids, np.zeros(0, np.int32)),
+            "sentence_spans": lists(spans, np.zeros((0, 2), np.int32)),
+            "sentence_tokens": lists(counts, np.zeros(0, np.int32)),
+            "embeddings": lists(np.split(rows, ends)[:-1], rows[:0]),
+        }
+    )
+
+
+class EncodedShards:
+    """What the first pass left on disk, read one shard at a time.
+
+    Attributes:
+        hashes: of the documents' ids, uint64 [documents].
+        num_sentences: int64 [documents].
+        action_dim: A.
+    """
+
+    def __init__(self, paths: list[Path]) -> None:
+        self._paths = paths
+        hashes, counts = [], []
+        for path in paths:
+            table = read_arrow(path, ["id", "sentence_tokens", "embeddings"])
+            hashes += [id_hash(document_id) for document_id in table["id"].to_pylist()]
+            counts.append(pa.compute.list_value_length(table["sentence_tokens"]).to_numpy())
+            self.action_dim: int = table.schema.field("embeddings").type.value_type.list_size
+        self.hashes = np.array(hashes, dtype=np.uint64)
+        self.num_sentences = np.concatenate(counts).astype(np.int64)
+
+    def sample_embeddings(self, documents: np.ndarray, size: int, seed: int) -> np.ndarray:
+        """A random sample of the sentences of some documents.
+
+        Args:
+            documents: bool [documents].
+            size: sentences at most.
+            seed: of the choice.
+
+        Returns:
+            float32 [min(size, their sentences), A], in the corpus' order.
+        """
+        eligible = np.flatnonzero(np.repeat(documents, self.num_sentences))
+        if len(eligible) > size:
+            eligible = np.sort(np.random.default_rng(seed).choice(eligible, size, replace=False))
+        sample = np.empty((len(eligible), self.action_dim), dtype=np.float32)
+        first = at = 0
+        for path in self._paths:
+            rows = _embeddings(read_arrow(path, ["embeddings"]))
+            mine = eligible[(eligible >= first) & (eligible < first + len(rows))] - first
+            sample[at : at + len(mine)] = rows[mine]
+            first, at = first + len(rows), at + len(mine)
+        return sample
+
+    def write_corpus(self, out: Path, splits: np.ndarray, codebook: np.ndarray) -> dict[str, dict[str, int]]:
+        """Second pass: give every sentence its action and write the splits' files.
+
+        Args:
+            out: folder of the corpus.
+            splits: split of every document, as numbers of `SPLITS`.
+            codebook: float32 [K, A].
+
+        Returns:
+            Documents, sentences and tokens of every split.
+        """
+        features = document_features(self.action_dim)
+        files: dict[str, list[str]] = {name: [] for name in SPLITS}
+        totals = {name: {"documents": 0, "sentences": 0, "tokens": 0} for name in SPLITS}
+        for name in SPLITS:  # what an interrupted call with other shares may have left
+            shutil.rmtree(out / name, ignore_errors=True)
+        first = 0
+        with Progress("Assigning actions", len(splits), "documents") as progress:
+            for number, path in enumerate(self._paths):
+                table = read_arrow(path)
+                counts = self.num_sentences[first : first + len(table)]
+                actions, _ = assign_actions(_embeddings(table), codebook)
+                column = lists(np.split(actions, np.cumsum(counts))[:-1], actions[:0])
+                table = table.append_column("actions", column).cast(features.arrow_schema)
+                for split, name in enumerate(SPLITS):
+                    rows = np.flatnonzero(splits[first : first + len(table)] == split)
+                    if not len(rows):
+                        continue
+                    (out / name).mkdir(exist_ok=True)
+                    files[name].append(f"data-{number:05d}.arrow")
+                    part = table.take(rows)
+                    write_arrow(out / name / files[name][-1], part)
+                    totals[name]["documents"] += len(rows)
+                    totals[name]["sentences"] += int(counts[rows].sum())
+                    totals[name]["tokens"] += len(part["input_ids"].combine_chunks().flatten())
+                first += len(table)
+                progress.advance(len(table))
+        present = [name for name in SPLITS if files[name]]
+        for name in present:
+            write_split_files(out / name, name, files[name], features)
+        write_json(out / "dataset_dict.json", {"splits": present})
+        return totals
+
+
+def _embeddings(table: pa.Table) -> np.ndarray:
+    """All sentences' embeddings of a table, float16 [sentences, A], without a copy."""
+    values = table["embeddings"].combine_chunks().flatten()
+    return values.flatten().to_numpy().reshape(len(values), values.type.list_size)

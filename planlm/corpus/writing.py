@@ -1,0 +1,106 @@
+"""Writing a corpus: files that appear whole or not at all, in the layout that `store` reads."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+import pyarrow as pa
+from datasets import Features
+
+from planlm.errors import InputError, MachineError
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[IO[bytes]]:
+    """A file to write that takes the place of `path` when all of it is on the disk, and goes away on any failure."""
+    beside = path.with_name(f"{path.name}.partial")
+    try:
+        with open(beside, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        beside.replace(path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            beside.unlink(missing_ok=True)
+        raise
+
+
+@contextlib.contextmanager
+def storage_errors(folder: Path) -> Iterator[None]:
+    """Say in one line that the disk is full, or that `folder` cannot be written."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise MachineError(
+                f"{folder}: no space left on the disk; what is finished is kept: make room and run the same command "
+                "again"
+            ) from error
+        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST):
+            raise InputError(f"{folder}: cannot be written ({error.strerror}); give another --out") from error
+        raise MachineError(f"{folder}: {error}; run the same command again") from error
+
+
+def write_json(path: Path, content: Any) -> None:
+    """One JSON value, the same bytes for the same value."""
+    with replacing(path) as file:
+        file.write((json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode())
+
+
+def lists(arrays: list[np.ndarray], like: np.ndarray) -> pa.Array:
+    """An Arrow column of lists from arrays [n_i], or of lists of fixed-size lists from arrays [n_i, width].
+
+    `like`, an empty array of the same type and width, decides the column's type where there are no arrays.
+    """
+    offsets = np.concatenate([[0], np.cumsum([len(array) for array in arrays])]).astype(np.int32)
+    joined = np.concatenate([like, *arrays])
+    values = pa.array(joined.reshape(-1))
+    if joined.ndim == 2:
+        values = pa.FixedSizeListArray.from_arrays(values, joined.shape[1])
+    return pa.ListArray.from_arrays(offsets, values)
+
+
+def write_arrow(path: Path, table: pa.Table) -> None:
+    """An Arrow stream, as `datasets` keeps them."""
+    with replacing(path) as file, pa.ipc.new_stream(file, table.schema) as writer:
+        writer.write_table(table)
+
+
+def read_arrow(path: Path, columns: list[str] | None = None) -> pa.Table:
+    """A memory-mapped Arrow stream; `columns` costs only what those hold."""
+    with pa.memory_map(str(path)) as source:
+        table = pa.ipc.open_stream(source).read_all()
+    return table if columns is None else table.select(columns)
+
+
+def write_split_files(folder: Path, name: str, files: list[str], features: Features) -> None:
+    """The two JSON files with which `datasets.load_from_disk` opens the Arrow `files` in `folder`."""
+    write_json(folder / "dataset_info.json", {"features": features.to_dict()})
+    state: dict[str, Any] = {
+        "_data_files": [{"filename": file} for file in files],
+        # A cache key of datasets'; derived from the contents, since a random one would change the corpus' bytes.
+        "_fingerprint": _fingerprint(folder, files),
+        "_format_columns": None,
+        "_format_kwargs": {},
+        "_format_type": None,
+        "_output_all_columns": False,
+        "_split": name,
+    }
+    write_json(folder / "state.json", state)
+
+
+def _fingerprint(folder: Path, files: list[str]) -> str:
+    digest = hashlib.blake2b(digest_size=8)
+    for file in files:
+        with open(folder / file, "rb") as content:
+            digest.update(hashlib.file_digest(content, "blake2b").digest())
+    return digest.hexdigest()
