@@ -6,7 +6,7 @@ from planlm.model.configuration import PlanLMConfig
 from planlm.model.modeling import PlanLMForCausalLM, PlanLMOutput
 from planlm.model.planner import Planner
 
-__all__ = ["Planner", "PlanLMConfig", "PlanLMForCausalLM", "PlanLMOutput"]
+__all__ = ["PlanLMConfig", "PlanLMForCausalLM", "PlanLMOutput", "Planner"]
 
 AutoConfig.register(PlanLMConfig.model_type, PlanLMConfig)
 AutoModelForCausalLM.register(PlanLMConfig, PlanLMForCausalLM)

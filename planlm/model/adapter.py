@@ -6,10 +6,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from planlm.kernels import add_plan
 from planlm.model.families import input_width, output_projections
-from transformers import PreTrainedModel
 
 
 class PlanAdapter(nn.Module):

@@ -32,7 +32,9 @@ def load_model(run: str) -> PlanLMForCausalLM:
     try:
         model_type = json.loads((folder / "config.json").read_text()).get("model_type")
         if model_type != "planlm":
-            raise InputError(f"{folder}: a {model_type} model, not a joint model of PlanLM; make one with `planlm train`")
+            raise InputError(
+                f"{folder}: a {model_type} model, not a joint model of PlanLM; make one with `planlm train`"
+            )
         model: PlanLMForCausalLM = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     except InputError:
         raise
@@ -95,7 +97,9 @@ def _parse_plan(text: str | None, num_actions: int) -> list[int]:
     except ValueError:
         actions = [-1]
     if not all(0 <= action < num_actions for action in actions):
-        raise InputError(f"--plan {text!r}: expected actions from 0 to {num_actions - 1} with commas between, e.g. 12,7")
+        raise InputError(
+            f"--plan {text!r}: expected actions from 0 to {num_actions - 1} with commas between, e.g. 12,7"
+        )
     return actions
 
 

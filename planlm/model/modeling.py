@@ -89,7 +89,9 @@ class PlanLMForCausalLM(PreTrainedModel, GenerationMixin):
                 module._is_hf_initialized = True  # type: ignore[assignment]  # post_init must leave its weights alone
         num_layers = len(output_projections(lm))
         if not 1 <= config.conditioned_layers <= num_layers:
-            raise InputError(f"conditioned layers: {config.conditioned_layers} asked, the LM has {num_layers}; set 1 to {num_layers}")
+            raise InputError(
+                f"conditioned layers: {config.conditioned_layers} asked, the LM has {num_layers}; set 1 to {num_layers}"
+            )
         self.lm = lm
         self.planner = Planner(
             config.action_dim, config.num_actions, config.planner_layers, config.planner_heads, config.planner_dropout
@@ -154,7 +156,9 @@ class PlanLMForCausalLM(PreTrainedModel, GenerationMixin):
             planner_layers=int(shape["layers"]),
             planner_heads=int(shape["heads"]),
             planner_dropout=shape["dropout"],
-            conditioned_layers=max(1, len(output_projections(base)) - 2) if conditioned_layers is None else conditioned_layers,
+            conditioned_layers=max(1, len(output_projections(base)) - 2)
+            if conditioned_layers is None
+            else conditioned_layers,
             **options,
         )
         model = cls(config, lm=base).to(dtype)
@@ -330,7 +334,9 @@ class PlanLMForCausalLM(PreTrainedModel, GenerationMixin):
             result.logits = self.get_output_embeddings()(hidden[:, -logits_to_keep:])
         return result
 
-    def generate(self, inputs: Tensor | None = None, *args: Any, tracker: SentenceTracker | None = None, **kwargs: Any) -> Any:
+    def generate(
+        self, inputs: Tensor | None = None, *args: Any, tracker: SentenceTracker | None = None, **kwargs: Any
+    ) -> Any:
         """Generate as transformers does; each finished sentence is embedded and the next one planned.
 
         Args:
@@ -354,7 +360,9 @@ class PlanLMForCausalLM(PreTrainedModel, GenerationMixin):
             input_ids, next_sequence_length=next_sequence_length, attention_mask=attention_mask, **kwargs
         )
         if tracker is not None:
-            segment_ids, rows, embeddings, forced = tracker.inputs(input_ids, attention_mask, inputs["input_ids"].shape[1])
+            segment_ids, rows, embeddings, forced = tracker.inputs(
+                input_ids, attention_mask, inputs["input_ids"].shape[1]
+            )
             inputs |= {"segment_ids": segment_ids, "segment_rows": rows, "sentence_embeddings": embeddings}
             if forced is not None:
                 inputs |= {"actions": forced, "oracle_weight": (forced >= 0).float()}

@@ -42,10 +42,14 @@ class Planner(nn.Module):
         dropout: dropout within the layers.
     """
 
-    def __init__(self, action_dim: int, num_actions: int, layers: int = 2, heads: int = 6, dropout: float = 0.1) -> None:
+    def __init__(
+        self, action_dim: int, num_actions: int, layers: int = 2, heads: int = 6, dropout: float = 0.1
+    ) -> None:
         super().__init__()
         if action_dim % heads:
-            raise InputError(f"planner heads: {heads} do not divide the embedding dimension {action_dim}; set a divisor")
+            raise InputError(
+                f"planner heads: {heads} do not divide the embedding dimension {action_dim}; set a divisor"
+            )
         self.shape = {"action_dim": action_dim, "num_actions": num_actions, "layers": layers, "heads": heads,
                       "dropout": dropout}  # fmt: skip
         self.start = nn.Parameter(torch.randn(action_dim) * action_dim**-0.5)
@@ -83,7 +87,9 @@ class Planner(nn.Module):
     def save(self, folder: Path) -> None:
         """Write `planner.json` and `planner.safetensors` into `folder`."""
         folder.mkdir(parents=True, exist_ok=True)
-        save_file({name: tensor.contiguous() for name, tensor in self.state_dict().items()}, folder / "planner.safetensors")
+        save_file(
+            {name: tensor.contiguous() for name, tensor in self.state_dict().items()}, folder / "planner.safetensors"
+        )
         (folder / "planner.json").write_text(json.dumps(self.shape, indent=1) + "\n")
 
     @classmethod
@@ -97,7 +103,9 @@ class Planner(nn.Module):
             planner = cls(**json.loads((folder / "planner.json").read_text()))
             planner.load_state_dict(load_file(folder / "planner.safetensors"))
         except FileNotFoundError as error:
-            raise InputError(f"{folder}: no planner here ({error.filename} is missing); make one with `planlm pretrain-planner`") from None
+            raise InputError(
+                f"{folder}: no planner here ({error.filename} is missing); make one with `planlm pretrain-planner`"
+            ) from None
         except Exception as error:
             raise InputError(f"{folder}: planner cannot be read: {str(error).splitlines()[0]}") from None
         return planner

@@ -70,7 +70,11 @@ class SentenceTracker:
         """
         num_rows, width = input_ids.shape
         length = width if length is None else length
-        real = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask[:, -width:].bool()
+        real = (
+            torch.ones_like(input_ids, dtype=torch.bool)
+            if attention_mask is None
+            else attention_mask[:, -width:].bool()
+        )
         states = [self.track(tuple(ids[keep].tolist())) for ids, keep in zip(input_ids, real, strict=True)]
         segments = torch.full((num_rows, width), -1, dtype=torch.long)
         for row, state in enumerate(states):
@@ -131,7 +135,9 @@ class SentenceTracker:
                 embeddings=(*before.embeddings, self.encoder.encode([sentence])[0]),
                 open_start=len(ids),
             )
-        return TrackedText((*before.segments, len(before.sentences)), before.sentences, before.embeddings, before.open_start)
+        return TrackedText(
+            (*before.segments, len(before.sentences)), before.sentences, before.embeddings, before.open_start
+        )
 
     def decode(self, ids: tuple[int, ...]) -> str:
         """Text of `ids` without special tokens, as the tokenizer's own joining leaves it."""

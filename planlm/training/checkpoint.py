@@ -26,7 +26,9 @@ def write_text(path: Path, text: str) -> None:
     beside.replace(path)
 
 
-def save_checkpoint(folder: Path, step: int, tensors: dict[str, torch.Tensor], state: dict[str, Any], keep: int) -> Path:
+def save_checkpoint(
+    folder: Path, step: int, tensors: dict[str, torch.Tensor], state: dict[str, Any], keep: int
+) -> Path:
     """Write `folder/step-N`, then delete all but the newest `keep` checkpoints."""
     final, beside = folder / f"step-{step}", folder / f"step-{step}.partial"
     shutil.rmtree(beside, ignore_errors=True)

@@ -32,7 +32,9 @@ def make_optimizer(groups: list[ParameterGroup], weight_decay: float) -> torch.o
         for matrices in (True, False):
             chosen = [parameter for parameter in group.parameters.values() if (parameter.ndim >= 2) is matrices]
             if chosen:
-                settings.append({"params": chosen, "group": group.name, "weight_decay": weight_decay if matrices else 0.0})
+                settings.append(
+                    {"params": chosen, "group": group.name, "weight_decay": weight_decay if matrices else 0.0}
+                )
     return torch.optim.AdamW(settings, lr=0.0, betas=(0.9, 0.999), fused=True)
 
 

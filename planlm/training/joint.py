@@ -13,7 +13,7 @@ from planlm.config import TrainConfig
 from planlm.corpus.batches import PlanBatch, PlanLoader
 from planlm.corpus.store import PreparedCorpus
 from planlm.errors import InputError
-from planlm.model.modeling import PLANNED, PlanLMForCausalLM, PlanLMOutput
+from planlm.model.modeling import PlanLMForCausalLM, PlanLMOutput
 from planlm.model.planner import Planner
 from planlm.precision import autocast, device
 from planlm.text.alignment import load_tokenizer, tokenizer_fingerprint
@@ -72,22 +72,16 @@ def train(config: TrainConfig) -> dict[str, Any]:
 
 
 def _check(config: TrainConfig, ratios: tuple[float, float]) -> None:
-    """Collect every contradiction between settings and raise once."""
+    """Collect every contradiction between settings and raise once; ranges are checked by the configuration."""
     problems = []
     if config.selection == "none" and config.lm_mode == "freeze":
-        problems.append("--selection none with --lm-mode freeze trains nothing; choose another selection or --lm-mode full")
+        problems.append(
+            "--selection none with --lm-mode freeze trains nothing; choose another selection or --lm-mode full"
+        )
     if config.selection == "top-k" and config.top_k is None:
         problems.append("--selection top-k needs --top-k")
     if config.selection != "top-k" and config.top_k is not None:
         problems.append("--top-k is for --selection top-k")
-    if config.temperature <= 0:
-        problems.append(f"--temperature is {config.temperature}; set a number above 0")
-    for name in ("batch_size", "accumulate", "window", "checkpoint_every", "log_every", "keep_checkpoints"):
-        if getattr(config, name) < 1:
-            problems.append(f"--{name.replace('_', '-')} is {getattr(config, name)}; set at least 1")
-    for name in ("unfreeze_planner_at", "unfreeze_codebook_at", "warmup"):
-        if not 0 <= getattr(config, name) <= 1:
-            problems.append(f"--{name.replace('_', '-')} is {getattr(config, name)}; set a fraction from 0 to 1")
     if max(ratios) > 0 and config.selection in ("none", "oracle"):
         problems.append(f"--oracle-mix has no meaning with --selection {config.selection}")
     if problems:
@@ -112,7 +106,9 @@ def trainable_groups(model: PlanLMForCausalLM, config: TrainConfig, steps: int) 
     if config.lm_mode == "full":
         parts.append(("lm", model.lm.named_parameters(prefix="lm"), config.lm_lr, 0.0))
     return [
-        ParameterGroup(name, dict(parameters), lr, start=round(at * steps)) for name, parameters, lr, at in parts if at < 1.0
+        ParameterGroup(name, dict(parameters), lr, start=round(at * steps))
+        for name, parameters, lr, at in parts
+        if at < 1.0
     ]
 
 
@@ -153,7 +149,11 @@ class Objective:
         figures = {"lm_loss": lm_nll / max(1, num_labels), "oracle_ratio": ratio, "tokens": num_labels}
         if output.action_logits is not None:
             count = max(1, num_segments)
-            figures |= {"planner_loss": planner_nll / count, "planner_accuracy": right / count, "planner_entropy": entropy / count}
+            figures |= {
+                "planner_loss": planner_nll / count,
+                "planner_accuracy": right / count,
+                "planner_entropy": entropy / count,
+            }
         total = figures["lm_loss"] + self.config.planner_loss * figures.get("planner_loss", 0.0)
         self.last = {"loss": total, **figures}
         return self.last

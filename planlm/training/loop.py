@@ -69,7 +69,9 @@ def num_steps(config: PlannerConfig | TrainConfig, num_batches: int, accumulate:
     """
     steps = config.steps if config.steps is not None else math.ceil(config.epochs * num_batches / accumulate)
     if num_batches == 0 or steps < 1:
-        raise InputError(f"nothing to train on: {num_batches} batches, {steps} steps; set --steps or --epochs, or a larger corpus")
+        raise InputError(
+            f"nothing to train on: {num_batches} batches, {steps} steps; set --steps or --epochs, or a larger corpus"
+        )
     return steps
 
 
@@ -135,7 +137,9 @@ def _clip(groups: list[ParameterGroup], max_norm: float) -> dict[str, float]:
     return norms
 
 
-def _set_rates(task: Task, optimizer: torch.optim.Optimizer, step: int, config: PlannerConfig | TrainConfig) -> dict[str, float]:
+def _set_rates(
+    task: Task, optimizer: torch.optim.Optimizer, step: int, config: PlannerConfig | TrainConfig
+) -> dict[str, float]:
     rates = {
         group.name: group.lr
         * learning_rate_factor(step, task.steps, start=group.start, warmup=config.warmup, schedule=config.schedule)
@@ -165,7 +169,9 @@ def _restore(task: Task, run: Run, optimizer: torch.optim.Optimizer, log: Callab
     tensors, state = found
     parameters = {name: parameter for group in task.groups for name, parameter in group.parameters.items()}
     stored = {name[6:]: value for name, value in tensors.items() if name.startswith("model/")}
-    if {name: value.shape for name, value in stored.items()} != {name: value.shape for name, value in parameters.items()}:
+    if {name: value.shape for name, value in stored.items()} != {
+        name: value.shape for name, value in parameters.items()
+    }:
         raise InputError(f"{run.checkpoints}: checkpoint of another model; choose another --out")
     with torch.no_grad():
         for name, value in stored.items():

@@ -7,7 +7,9 @@ import math
 from planlm.errors import InputError
 
 
-def learning_rate_factor(step: int, total: int, *, start: int = 0, warmup: float = 0.05, schedule: str = "cosine") -> float:
+def learning_rate_factor(
+    step: int, total: int, *, start: int = 0, warmup: float = 0.05, schedule: str = "cosine"
+) -> float:
     """Factor on the peak learning rate at `step` (0-based) of `total`.
 
     Rises linearly over `warmup * total` steps from `start`, the step at which the parameters join training: Adam's

@@ -28,7 +28,6 @@ def model(lm_folder: Callable[[str], str], encoder: object, request: pytest.Fixt
     return made.eval()
 
 
-
 class Prose:
     """Leaves an untrained LM the choice of a few words, with a full stop at every sixth position."""
 

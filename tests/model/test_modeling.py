@@ -26,7 +26,9 @@ K, A = 7, 16
 
 def joint_model(folder: str, encoder: object, **options: object) -> PlanLMForCausalLM:
     """A joint model over a tiny LM whose plan is loud: every part that starts at zero is random."""
-    model = PlanLMForCausalLM.from_lm(folder, torch.randn(K, A), conditioned_layers=2, plan_top_k=3, encoder="none", **options)
+    model = PlanLMForCausalLM.from_lm(
+        folder, torch.randn(K, A), conditioned_layers=2, plan_top_k=3, encoder="none", **options
+    )
     torch.nn.init.normal_(model.adapter.weight)
     torch.nn.init.normal_(model.adapter.bias)
     model.encoder = encoder  # type: ignore[assignment]

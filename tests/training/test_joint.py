@@ -1,0 +1,177 @@
+"""Joint training end to end on a planted corpus: it is learnt, runs repeat and resume bit for bit, mistakes are named."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from planlm.config import EvaluateConfig, PlannerConfig, TrainConfig
+from planlm.errors import InputError
+from planlm.evaluation.evaluate import evaluate
+from planlm.training.joint import Objective, train
+from planlm.training.planner import pretrain_planner
+
+
+@pytest.fixture(scope="session")
+def planner(planted: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    run = tmp_path_factory.mktemp("planner") / "run"
+    return pretrain_planner(
+        PlannerConfig(corpus=planted["corpus"], out=str(run), steps=150, batch_size=16, lr=3e-3, heads=4, dropout=0.0)
+    )
+
+
+def settings(planted: dict[str, str], out: Path, **changes: Any) -> TrainConfig:
+    values = {
+        "corpus": planted["corpus"], "lm": planted["lm"], "out": str(out), "steps": 6, "batch_size": 4, "window": 16,
+        "conditioned_layers": 2, "precision": "fp32", "log_every": 1, "checkpoint_every": 3, "planner_lr": 1e-3,
+    }  # fmt: skip
+    return TrainConfig(**{**values, **changes})
+
+
+def losses(out: Path) -> list[tuple[int, float]]:
+    return [(line["step"], line["loss"]) for line in map(json.loads, (out / "metrics.jsonl").read_text().splitlines())]
+
+
+def test_planted_order_is_learnt(planted: dict[str, str], planner: dict[str, Any], tmp_path: Path) -> None:
+    """The planner sees the whole order, the LM's window of 16 tokens less than four sentences of it."""
+    assert planner["accuracy@1"] > 0.95
+    rows = {}
+    for selection in ("soft", "fixed"):
+        out = tmp_path / selection
+        train(
+            settings(
+                planted, out, selection=selection, planner=planner["run"], lm_mode="full", lm_lr=3e-3, lr=3e-3,
+                steps=150, batch_size=16, window=8, log_every=50, checkpoint_every=1000,
+            )
+        )  # fmt: skip
+        result = evaluate(
+            EvaluateConfig(run=str(out), corpus=planted["corpus"], plans=selection, window=8, versus=selection)
+        )
+        rows[selection] = result["rows"][0]["perplexity"]
+    assert rows["soft"] < 0.9 * rows["fixed"], rows
+
+
+def test_same_command_gives_same_losses_and_weights(
+    planted: dict[str, str], planner: dict[str, Any], tmp_path: Path
+) -> None:
+    for name in ("a", "b"):
+        train(settings(planted, tmp_path / name, planner=planner["run"], oracle_mix="0.5:0", selection="gumbel"))
+    assert losses(tmp_path / "a") == losses(tmp_path / "b")
+    first, second = (load_file(tmp_path / name / "model" / "model.safetensors") for name in ("a", "b"))
+    assert first.keys() == second.keys() and all(torch.equal(first[key], second[key]) for key in first)
+
+
+@pytest.mark.parametrize("stop_at", [1, 3, 4, 5])
+def test_resumed_run_is_the_run_never_stopped(
+    stop_at: int, planted: dict[str, str], planner: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Die before step `stop_at`, then resume: every logged loss and every weight is the uninterrupted run's."""
+    config = {"planner": planner["run"], "oracle_mix": "0.3", "unfreeze_planner_at": 0.6, "checkpoint_every": 2}
+    train(settings(planted, tmp_path / "whole", **config))
+    backward = Objective.backward
+
+    def dying(self: Objective, step: int, batches: list[Any]) -> dict[str, float]:
+        if step == stop_at:
+            raise RuntimeError("killed")
+        return backward(self, step, batches)
+
+    monkeypatch.setattr(Objective, "backward", dying)
+    with pytest.raises(RuntimeError, match="killed"):
+        train(settings(planted, tmp_path / "cut", **config))
+    monkeypatch.undo()
+    train(settings(planted, tmp_path / "cut", **config, resume=True))
+    assert losses(tmp_path / "cut") == losses(tmp_path / "whole")
+    whole, cut = (load_file(tmp_path / name / "model" / "model.safetensors") for name in ("whole", "cut"))
+    assert all(torch.equal(whole[key], cut[key]) for key in whole)
+
+
+def test_micro_batches_equal_one_big_batch(planted: dict[str, str], planner: dict[str, Any], tmp_path: Path) -> None:
+    config = {"planner": planner["run"], "planner_loss": 0.5, "unfreeze_planner_at": 0.0, "steps": 4}
+    train(settings(planted, tmp_path / "big", batch_size=8, **config))
+    train(settings(planted, tmp_path / "micro", batch_size=2, accumulate=4, **config))
+    for (_, big), (_, micro) in zip(losses(tmp_path / "big"), losses(tmp_path / "micro"), strict=True):
+        assert micro == pytest.approx(big, rel=1e-5)
+
+
+def test_frozen_lm_is_untouched_and_full_is_not(
+    planted: dict[str, str], planner: dict[str, Any], tmp_path: Path
+) -> None:
+    base = AutoModelForCausalLM.from_pretrained(planted["lm"], dtype=torch.float32).state_dict()
+    for mode in ("freeze", "full"):
+        train(settings(planted, tmp_path / mode, planner=planner["run"], lm_mode=mode))
+        trained = load_file(tmp_path / mode / "model" / "model.safetensors")
+        same = [torch.equal(base[name[3:]], value) for name, value in trained.items() if name.startswith("lm.")]
+        assert all(same) if mode == "freeze" else not any(same)
+        assert trained["adapter.weight"].abs().sum() > 0
+
+
+def test_planner_joins_at_its_fraction(planted: dict[str, str], planner: dict[str, Any], tmp_path: Path) -> None:
+    config = {"planner": planner["run"], "steps": 10, "checkpoint_every": 1, "keep_checkpoints": 20}
+    train(settings(planted, tmp_path / "run", unfreeze_planner_at=0.4, unfreeze_codebook_at=0.7, **config))
+    weights = [
+        load_file(tmp_path / "run" / "checkpoints" / f"step-{step}" / "tensors.safetensors") for step in range(1, 11)
+    ]
+
+    def first_change(name: str) -> int:
+        return next(at for at in range(1, 10) if not torch.equal(weights[at][name], weights[at - 1][name]))
+
+    assert (
+        first_change("model/planner.head.weight") == 4
+    )  # the fifth step, 0-based 4 = 0.4 * 10, is the first that moves it
+    assert first_change("model/codebook") == 7
+    assert first_change("model/adapter.weight") == 1
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"selection": "none"}, "--selection none with --lm-mode freeze trains nothing"),
+        ({"selection": "top-k"}, "--selection top-k needs --top-k"),
+        ({"temperature": 0.0, "batch_size": 0}, "--temperature 0.0: expected more than 0; --batch-size 0: expected"),
+        ({"selection": "oracle", "oracle_mix": "0.5"}, "--oracle-mix has no meaning with --selection oracle"),
+        ({"corpus": "nowhere"}, "nowhere: no prepared corpus"),
+        ({"lm": "nowhere/at/all"}, "nowhere/at/all: no such folder"),
+        ({"planner": "nowhere"}, "nowhere.*planner: no planner here"),
+        ({"epochs": 0.0}, "--epochs 0.0: expected more than 0"),
+    ],
+)
+def test_mistakes_are_named_in_one_line(
+    changes: dict[str, Any], message: str, planted: dict[str, str], tmp_path: Path
+) -> None:
+    with pytest.raises(InputError, match=message) as raised:
+        train(settings(planted, tmp_path / "run", **changes))
+    assert "\n" not in str(raised.value)
+    assert not (tmp_path / "run").exists(), "nothing is written before the input is known to be sound"
+
+
+def test_corpus_of_another_tokenizer_is_refused(planted: dict[str, str], tmp_path: Path, lm_folder: Any) -> None:
+    with pytest.raises(
+        InputError, match="prepared with the tokenizer of .* which is not that of .*prepare a corpus with"
+    ):
+        train(settings(planted, tmp_path / "run", lm=lm_folder("gpt2")))
+
+
+def test_run_directory_in_use_is_refused(planted: dict[str, str], tmp_path: Path) -> None:
+    train(settings(planted, tmp_path / "run", steps=1))
+    with pytest.raises(InputError, match="holds a run already; continue it with --resume"):
+        train(settings(planted, tmp_path / "run", steps=1))
+    with pytest.raises(InputError, match="cannot resume with other settings .lr was 0.001, now 0.5"):
+        train(settings(planted, tmp_path / "run", steps=1, lr=0.5, resume=True))
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "letter.txt").write_text("mine")
+    with pytest.raises(InputError, match="is not empty and holds no run"):
+        train(settings(planted, tmp_path / "other"))
+
+
+def test_planner_of_another_corpus_is_refused(planted: dict[str, str], tmp_path: Path) -> None:
+    from planlm.model import Planner
+
+    Planner(32, 9, heads=1).save(tmp_path / "wrong" / "planner")
+    with pytest.raises(InputError, match="the planner has 9 actions of 32 dimensions, the corpus 4 of 32"):
+        train(settings(planted, tmp_path / "run", planner=str(tmp_path / "wrong")))
