@@ -35,10 +35,13 @@ quickstart: $(INSTALLED)
 test: $(INSTALLED)
 	@$(BIN)/python -m pytest
 
+# mypy cannot follow the mapping of planlm.kernels to kernels/, so it is shown a tree of links where that is the layout.
 lint: $(INSTALLED)
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
-	@$(BIN)/python -m mypy
+	@rm -rf build/types && mkdir -p build/types/planlm
+	@ln -s $(CURDIR)/planlm/* build/types/planlm/ && ln -s $(CURDIR)/kernels build/types/planlm/kernels
+	@cd build/types && $(CURDIR)/$(BIN)/python -m mypy --config-file $(CURDIR)/pyproject.toml -p planlm
 
 clean:
 	rm -rf $(VENV) quickstart build .mypy_cache .pytest_cache .ruff_cache

@@ -5,9 +5,12 @@ planner's states, and `add_plan` adds each token's plan to its LM state. Imports
 dependencies are imported when it is first used.
 """
 
-from .addition import add_plan
-from .backend import use_backend
-from .projection import plan_projection, plan_projection_from_hidden
-from .reference import PlanProjection
+# transformers looks for a package called `kernels` and, where the project's root is on the path, imports this folder
+# under that name. It gets an empty module: a second copy would register every operation twice.
+if __name__ == "planlm.kernels":
+    from .addition import add_plan
+    from .backend import use_backend
+    from .projection import plan_projection, plan_projection_from_hidden
+    from .reference import PlanProjection
 
-__all__ = ["PlanProjection", "add_plan", "plan_projection", "plan_projection_from_hidden", "use_backend"]
+    __all__ = ["PlanProjection", "add_plan", "plan_projection", "plan_projection_from_hidden", "use_backend"]

@@ -35,7 +35,7 @@ def parse(config_class: type[Config], arguments: list[str], *, prog: str, epilog
     found, rest = parser.parse_known_intermixed_args(arguments)
     if rest:
         parser.error(_explain_unknown(rest, config_class))
-    given = vars(found)
+    given = {name: tuple(value) if isinstance(value, list) else value for name, value in vars(found).items()}
     file = given.pop("config", None)
     settings = {**(_read_file(Path(file), config_class) if file else {}), **given}
     missing = [_shown(field) for field in _required(config_class) if settings.get(field.name) in (None, ())]

@@ -33,7 +33,7 @@ def planner(result: dict[str, Any], settings: config.PlannerConfig) -> str:
 
 def training(result: dict[str, Any], settings: config.TrainConfig) -> str:
     """Where the model is and what the last step looked like."""
-    return _pairs(result)
+    return _pairs({key.replace("_", " "): value for key, value in result.items()})
 
 
 def evaluation(result: dict[str, Any], settings: config.EvaluateConfig) -> str:
@@ -70,9 +70,10 @@ def actions(result: Any, settings: config.ActionsConfig) -> str:
 
 
 def _action(description: Any) -> str:
-    title = f"action {description.action}: {description.size:,} sentences ({description.share:.2%})"
-    sentences = "\n".join(textwrap.shorten(sentence, 160, placeholder=" ...") for sentence in description.sentences)
-    return f"{title}\n  terms: {', '.join(description.terms)}\n{textwrap.indent(sentences, '  - ')}"
+    lines = [f"action {description.action}: {description.sentences:,} sentences ({description.share:.2%})"]
+    lines.append(f"  {', '.join(description.terms)}")
+    lines += [f"  - {textwrap.shorten(example, 160, placeholder=' ...')}" for example in description.examples]
+    return "\n".join(lines)
 
 
 def quickstart(result: dict[str, Any], settings: config.QuickstartConfig) -> str:
@@ -92,9 +93,8 @@ def doctor(result: dict[str, Any], settings: config.DoctorConfig) -> str:
 
 def _pairs(result: Mapping[str, Any]) -> str:
     """One line for each entry, values below each other."""
-    names = {key: key.replace("_", " ") for key in result}
-    width = max(map(len, names.values()))
-    return "\n".join(f"{names[key]:{width}}  {_value(value)}" for key, value in result.items())
+    width = max(map(len, result))
+    return "\n".join(f"{key:{width}}  {_value(value)}" for key, value in result.items())
 
 
 def _value(value: Any) -> str:

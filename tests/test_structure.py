@@ -1,0 +1,174 @@
+"""The tree keeps its shape: imports go one way, rooms are cheap to import, files and functions stay short."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+import time
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+LEAVES = {"errors", "config", "progress", "files", "precision"}
+# What each room may import; whoever imports a room sees what that room sees only through it.
+ALLOWED = {
+    "errors": set(),
+    "config": {"errors"},
+    "progress": set(),
+    "files": set(),
+    "precision": set(),
+    "allocator": set(),
+    "kernels": set(),
+    "text": LEAVES,
+    "corpus": LEAVES | {"text"},
+    "model": LEAVES | {"text", "kernels"},
+    "evaluation": LEAVES | {"text", "corpus", "model"},
+    "training": LEAVES | {"text", "corpus", "model", "evaluation"},
+    "report": LEAVES | {"evaluation.significance"},
+    "quickstart": LEAVES | {"text", "corpus", "model", "training", "evaluation", "report"},
+    "doctor": LEAVES | {"kernels"},
+    "arguments": {"config", "errors"},
+    "show": {"config", "report"},
+    "cli": {"allocator", "arguments", "config", "errors", "show"},
+    "__main__": {"cli"},
+    "__init__": {"model"},
+}
+
+
+def sources() -> dict[str, Path]:
+    """Every module of the package by its name below `planlm`."""
+    paths = {path.relative_to(ROOT / "planlm"): path for path in (ROOT / "planlm").rglob("*.py")}
+    paths |= {Path("kernels") / path.relative_to(ROOT / "kernels"): path for path in (ROOT / "kernels").rglob("*.py")}
+    return {".".join(name.with_suffix("").parts): path for name, path in sorted(paths.items())}
+
+
+MODULES = sources()
+
+
+def imported(module: str, tree: ast.AST) -> Iterator[str]:
+    """Absolute names of the modules that a module imports anywhere, also inside functions."""
+    package = ["planlm", *module.split(".")[:-1]]
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (name.name for name in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            above = package[: len(package) - node.level + 1] if node.level else []
+            base = ".".join([*above, *([node.module] if node.module else [])])
+            yield base
+            yield from (f"{base}.{name.name}" for name in node.names)
+
+
+def of_planlm(name: str) -> str | None:
+    """The module below planlm that `name` is, or lies in."""
+    if not name.startswith("planlm."):
+        return None
+    inside = name.removeprefix("planlm.")
+    while inside and inside not in MODULES and f"{inside}.__init__" not in MODULES:
+        inside = inside.rpartition(".")[0]
+    return inside or None
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_imports_go_one_way(module: str) -> None:
+    room = module.split(".")[0]
+    tree = ast.parse(MODULES[module].read_text())
+    for name in imported(module, tree):
+        inside = of_planlm(name)
+        if inside is None or inside.split(".")[0] == room:
+            continue
+        allowed = inside in ALLOWED[room] or inside.split(".")[0] in ALLOWED[room]
+        narrow = any(entry.startswith(f"{inside}.") for entry in ALLOWED[room])  # `from planlm.room import module`
+        assert allowed or narrow, f"{module} imports planlm.{inside}, which {room} may not"
+
+
+@pytest.mark.parametrize("module", [name for name in MODULES if name.startswith("kernels")])
+def test_kernels_stand_alone(module: str) -> None:
+    names = {name.split(".")[0] for name in imported(module, ast.parse(MODULES[module].read_text()))}
+    assert names - sys.stdlib_module_names <= {"torch", "triton", "planlm"}
+
+
+def test_rooms_are_cheap_to_import() -> None:
+    # The model's room registers it with transformers, and kernels are torch functions: those two are asked for.
+    rooms = sorted({name.split(".")[0] for name in MODULES if name.endswith(".__init__")} - {"model", "kernels"})
+    code = (
+        "import sys, planlm\n"
+        + "".join(f"import planlm.{room}\n" for room in rooms)
+        + "assert 'torch' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
+
+
+def test_help_is_quick_and_needs_no_torch() -> None:
+    code = "import sys; from planlm.cli import main; main(['--help']); assert 'torch' not in sys.modules"
+    seconds = []
+    for _ in range(5):
+        start = time.perf_counter()
+        subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+        seconds.append(time.perf_counter() - start)
+        if seconds[-1] < 0.7:
+            return
+    pytest.fail(f"planlm --help took {min(seconds):.2f} s at best; it may take 0.7")
+
+
+def test_kernels_do_not_pass_for_the_package_that_transformers_knows() -> None:
+    code = (
+        "import sys; sys.path.insert(0, '')\n"
+        "from transformers.utils import is_kernels_available\n"
+        "import planlm.kernels\n"
+        "assert not is_kernels_available()\n"
+        "assert not hasattr(sys.modules.get('kernels'), 'plan_projection')\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
+
+
+def test_auto_classes_know_the_model_in_either_order() -> None:
+    check = "from transformers import AutoConfig; AutoConfig.for_model('planlm')"
+    for first, second in (
+        ("import planlm", "import transformers"),
+        ("from transformers import AutoModel", "import planlm"),
+    ):
+        code = f"{first}\n{second}\nfrom transformers import AutoModelForCausalLM\n{check}"
+        subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_packages_are_listed() -> None:
+    listed = set(tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"])
+    found = {"planlm." + name.removesuffix(".__init__") for name in MODULES if name.endswith(".__init__")}
+    assert listed == found | {"planlm"}
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_files_and_functions_are_short_and_documented(module: str) -> None:
+    text = MODULES[module].read_text()
+    assert text.count("\n") <= 500, f"{module}: more than 500 lines"
+    tree = ast.parse(text)
+    assert ast.get_docstring(tree), f"{module}: no docstring"
+    for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef):
+            body = node.body[1:] if ast.get_docstring(node) else node.body
+            length = (node.end_lineno or 0) - body[0].lineno + 1 if body else 0
+            assert length <= 60, f"{module}.{node.name}: {length} lines"
+    for name, node in public_definitions(tree):
+        assert ast.get_docstring(node), f"{module}.{name}: no docstring"
+
+
+def public_definitions(tree: ast.Module) -> Iterator[tuple[str, ast.FunctionDef | ast.ClassDef]]:
+    """Public functions and classes of a module, and the public methods of those classes.
+
+    Left out is what another class documents: methods of protocols, and the forward and backward of torch's functions.
+    """
+    for node in tree.body:
+        if isinstance(node, ast.FunctionDef | ast.ClassDef) and not node.name.startswith("_"):
+            yield node.name, node
+            if isinstance(node, ast.ClassDef) and "Protocol" not in [ast.unparse(base) for base in node.bases]:
+                methods = [method for method in node.body if isinstance(method, ast.FunctionDef)]
+                public = [method for method in methods if not method.name.startswith("_")]
+                yield from (
+                    (f"{node.name}.{method.name}", method)
+                    for method in public
+                    if method.name not in ("forward", "backward")
+                )
