@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 from transformers import AutoConfig, PretrainedConfig
 from transformers.configuration_utils import SubConfigSpec
@@ -24,7 +24,9 @@ class PlanLMConfig(PretrainedConfig):
     """
 
     model_type = "planlm"
-    sub_configs_defaults = {"text_config": SubConfigSpec(config_class=AutoConfig, model_type="gpt2")}
+    sub_configs_defaults: ClassVar[dict[str, SubConfigSpec]] = {
+        "text_config": SubConfigSpec(config_class=AutoConfig, model_type="gpt2")
+    }
 
     text_config: dict[str, Any] | PretrainedConfig | None = None
     num_actions: int = 1024

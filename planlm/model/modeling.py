@@ -127,7 +127,7 @@ class PlanLMForCausalLM(PreTrainedModel, GenerationMixin):
             options: further fields of `PlanLMConfig`.
 
         Raises:
-            InputError: the LM cannot be loaded or its family is not supported, or the planner does not fit the codebook.
+            InputError: the LM cannot be loaded, its family is not supported, or the planner does not fit the codebook.
         """
         name = resolve(lm, "lm")
         try:

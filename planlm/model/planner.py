@@ -79,7 +79,7 @@ class Planner(nn.Module):
         num_documents, num_sentences, width = sentence_embeddings.shape
         start = self.start.expand(num_documents, 1, width)
         x = torch.cat((start, sentence_embeddings.to(start.dtype)), dim=1)  # [N, n + 1, A]
-        # Sentence embeddings have unit length: scaled to unit variance they stand beside position codes of the same size.
+        # Sentence embeddings have unit length: at unit variance they stand beside position codes of the same size.
         x = x * width**0.5 + sinusoidal_positions(num_sentences + 1, width, x.device).to(x.dtype)
         mask = nn.Transformer.generate_square_subsequent_mask(num_sentences + 1, device=x.device, dtype=x.dtype)
         return self.transformer(x, mask=mask, is_causal=True)

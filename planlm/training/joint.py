@@ -140,8 +140,10 @@ class Objective:
             batch = batch.to(where)
             with autocast(self.config.precision, where):
                 output = self._forward(batch, ratio)
+                assert output.nll_sum is not None
                 loss = output.nll_sum / num_labels
                 if self.config.planner_loss > 0:
+                    assert output.oracle_nll is not None
                     loss = loss + self.config.planner_loss * output.oracle_nll.sum() / num_segments
             loss.backward()
             totals += self._figures(output, batch.actions)
@@ -178,13 +180,14 @@ class Objective:
     @torch.no_grad()
     def _figures(output: PlanLMOutput, actions: Tensor) -> Tensor:
         """Sums over the batch: token NLL, planner NLL, planner hits, planner entropy."""
+        assert output.nll_sum is not None
         if output.action_logits is None:
-            zero = output.nll_sum.new_zeros(())
-            return torch.stack((output.nll_sum.float(), zero.float(), zero.float(), zero.float()))
+            return torch.stack((output.nll_sum, *output.nll_sum.new_zeros(3)))
+        assert output.oracle_nll is not None
         log_p = output.action_logits.float().log_softmax(dim=-1)
         entropy = -(log_p.exp() * log_p).sum()
         right = (log_p.argmax(dim=-1) == actions).sum()
-        return torch.stack((output.nll_sum.float(), output.oracle_nll.sum().float(), right.float(), entropy))
+        return torch.stack((output.nll_sum, output.oracle_nll.sum(), right.float(), entropy))
 
 
 def _num_labels(batch: PlanBatch) -> int:

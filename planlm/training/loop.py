@@ -1,4 +1,4 @@
-"""The loop that pre-trains planners and trains joint models: steps, learning rates, clipping, checkpoints, log lines."""
+"""The loop that pre-trains planners and trains joint models: steps, rates, clipping, checkpoints, log lines."""
 
 from __future__ import annotations
 
@@ -27,8 +27,10 @@ MAX_SKIPPED = 10
 class Loader(Protocol):
     """Batches of one epoch at a time, with a position that can be stored."""
 
-    num_batches: int
     epoch: int
+
+    @property
+    def num_batches(self) -> int: ...
 
     def __iter__(self) -> Iterator[Any]: ...
 
@@ -152,7 +154,7 @@ def _set_rates(
 
 def _save(task: Task, run: Run, optimizer: torch.optim.Optimizer, step: int, keep: int) -> None:
     parameters = {name: parameter for group in task.groups for name, parameter in group.parameters.items()}
-    tensors = {f"model/{name}": parameter for name, parameter in parameters.items()}
+    tensors: dict[str, torch.Tensor] = {f"model/{name}": parameter for name, parameter in parameters.items()}
     tensors |= {f"optimizer/{name}": value for name, value in optimizer_tensors(task.groups, optimizer).items()}
     tensors["random/cpu"] = torch.get_rng_state()
     if torch.cuda.is_available():

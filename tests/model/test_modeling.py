@@ -46,7 +46,7 @@ def batch() -> dict[str, Tensor]:
     }
 
 
-@pytest.mark.parametrize("selection", PREDICTED + ("uniform", "fixed"))
+@pytest.mark.parametrize("selection", (*PREDICTED, "uniform", "fixed"))
 @pytest.mark.parametrize("family", FAMILIES)
 def test_changing_a_sentence_changes_no_plan_before_it(
     family: str, selection: str, lm_folder: Callable[[str], str], encoder: object
@@ -75,7 +75,7 @@ def test_changing_a_sentence_changes_no_plan_before_it(
 def test_plan_switches_at_the_position_that_predicts_a_sentence(
     family: str, lm_folder: Callable[[str], str], encoder: object
 ) -> None:
-    """Another plan for segment 1 changes logits from the first position of segment 1 on, and not one position earlier."""
+    """Another plan for segment 1 changes logits from its first position on, and not one position earlier."""
     model, inputs = joint_model(lm_folder(family), encoder), batch()
     before = model(**inputs, selection="oracle").logits
     after = model(**{**inputs, "actions": torch.tensor([1, 5, 3, 4])}, selection="oracle").logits
@@ -161,7 +161,7 @@ def test_unsupported_family_is_refused_with_the_list(tmp_path: Path) -> None:
     from transformers import BloomConfig, BloomForCausalLM
 
     BloomForCausalLM(BloomConfig(vocab_size=50, hidden_size=8, n_layer=1, n_head=1)).save_pretrained(tmp_path)
-    with pytest.raises(InputError, match="bloom.*GPT-2, OLMo"):
+    with pytest.raises(InputError, match=r"bloom.*GPT-2, OLMo"):
         PlanLMForCausalLM.from_lm(str(tmp_path), torch.randn(K, A))
 
 

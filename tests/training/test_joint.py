@@ -1,4 +1,4 @@
-"""Joint training end to end on a planted corpus: it is learnt, runs repeat and resume bit for bit, mistakes are named."""
+"""Joint training on a planted corpus: it is learnt, runs repeat and resume bit for bit, mistakes are named."""
 
 from __future__ import annotations
 
@@ -152,7 +152,7 @@ def test_mistakes_are_named_in_one_line(
 
 def test_corpus_of_another_tokenizer_is_refused(planted: dict[str, str], tmp_path: Path, lm_folder: Any) -> None:
     with pytest.raises(
-        InputError, match="prepared with the tokenizer of .* which is not that of .*prepare a corpus with"
+        InputError, match=r"prepared with the tokenizer of .* which is not that of .*prepare a corpus with"
     ):
         train(settings(planted, tmp_path / "run", lm=lm_folder("gpt2")))
 
@@ -161,7 +161,7 @@ def test_run_directory_in_use_is_refused(planted: dict[str, str], tmp_path: Path
     train(settings(planted, tmp_path / "run", steps=1))
     with pytest.raises(InputError, match="holds a run already; continue it with --resume"):
         train(settings(planted, tmp_path / "run", steps=1))
-    with pytest.raises(InputError, match="cannot resume with other settings .lr was 0.001, now 0.5"):
+    with pytest.raises(InputError, match=r"cannot resume with other settings .lr was 0.001, now 0.5"):
         train(settings(planted, tmp_path / "run", steps=1, lr=0.5, resume=True))
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "letter.txt").write_text("mine")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 
 from planlm.errors import InputError
@@ -13,7 +15,7 @@ def test_warm_up_rises_from_the_start_of_a_group_and_decays_to_zero() -> None:
     assert factors[:40] == [0.0] * 40
     assert factors[40] == pytest.approx(0.1 * 0.5 * (1 + 0.30901699), rel=1e-6)
     assert factors[49] > factors[44] > factors[40] > 0
-    assert all(early > late for early, late in zip(factors[50:], factors[51:], strict=False))
+    assert all(early > late for early, late in pairwise(factors[50:]))
     assert factors[100] == pytest.approx(0.0)
 
 
