@@ -140,15 +140,20 @@ class _Loader(Generic[Batch]):
         return whole + bool(rest and not self._drop_last)
 
     def __iter__(self) -> Iterator[Batch]:
-        order = np.arange(self._num_items)
-        if self._shuffle:
-            order = np.random.default_rng([self._seed, self.epoch]).permutation(self._num_items)
+        order = self._order(np.random.default_rng([self._seed, self.epoch])) if self._shuffle else self._in_turn()
         while self._next < self.num_batches:
             items = order[self._next * self._batch_size : (self._next + 1) * self._batch_size]
             # Counted before the batch is handed out: a state stored after its step must not repeat it.
             self._next += 1
             yield self._collate(items)
         self._next = 0
+
+    def _in_turn(self) -> np.ndarray:
+        return np.arange(self._num_items)
+
+    def _order(self, random: np.random.Generator) -> np.ndarray:
+        """Items of an epoch in the order of their batches."""
+        return random.permutation(self._num_items)
 
     def state_dict(self) -> dict[str, Any]:
         """Position: the epoch and the number of the batch that comes next."""
@@ -235,12 +240,26 @@ class SentenceLoader(_Loader[SentenceBatch]):
         dataset: a split of a prepared corpus.
         batch_size: documents per batch; the last batch may have fewer.
         seed: of the order.
-        shuffle: documents in random order, new in every epoch, or in that of the split.
+        shuffle: documents in random order, new in every epoch, those of like length together; or in that of the split.
     """
 
     def __init__(self, dataset: datasets.Dataset, *, batch_size: int, seed: int = 0, shuffle: bool = True) -> None:
         super().__init__(len(dataset), batch_size, seed, shuffle)
         self._documents = _Documents(dataset, ("actions", "embeddings"))
+        self._lengths = _lengths(dataset, "actions")
+
+    def _order(self, random: np.random.Generator) -> np.ndarray:
+        # One article of 400 sentences in a batch of 30-sentence ones is 12 parts of padding to one of text: a random
+        # pool of batches is sorted by length, then its batches are shuffled.
+        order = random.permutation(self._num_items)
+        pool = 32 * self._batch_size
+        batches: list[np.ndarray] = []
+        for start in range(0, self._num_items, pool):
+            part = order[start : start + pool]
+            part = part[np.argsort(-self._lengths[part], kind="stable")]
+            batches += np.split(part, range(self._batch_size, len(part), self._batch_size))
+        last = batches.pop()  # may be short, and then must stay the last
+        return np.concatenate([*(batches[at] for at in random.permutation(len(batches))), last])
 
     def _collate(self, items: np.ndarray) -> SentenceBatch:
         contents = [self._documents[int(document)] for document in items]

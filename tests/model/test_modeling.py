@@ -46,7 +46,7 @@ def batch() -> dict[str, Tensor]:
     }
 
 
-@pytest.mark.parametrize("selection", (*PREDICTED, "uniform", "fixed"))
+@pytest.mark.parametrize("selection", [*PREDICTED, "uniform", "fixed"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_changing_a_sentence_changes_no_plan_before_it(
     family: str, selection: str, lm_folder: Callable[[str], str], encoder: object
