@@ -44,14 +44,12 @@ def describe_actions(config: ActionsConfig) -> list[ActionDescription]:
     """Describe every action of a corpus, the most common first, or one with more examples.
 
     Raises:
-        InputError: no such corpus or action, or fewer than 0 examples or terms.
+        InputError: no such corpus or action.
     """
     corpus = PreparedCorpus.load(config.corpus)
     num_actions = corpus.manifest.num_actions
     if config.action is not None and not 0 <= config.action < num_actions:
         raise InputError(f"--action {config.action}: {config.corpus} has the actions 0 to {num_actions - 1}")
-    if min(config.examples, config.terms) < 0:
-        raise InputError(f"--examples {config.examples} and --terms {config.terms}: set at least 0")
     wanted = list(range(num_actions)) if config.action is None else [config.action]
     num_examples = config.examples * (1 if config.action is None else EXAMPLES_OF_ONE)
     examples, words = _read(corpus, set(wanted), num_examples)

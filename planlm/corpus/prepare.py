@@ -54,7 +54,11 @@ def prepare(config: PrepareConfig) -> PreparedCorpus:
         InputError: faulty input or settings, or an `out` that holds something else.
         MachineError: the disk is full; what is finished stays, and the same call goes on from there.
     """
-    _check(config)
+    if config.validation_fraction + config.test_fraction >= 1:
+        raise InputError(
+            f"--validation-fraction {config.validation_fraction} and --test-fraction {config.test_fraction}: together "
+            "they must leave some documents for training"
+        )
     out = Path(config.out)
     fields = Fields(config.text_field, config.id_field)
     tokenizer = load_tokenizer(config.tokenizer)
@@ -95,25 +99,6 @@ def prepare(config: PrepareConfig) -> PreparedCorpus:
         write_json(out / MANIFEST, asdict(manifest))
         shutil.rmtree(partial)
     return PreparedCorpus.load(out)
-
-
-def _check(config: PrepareConfig) -> None:
-    """Collect every fault of the settings and raise once."""
-    problems = []
-    if not config.inputs:
-        problems.append("no input; give files, folders or hf:NAME")
-    for name in ("shard_documents", "kmeans_iterations", "min_sentences", "max_documents", "actions"):
-        value = getattr(config, name)
-        if value is not None and value < 1:
-            problems.append(f"--{name.replace('_', '-')} is {value}; set at least 1")
-    fractions = (config.validation_fraction, config.test_fraction)
-    if min(fractions) < 0 or sum(fractions) >= 1:
-        problems.append(
-            f"--validation-fraction {fractions[0]} and --test-fraction {fractions[1]}: set shares from 0 that leave "
-            "some for training"
-        )
-    if problems:
-        raise InputError("; ".join(problems))
 
 
 def _settings(config: PrepareConfig, fingerprint: str) -> dict[str, Any]:

@@ -1,0 +1,204 @@
+"""Windows and batches against the rules written out token by token."""
+
+from __future__ import annotations
+
+import datasets
+import numpy as np
+import pytest
+import torch
+
+from planlm.corpus.batches import IGNORED, PlanBatch, PlanLoader, SentenceLoader, windows
+from planlm.corpus.store import document_features
+
+DIM = 4
+
+
+def dataset(sentence_tokens: list[list[int]]) -> datasets.Dataset:
+    """A split whose documents have these tokens per sentence; ids count up, embeddings name document and sentence."""
+    generator = np.random.default_rng(0)
+    rows = []
+    next_id = 1
+    for document, counts in enumerate(sentence_tokens):
+        rows.append(
+            {
+                "id": str(document),
+                "text": "",
+                "input_ids": list(range(next_id, next_id + sum(counts))),
+                "sentence_spans": [[0, 1]] * len(counts),
+                "sentence_tokens": counts,
+                "embeddings": [[document + 1, sentence + 1, 0.5, -1] for sentence in range(len(counts))],
+                "actions": generator.integers(0, 16, len(counts)).tolist(),
+            }
+        )
+        next_id += sum(counts)
+    return datasets.Dataset.from_list(rows, features=document_features(DIM))
+
+
+def random_dataset() -> datasets.Dataset:
+    generator = np.random.default_rng(1)
+    lengths = [generator.integers(0, 30, size=generator.integers(1, 9)).tolist() for _ in range(40)]
+    for counts in lengths:
+        counts[0] += not sum(counts)
+    return dataset([*lengths, [1], [2], [0, 1], [0, 0, 2], [200], [1, 0, 0, 70, 0, 3], [17], [16, 1], [8, 8]])
+
+
+def owners(row: dict[str, list[int]]) -> np.ndarray:
+    """Sentence of every token."""
+    return np.repeat(np.arange(len(row["sentence_tokens"])), row["sentence_tokens"])
+
+
+def check_window(batch: PlanBatch, at: int, row: dict[str, list[int]], document: int) -> list[int]:
+    """Hold one window against its document; returns the positions of the tokens that it scores."""
+    length = int((batch.segment_ids[at] >= 0).sum())
+    assert (batch.segment_ids[at, length:] == -1).all() and (batch.input_ids[at, length:] == 0).all()
+    assert (batch.labels[at, length:] == IGNORED).all()
+    ids = np.array(row["input_ids"])
+    start = int(batch.input_ids[at, 0]) - ids[0]
+    np.testing.assert_array_equal(batch.input_ids[at, :length], ids[start : start + length])
+    scored = []
+    for position in range(length):
+        target = start + position + 1
+        if batch.labels[at, position] != IGNORED:
+            assert batch.labels[at, position] == ids[target]
+            scored.append(target)
+        segment = batch.segment_ids[at, position]
+        number = owners(row)[target]
+        assert batch.segment_rows[segment, 1] == number
+        assert batch.actions[segment] == row["actions"][number]
+        before = batch.sentence_embeddings[batch.segment_rows[segment, 0], :number]
+        assert (before[:, 0] == document + 1).all() and before[:, 1].tolist() == list(range(1, number + 1))
+    return scored
+
+
+@pytest.mark.parametrize(
+    ("window", "stride"), [(16, None), (16, 16), (16, 5), (16, 1), (1, None), (2, 1), (500, None), (500, 7)]
+)
+@pytest.mark.parametrize("shuffle", [True, False])
+def test_every_token_but_the_first_is_scored_once(window: int, stride: int | None, shuffle: bool) -> None:
+    rows = random_dataset()
+    plain = list(rows)
+    counts = [np.zeros(len(row["input_ids"]), dtype=int) for row in plain]
+    loader = PlanLoader(rows, window=window, batch_size=7, stride=stride, shuffle=shuffle)
+    batches = list(loader)
+    assert len(batches) == loader.num_batches
+    for batch in batches:
+        segments = batch.segment_ids[batch.segment_ids >= 0]
+        assert (segments.diff() >= 0).all(), "segment ids are not sorted"
+        assert segments.unique().tolist() == list(range(len(batch.actions)))
+        for at, document in enumerate(batch.window_documents.tolist()):
+            counts[document][check_window(batch, at, plain[document], document)] += 1
+    for count in counts:
+        assert count[0] == 0 and (count[1:] == 1).all()
+
+
+def test_plan_of_the_next_window_s_sentence_reaches_the_last_position() -> None:
+    batch = next(iter(PlanLoader(dataset([[4, 4]]), window=4, batch_size=2, shuffle=False)))
+    assert batch.segment_rows[batch.segment_ids[0]][:, 1].tolist() == [0, 0, 0, 1]
+    assert batch.segment_rows[batch.segment_ids[1, :3]][:, 1].tolist() == [1, 1, 1]
+    assert batch.labels.tolist() == [[2, 3, 4, 5], [6, 7, 8, IGNORED]]
+
+
+def test_a_sentence_longer_than_the_window_is_a_segment_of_each() -> None:
+    batch = next(iter(PlanLoader(dataset([[2, 9, 1]]), window=4, batch_size=9, shuffle=False)))
+    assert batch.segment_rows[:, 1].tolist() == [0, 1, 1, 1, 2]
+
+
+def test_later_windows_score_only_what_is_new() -> None:
+    index = windows(dataset([[10], [1], [3]]), window=4, stride=2)
+    assert index.document.tolist() == [0, 0, 0, 0, 2]
+    assert index.start.tolist() == [0, 2, 4, 6, 0]
+    assert index.length.tolist() == [4, 4, 4, 3, 2]
+    assert index.unscored.tolist() == [0, 2, 2, 2, 0]
+
+
+def test_embeddings_end_before_the_last_sentence_needed_and_documents_come_once() -> None:
+    loader = PlanLoader(dataset([[4, 4, 4, 4], [3, 3]]), window=4, batch_size=3, shuffle=False)
+    first, second = loader
+    assert first.window_documents.tolist() == [0, 0, 0]
+    assert first.sentence_embeddings.shape == (1, 3, DIM)  # the last position predicts the fourth sentence
+    assert second.window_documents.tolist() == [0, 1, 1] and second.sentence_embeddings.shape == (2, 3, DIM)
+    assert second.sentence_embeddings[1, 1:].abs().sum() == 0
+    (only,) = PlanLoader(dataset([[5]]), window=4, batch_size=1, shuffle=False)
+    assert only.sentence_embeddings.shape == (1, 0, DIM)
+
+
+def test_selected_documents_read_like_others() -> None:
+    rows = random_dataset().select([7, 3, 44])
+    for batch in PlanLoader(rows, window=16, batch_size=2, shuffle=False):
+        for at, document in enumerate(batch.window_documents.tolist()):
+            check_window(batch, at, rows[document], int(rows[document]["id"]))
+
+
+@pytest.mark.parametrize("kind", ["plan", "sentence"])
+def test_order_depends_on_seed_and_epoch_and_resumes(kind: str) -> None:
+    rows = random_dataset()
+
+    def make(seed: int = 3) -> PlanLoader | SentenceLoader:
+        if kind == "plan":
+            return PlanLoader(rows, window=16, batch_size=5, seed=seed)
+        return SentenceLoader(rows, batch_size=5, seed=seed)
+
+    def contents(batches: object) -> list[torch.Tensor]:
+        return [batch.actions for batch in batches]  # type: ignore[attr-defined]
+
+    def same(a: list[torch.Tensor], b: list[torch.Tensor]) -> bool:
+        return len(a) == len(b) and all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+
+    loader = make()
+    first = contents(loader)
+    assert same(first, contents(loader)) and same(first, contents(make()))
+    assert not same(first, contents(make(seed=4)))
+    loader.epoch = 1
+    second = contents(loader)
+    assert not same(first, second)
+    assert loader.state_dict() == {"epoch": 1, "batch": 0}
+
+    iterator = iter(loader)
+    for _ in range(3):
+        next(iterator)
+    resumed = make()
+    resumed.load_state_dict(loader.state_dict())
+    assert same(contents(resumed), second[3:])
+    assert same(contents(resumed), second)  # and then whole epochs again
+
+
+def test_a_state_stored_after_the_last_batch_goes_on_with_the_next_epoch() -> None:
+    loader = PlanLoader(random_dataset(), window=16, batch_size=5)
+    iterator = iter(loader)
+    for _ in range(loader.num_batches):
+        next(iterator)
+    resumed = PlanLoader(random_dataset(), window=16, batch_size=5)
+    resumed.load_state_dict(loader.state_dict())
+    assert list(resumed) == [] and resumed.state_dict()["batch"] == 0
+
+
+def test_last_batch_may_be_smaller_or_left_out() -> None:
+    rows = dataset([[3]] * 5)
+    assert [len(batch.labels) for batch in PlanLoader(rows, window=4, batch_size=2)] == [2, 2, 1]
+    assert [len(batch.labels) for batch in PlanLoader(rows, window=4, batch_size=2, drop_last=True)] == [2, 2]
+
+
+def test_whole_documents() -> None:
+    rows = random_dataset()
+    loader = SentenceLoader(rows, batch_size=6, shuffle=False)
+    document = 0
+    for batch in loader:
+        assert batch.sentence_embeddings.dtype == torch.float32
+        for embeddings, actions in zip(batch.sentence_embeddings, batch.actions, strict=True):
+            row = rows[document]
+            size = len(row["actions"])
+            assert actions.tolist() == row["actions"] + [IGNORED] * (len(actions) - size)
+            assert embeddings[:size].tolist() == row["embeddings"] and embeddings[size:].abs().sum() == 0
+            document += 1
+    assert document == len(rows)
+
+
+@pytest.mark.parametrize("arguments", [{"stride": 0}, {"stride": 9}, {"batch_size": 0}])
+def test_bad_arguments_are_named(arguments: dict[str, int]) -> None:
+    with pytest.raises(ValueError, match=next(iter(arguments))):
+        PlanLoader(dataset([[3]]), **({"window": 8, "batch_size": 1} | arguments))
+
+
+def test_moves_to_a_device() -> None:
+    batch = next(iter(PlanLoader(dataset([[3, 2]]), window=4, batch_size=1))).to("meta")
+    assert batch.labels.device.type == batch.sentence_embeddings.device.type == "meta"
