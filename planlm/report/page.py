@@ -19,6 +19,9 @@ from planlm.report.tables import PLANNER_METRICS, ROW_HEADINGS, describe, row_ce
 
 SPLITS = ("test", "validation", "train")
 
+_REACHES_PLANNER = ("soft", "straight-through", "gumbel", "gumbel-hard", "top-k")
+"""Plans through which a run's training reaches the planner."""
+
 
 def write_report(config: ReportConfig) -> Path:
     """Write the page.
@@ -88,7 +91,7 @@ def _describe_run(run: Run, number: int) -> dict[str, Any]:
         "config": run.config,
         "headline": _headline(run),
         "metrics": run.metrics,
-        "summary": _summary(run.metrics) if run.metrics else [],
+        "summary": _summary(run) if run.metrics else [],
         "evaluations": evaluations,
         "planner": run.planner,
         "generation": run.generation,
@@ -108,16 +111,17 @@ def _headline(run: Run) -> str:
         f"{config.get('lm') or 'The LM of the corpus'}, conditioned on {config['selection']} plans",
         "LM frozen" if config.get("lm_mode") == "freeze" else "LM fine-tuned",
     ]
-    if config["selection"] not in ("oracle", "uniform", "fixed", "none"):
+    if config["selection"] in _REACHES_PLANNER:
         parts.append("planner frozen" if config.get("freeze_planner") else "planner trained jointly")
     return "; ".join(parts) + "."
 
 
-def _summary(metrics: list[dict[str, Any]]) -> list[str]:
-    """Steps, tokens, last loss, tokens per second and minutes of a run, from its last line."""
-    last = metrics[-1]
-    shown = {
-        "step": "{:,}", "tokens": "{:,}", "loss": "{:.4f}", "tokens_per_second": "{:,.0f}", "seconds": "{:.1f}",
-    }  # fmt: skip
-    values = {**last, "seconds": last["seconds"] / 60} if last.get("seconds") is not None else last
-    return [form.format(values[key]) if values.get(key) is not None else "–" for key, form in shown.items()]
+def _summary(run: Run) -> list[str]:
+    """Steps, last loss, tokens per second and minutes of a run, from its last logged line."""
+    last = dict(run.metrics[-1])
+    if run.planner:
+        last.pop("tokens_per_second", None)  # a planner reads sentences
+    if last.get("seconds") is not None:
+        last["seconds"] /= 60
+    shown = {"step": "{:,}", "loss": "{:.4f}", "tokens_per_second": "{:,.0f}", "seconds": "{:.1f}"}
+    return [form.format(last[key]) if last.get(key) is not None else "–" for key, form in shown.items()]

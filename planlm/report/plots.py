@@ -84,6 +84,7 @@ def perplexity_figure(result: dict[str, Any]) -> Figure:
         axes.spines["left"].set_visible(False)
         axes.grid(axis="x", linewidth=0.8, zorder=0)
         axes.set_axisbelow(True)
+        axes.locator_params(axis="x", nbins=7)
         axes.set_xlabel("perplexity: lower is better")
         axes.set_title(
             f"Perplexity on the {result['split']} split; bars: 95 % interval of the difference to {result['versus']}",

@@ -92,6 +92,16 @@ def test_one_run_shows_all_it_has(report, make_run):
     assert "Comparison" not in page.text
 
 
+@pytest.mark.parametrize(
+    ("selection", "frozen", "said"),
+    [("soft", False, "planner trained jointly"), ("soft", True, "planner frozen"), ("hard", False, "LM frozen.")],
+)
+def test_the_headline_says_what_trained(report, make_run, selection, frozen, said):
+    _, page = report(make_run("run", selection, config={"freeze_planner": frozen}))
+    assert said in page.text
+    assert ("planner" in page.text.split("conditioned on")[1].split(".")[0]) == (selection == "soft")
+
+
 def test_text_from_a_run_is_escaped(report, make_run):
     evil = "<script>alert('x')</script>"
     html, page = report(make_run("soft", generation=GENERATION, config={"lm": evil, evil: evil}))
