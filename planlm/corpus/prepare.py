@@ -75,9 +75,7 @@ def prepare(config: PrepareConfig) -> PreparedCorpus:
         try:
             splits = _splits(shards, total, config)
         except InputError:  # three documents at most are kept: nothing to go on with after the settings are mended
-            shutil.rmtree(partial)
-            with contextlib.suppress(OSError):
-                out.rmdir()
+            _discard(out)
             raise
         codebook = _codebook(out, shards, splits == SPLITS.index("train"), config)
         totals = shards.write_corpus(out, splits, codebook)
@@ -146,7 +144,8 @@ def _partial(out: Path, arguments: dict[str, Any]) -> Iterator[Path]:
         record = partial / "arguments.json"
         if record.exists():
             found = json.loads(record.read_text(encoding="utf-8"))
-            if differences := _differences(found, arguments, ENCODING):
+            differences = _differences(found, arguments, ENCODING)
+            if differences and _shards(partial):
                 raise InputError(
                     f"{out}: holds an unfinished preparation of another kind ({differences}); go on with its settings, "
                     "delete it, or give another --out"
@@ -155,7 +154,23 @@ def _partial(out: Path, arguments: dict[str, Any]) -> Iterator[Path]:
                 (out / CODEBOOK).unlink(missing_ok=True)
             _note(f"going on with the preparation in {out}")
         write_json(record, arguments)
-        yield partial
+        try:
+            yield partial
+        except BaseException:
+            if not _shards(partial):
+                _discard(out)
+            raise
+
+
+def _shards(partial: Path) -> list[Path]:
+    return list(partial.glob("shard-*.arrow"))
+
+
+def _discard(out: Path) -> None:
+    """Remove a preparation with nothing in it to go on with."""
+    shutil.rmtree(out / "partial", ignore_errors=True)
+    with contextlib.suppress(OSError):
+        out.rmdir()
 
 
 def _splits(shards: EncodedShards, total: int, config: PrepareConfig) -> np.ndarray:
@@ -177,14 +192,14 @@ def _codebook(out: Path, shards: EncodedShards, training: np.ndarray, config: Pr
         return load_file(out / CODEBOOK)["codebook"].numpy()
     num_sentences = int(shards.num_sentences[training].sum())
     num_actions = config.actions or max(2, min(DEFAULT_ACTIONS, num_sentences // SENTENCES_PER_ACTION))
+    sample = shards.sample_embeddings(training, num_actions * SAMPLE_PER_ACTION, config.seed)
+    _note(f"fitting {num_actions} actions on {len(sample):,} training sentences")
+    codebook = fit_codebook(sample, num_actions, iterations=config.kmeans_iterations, seed=config.seed)
     if num_sentences < num_actions * SENTENCES_PER_ACTION:
         _note(
             f"few training sentences for {num_actions} actions: {num_sentences}, {SENTENCES_PER_ACTION} an action are "
             f"advisable; --actions {max(2, num_sentences // SENTENCES_PER_ACTION)} would keep to that"
         )
-    sample = shards.sample_embeddings(training, num_actions * SAMPLE_PER_ACTION, config.seed)
-    _note(f"fitting {num_actions} actions on {len(sample):,} training sentences")
-    codebook = fit_codebook(sample, num_actions, iterations=config.kmeans_iterations, seed=config.seed)
     with replacing(out / CODEBOOK) as file:
         file.write(save({"codebook": torch.from_numpy(codebook)}))
     return codebook

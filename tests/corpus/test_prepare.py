@@ -20,6 +20,7 @@ from planlm.config import PrepareConfig
 from planlm.corpus.prepare import prepare
 from planlm.corpus.store import PreparedCorpus
 from planlm.errors import InputError, MachineError
+from planlm.text.encoder import SentenceEncoder
 from planlm.text.sentences import split_sentences
 
 Settings = Callable[..., PrepareConfig]
@@ -91,7 +92,7 @@ class Killed(BaseException):
     """Stands for a kill: no handler of ordinary errors sees it."""
 
 
-@pytest.mark.parametrize("moment", range(14))
+@pytest.mark.parametrize("moment", range(2, 14))  # from the second shard to the manifest
 def test_killed_at_any_write_it_goes_on(
     moment: int, settings: Settings, sixty: str, tmp_path: Path, encoder: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -247,6 +248,18 @@ def test_too_little_text_leaves_nothing_behind(
     with pytest.raises(InputError, match=message):
         prepare(config)
     assert not Path(config.out).exists()
+
+
+def test_an_encoder_that_cannot_be_loaded_leaves_nothing_behind(
+    settings: Settings, sixty: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = settings(sixty)
+    with monkeypatch.context() as patch:
+        patch.setattr("planlm.corpus.shards.SentenceEncoder", SentenceEncoder)
+        with pytest.raises(InputError, match="no such folder"):
+            prepare(settings(sixty, encoder="./none"))
+    assert not Path(config.out).exists()
+    prepare(config)
 
 
 def test_bad_input_leaves_nothing_behind(settings: Settings, sixty: str, tmp_path: Path) -> None:
