@@ -125,9 +125,12 @@ def test_autocast_leaves_float64_and_add_plan_alone() -> None:
     inputs = projection_inputs()
     x, plan = torch.randn(5, 4), torch.randn(3, 4)
     ids = torch.tensor([0, 1, 1, 2, -1])
+    want = plan_projection(**inputs).projected
     with torch.autocast("cpu", torch.bfloat16):
-        assert torch.equal(plan_projection(**inputs).projected, plan_projection(**inputs).projected.double())
-        assert torch.equal(add_plan(x, plan, ids), x + torch.cat([plan[[0, 1, 1, 2]], torch.zeros(1, 4)]))
+        got, added = plan_projection(**inputs).projected, add_plan(x, plan, ids)
+    assert got.dtype == torch.float64
+    assert torch.equal(got, want)
+    assert torch.equal(added, x + torch.cat([plan[[0, 1, 1, 2]], torch.zeros(1, 4)]))
 
 
 @pytest.mark.parametrize("gated", [True, False], ids=["gate", "no gate"])
