@@ -53,3 +53,9 @@ def settings(
         return PrepareConfig(inputs=inputs, **options)
 
     return make
+
+
+@pytest.fixture
+def document_text() -> Callable[[int], str]:
+    """The texts that `sixty` holds, by number."""
+    return document

@@ -185,6 +185,35 @@ def test_what_shards_do_not_depend_on_may_change(
         resumed.split("validation")
 
 
+def test_a_codebook_of_other_settings_is_not_kept(
+    settings: Settings, sixty: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = settings(sixty, actions=8)
+    with monkeypatch.context() as patch:
+        patch.setattr("planlm.corpus.shards.EncodedShards.write_corpus", lambda *args: (_ for _ in ()).throw(Killed))
+        with pytest.raises(Killed):
+            prepare(config)
+    assert (Path(config.out) / "codebook.safetensors").exists()
+    resumed = prepare(settings(sixty, actions=6))
+    assert contents(resumed.path) == contents(prepare(settings(sixty, out=str(tmp_path / "new"), actions=6)).path)
+
+
+def test_the_codebook_knows_training_sentences_only(
+    settings: Settings, sixty: str, jsonl: Callable[..., str], tmp_path: Path, document_text: Callable[[int], str]
+) -> None:
+    first = prepare(settings(sixty, actions=8))
+    held_out = {row["id"] for name in ("validation", "test") for row in first.split(name)}
+    rows = [
+        {"id": number, "text": "Something else. Entirely else." if str(number) in held_out else document_text(number)}
+        for number in range(60)
+    ]
+    second = prepare(settings(jsonl(rows, "changed.jsonl"), actions=8, out=str(tmp_path / "second")))
+    assert torch.equal(first.codebook, second.codebook)
+    rows[int(first.split("train")[0]["id"])]["text"] = "A changed training text. It has two sentences."
+    third = prepare(settings(jsonl(rows, "again.jsonl"), actions=8, out=str(tmp_path / "third")))
+    assert not torch.equal(first.codebook, third.codebook)
+
+
 def test_a_finished_corpus_is_returned_or_kept(
     settings: Settings, sixty: str, encoder: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
