@@ -159,9 +159,11 @@ def test_files_and_functions_are_short_and_documented(module: str) -> None:
 def public_definitions(tree: ast.Module) -> Iterator[tuple[str, ast.FunctionDef | ast.ClassDef]]:
     """Public functions and classes of a module, and the public methods of those classes.
 
-    Left out is what another class documents: methods of protocols, and the forward and backward of torch's functions.
+    Left out is what something else documents: overloads, methods of protocols, torch functions' forward and backward.
     """
     for node in tree.body:
+        if "overload" in [ast.unparse(decorator) for decorator in getattr(node, "decorator_list", [])]:
+            continue
         if isinstance(node, ast.FunctionDef | ast.ClassDef) and not node.name.startswith("_"):
             yield node.name, node
             if isinstance(node, ast.ClassDef) and "Protocol" not in [ast.unparse(base) for base in node.bases]:

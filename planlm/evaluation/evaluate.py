@@ -17,6 +17,7 @@ from planlm.files import write_text
 from planlm.model.configuration import PlanLMConfig
 from planlm.model.generation import load_model
 from planlm.model.modeling import PlanLMForCausalLM
+from planlm.model.planner import codebook_fingerprint
 from planlm.precision import device
 from planlm.text.alignment import tokenizer_fingerprint
 
@@ -128,12 +129,10 @@ def _check_fit(model: PlanLMForCausalLM, config: EvaluateConfig, corpus: Prepare
             f"{config.corpus}: prepared with the tokenizer of {manifest.tokenizer}, which is not that of {config.run}; "
             f"prepare the corpus again with --tokenizer set to the run's model folder"
         )
-    of_model = (model.config.num_actions, model.config.action_dim)
-    of_corpus = (manifest.num_actions, manifest.action_dim)
-    if of_model != of_corpus:
+    if model.config.codebook_fingerprint != codebook_fingerprint(corpus.codebook):
         raise InputError(
-            f"{config.run}: its model has {of_model[0]} actions of {of_model[1]} dimensions, {config.corpus} has "
-            f"{of_corpus[0]} of {of_corpus[1]}; evaluate on the corpus that the model was trained on"
+            f"{config.run}: trained on other actions than those of {config.corpus}; evaluate on the corpus that the "
+            "model was trained on"
         )
 
 

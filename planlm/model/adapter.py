@@ -34,21 +34,20 @@ class PlanAdapter(nn.Module):
         self.gate = nn.Parameter(torch.zeros(total)) if gate else None
         if gate:
             nn.init.xavier_normal_(self.weight)
-        self._plan: tuple[Tensor, Tensor] | None = None
-        begin = 0
-        for projection, width in zip(conditioned, self.widths, strict=True):
-            projection.register_forward_pre_hook(self._hook(slice(begin, begin + width)))
-            begin += width
+        self._plans: tuple[Tensor, ...] = ()
+        self._gates: tuple[Tensor | None, ...] = ()
+        self._segment_ids: Tensor | None = None
+        for layer, projection in enumerate(conditioned):
+            projection.register_forward_pre_hook(self._hook(layer))
 
-    def _hook(self, channels: slice) -> Any:
+    def _hook(self, layer: int) -> Any:
         def add(_: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
-            if self._plan is None:
+            if self._segment_ids is None:
                 return None
-            projected, segment_ids = self._plan
             x = inputs[0]  # [B, W, d]
-            gate = None if self.gate is None else self.gate[channels].to(x.dtype)
-            plan = projected[:, channels].to(x.dtype)
-            return (add_plan(x.reshape(-1, x.shape[-1]), plan, segment_ids, gate=gate).view(x.shape), *inputs[1:])
+            tokens = x.reshape(-1, x.shape[-1])  # [T, d]
+            planned = add_plan(tokens, self._plans[layer], self._segment_ids, self._gates[layer])
+            return (planned.view(x.shape), *inputs[1:])
 
         return add
 
@@ -59,4 +58,10 @@ class PlanAdapter(nn.Module):
             projected: `[S, D]` projected plans, or None to switch conditioning off.
             segment_ids: `[B, W]` row of `projected` for each position, -1 for none.
         """
-        self._plan = None if projected is None or segment_ids is None else (projected, segment_ids.reshape(-1))
+        if projected is None or segment_ids is None:
+            self._plans, self._gates, self._segment_ids = (), (), None
+            return
+        # Split once: as many slices would each have a gradient of the full width.
+        self._plans = projected.split(self.widths, dim=1)
+        self._gates = (None,) * len(self.widths) if self.gate is None else self.gate.split(self.widths)
+        self._segment_ids = segment_ids.reshape(-1)

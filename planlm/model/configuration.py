@@ -20,6 +20,7 @@ class PlanLMConfig(PretrainedConfig):
         conditioned_layers: number of topmost LM layers that receive the plan.
         gate: whether each conditioned channel has a zero-initialised gate [g].
         selection, plan_temperature, plan_top_k, gumbel_scale: how the plan is formed unless a call says otherwise.
+        codebook_fingerprint: of the codebook that training started from; see `planner.codebook_fingerprint`.
         encoder: sentence encoder, by hub name or folder, that `generate()` embeds finished sentences with.
     """
 
@@ -41,3 +42,4 @@ class PlanLMConfig(PretrainedConfig):
     plan_top_k: int | None = None
     gumbel_scale: float = 1.0
     encoder: str = ""
+    codebook_fingerprint: str = ""

@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM
 
 from planlm.config import GenerateConfig
 from planlm.errors import InputError
+from planlm.files import write_text
 from planlm.model.modeling import PlanLMForCausalLM
 from planlm.model.tracking import SentenceTracker
 from planlm.precision import device
@@ -49,7 +50,7 @@ def generate(config: GenerateConfig) -> dict[str, Any]:
     Returns:
         `prompt`, `text` (the continuation), `selection`, and `plan`: for each sentence continued or begun its text,
         its most probable actions with their probabilities, and the action forced on it, if any. `--audit` appends one
-        line per sentence to a file.
+        line per sentence to a file; a run directory keeps the newest result in `generation.json`, for its report.
 
     Raises:
         InputError: no model, an empty prompt for an LM without a start token, or an action that does not exist.
@@ -83,6 +84,8 @@ def generate(config: GenerateConfig) -> dict[str, Any]:
         "selection": selection,
         "plan": [] if selection == "none" else _describe(model, tracker, tuple(ids), prompt_length, forced),
     }
+    if (Path(config.run) / "model").is_dir():
+        write_text(Path(config.run) / "generation.json", json.dumps(result, ensure_ascii=False, indent=1) + "\n")
     if config.audit:
         with Path(config.audit).open("a") as file:
             file.writelines(json.dumps(sentence, ensure_ascii=False) + "\n" for sentence in result["plan"])

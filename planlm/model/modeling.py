@@ -21,10 +21,10 @@ from planlm.model.adapter import PlanAdapter
 from planlm.model.configuration import PlanLMConfig
 from planlm.model.families import check_family, output_projections
 from planlm.model.loss import linear_cross_entropy
-from planlm.model.planner import Planner, default_heads
+from planlm.model.planner import Planner, codebook_fingerprint, default_heads
 from planlm.model.tracking import SentenceTracker
 from planlm.text.alignment import load_tokenizer
-from planlm.text.assets import resolve
+from planlm.text.assets import loading, resolve
 from planlm.text.encoder import SentenceEncoder
 
 PLANNED = ("soft", "hard", "straight-through", "gumbel", "gumbel-hard", "top-k")
@@ -129,24 +129,17 @@ class PlanLMForCausalLM(PreTrainedModel, GenerationMixin):
         Raises:
             InputError: the LM cannot be loaded, its family is not supported, or the planner does not fit the codebook.
         """
-        name = resolve(lm, "lm")
-        try:
-            text_config = AutoConfig.from_pretrained(name)
-            check_family(text_config)
-            base = AutoModelForCausalLM.from_pretrained(name, dtype=dtype)
-        except (OSError, ValueError) as error:
-            if isinstance(error, InputError):
-                raise InputError(f"{lm}: {error}") from None
-            raise InputError(f"{lm}: LM cannot be loaded: {str(error).strip().splitlines()[0]}") from None
+        base = _load_lm(lm, dtype)
         num_actions, action_dim = codebook.shape
+        fingerprint = codebook_fingerprint(codebook)
         if planner is None:
-            planner = Planner(action_dim, num_actions, heads=default_heads(action_dim))
+            heads = default_heads(action_dim)
+            planner = Planner(action_dim, num_actions, heads=heads, codebook_fingerprint=fingerprint)
             planner.initialize_head(codebook)
-        shape = planner.shape
-        if (shape["num_actions"], shape["action_dim"]) != (num_actions, action_dim):
+        shape = planner.settings
+        if shape["codebook_fingerprint"] != fingerprint:
             raise InputError(
-                f"the planner has {shape['num_actions']} actions of {shape['action_dim']} dimensions, the corpus "
-                f"{num_actions} of {action_dim}; pre-train a planner on this corpus"
+                "the planner was trained on other actions than the corpus has; pre-train one on this corpus"
             )
         config = PlanLMConfig(
             text_config=base.config,
@@ -156,6 +149,7 @@ class PlanLMForCausalLM(PreTrainedModel, GenerationMixin):
             planner_layers=int(shape["layers"]),
             planner_heads=int(shape["heads"]),
             planner_dropout=shape["dropout"],
+            codebook_fingerprint=fingerprint,
             conditioned_layers=max(1, len(output_projections(base)) - 2)
             if conditioned_layers is None
             else conditioned_layers,
@@ -186,6 +180,7 @@ class PlanLMForCausalLM(PreTrainedModel, GenerationMixin):
 
     @tokenizer.setter
     def tokenizer(self, tokenizer: Any) -> None:
+        """Use another tokenizer object."""
         self._tokenizer = tokenizer
 
     @property
@@ -197,6 +192,7 @@ class PlanLMForCausalLM(PreTrainedModel, GenerationMixin):
 
     @encoder.setter
     def encoder(self, encoder: SentenceEncoder) -> None:
+        """Use another encoder object."""
         self._encoder = encoder
 
     def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:
@@ -233,18 +229,11 @@ class PlanLMForCausalLM(PreTrainedModel, GenerationMixin):
             hidden = self.planner(sentence_embeddings)[segment_rows[:, 0], segment_rows[:, 1]]  # [S, A]
             logits = self.planner.head(hidden).float()  # [S, K]
         noise = None
-        if selection in GUMBEL:
-            if self.training:
-                noise = self.config.gumbel_scale * _gumbel_like(logits)
-            else:
-                selection = "soft"
-        if logits is None:
-            logits = torch.zeros(len(segment_rows), self.config.num_actions, device=segment_rows.device)
-            planned = None
-        else:
-            planned = logits
+        if selection in GUMBEL and self.training:  # without noise gumbel is soft, and gumbel-hard takes its arg-max
+            assert logits is not None
+            noise = self.config.gumbel_scale * _gumbel_like(logits)
         projection = plan_projection(
-            logits,
+            self.codebook.new_zeros(len(segment_rows), len(self.codebook)) if logits is None else logits,
             self.codebook,
             self.adapter.weight,
             self.adapter.bias,
@@ -255,7 +244,7 @@ class PlanLMForCausalLM(PreTrainedModel, GenerationMixin):
             noise=noise,
             top_k=self.config.plan_top_k if selection == "top-k" else None,
         )
-        return projection, planned
+        return projection, logits
 
     def forward(
         self,
@@ -277,28 +266,24 @@ class PlanLMForCausalLM(PreTrainedModel, GenerationMixin):
         logits_to_keep: int = 0,
         **kwargs: Any,
     ) -> PlanLMOutput:
-        """Run the conditioned LM.
+        """Run the conditioned LM; without `segment_ids` the model plans the text `input_ids` `[B, W]` itself.
+
+        Arguments not named here are those of transformers and of `plan`.
 
         Args:
-            input_ids: `[B, W]`.
-            attention_mask, position_ids, past_key_values, use_cache, logits_to_keep: as in transformers.
             labels: `[B, W]` in transformers' form: the same tokens as `input_ids`, -100 where not scored.
             shift_labels: `[B, W]` the token after each position, -100 where not scored; logits are then not kept.
             segment_ids: `[B, W]` plan segment of the sentence that holds the token after each position, -1 for none.
-            segment_rows, sentence_embeddings, actions, selection, oracle_weight, want_oracle_nll: see `plan`;
-                `selection="none"` switches the plan off.
-
-        Without `segment_ids` the text is planned by the model itself.
+            selection: see `plan`; "none" switches the plan off.
         """
         selection = selection or self.config.selection
-        projection: PlanProjection | None = None
-        action_logits: Tensor | None = None
+        result = PlanLMOutput()
+        projected = None
         if selection != "none" or want_oracle_nll:
-            if segment_ids is None:
+            if segment_ids is None or segment_rows is None or sentence_embeddings is None:
                 tracker = SentenceTracker(self.tokenizer, self.encoder)
                 segment_ids, segment_rows, sentence_embeddings, _ = tracker.inputs(input_ids, attention_mask)
-            assert segment_rows is not None and sentence_embeddings is not None
-            projection, action_logits = self.plan(
+            projection, result.action_logits = self.plan(
                 segment_rows,
                 sentence_embeddings,
                 actions=actions,
@@ -306,8 +291,9 @@ class PlanLMForCausalLM(PreTrainedModel, GenerationMixin):
                 oracle_weight=oracle_weight,
                 want_oracle_nll=want_oracle_nll,
             )
-        conditioned = projection is not None and selection != "none"
-        self.adapter.condition(projection.projected if conditioned and projection else None, segment_ids)
+            projected = None if selection == "none" else projection.projected
+            result.oracle_nll = None if actions is None else projection.oracle_nll
+        self.adapter.condition(projected, segment_ids)
         outputs = self.lm.base_model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -316,12 +302,18 @@ class PlanLMForCausalLM(PreTrainedModel, GenerationMixin):
             use_cache=use_cache,
             **kwargs,
         )
-        result = PlanLMOutput(action_logits=action_logits, past_key_values=outputs.past_key_values)
-        if projection is not None and actions is not None:
-            result.oracle_nll = projection.oracle_nll
         if not self.lm.is_activation_checkpointing:  # which runs the hooks once more, in the backward pass
             self.adapter.condition(None, None)
-        hidden = outputs.last_hidden_state  # [B, W, d]
+        result.past_key_values = outputs.past_key_values
+        self._score(result, outputs.last_hidden_state, labels, shift_labels, logits_to_keep)
+        return result
+
+    def _score(
+        self, result: PlanLMOutput, hidden: Tensor, labels: Tensor | None, shift_labels: Tensor | None, keep: int
+    ) -> None:
+        """Fill in the losses, or logits, of hidden states `[B, W, d]`; see `forward`."""
+        if shift_labels is None or labels is not None:
+            result.logits = self.get_output_embeddings()(hidden[:, -keep:])
         if labels is not None:
             shift_labels = nn.functional.pad(labels, (0, 1), value=-100)[:, 1:]
         if shift_labels is not None:
@@ -330,9 +322,6 @@ class PlanLMForCausalLM(PreTrainedModel, GenerationMixin):
             nll_sum, token_nll = linear_cross_entropy(hidden.reshape(len(targets), -1), head.weight, targets, head.bias)
             result.nll_sum, result.token_nll = nll_sum, token_nll.view(shift_labels.shape)
             result.loss = nll_sum / (targets != -100).sum().clamp(min=1)
-        if shift_labels is None or labels is not None:
-            result.logits = self.get_output_embeddings()(hidden[:, -logits_to_keep:])
-        return result
 
     def generate(
         self, inputs: Tensor | None = None, *args: Any, tracker: SentenceTracker | None = None, **kwargs: Any
@@ -369,7 +358,14 @@ class PlanLMForCausalLM(PreTrainedModel, GenerationMixin):
         return inputs
 
 
-def _gumbel_like(logits: Tensor | None) -> Tensor:
-    """Standard Gumbel noise of the shape of `logits`, drawn once per sentence (CHECKLIST.md, defect 6)."""
-    assert logits is not None
+def _load_lm(lm: str, dtype: torch.dtype) -> PreTrainedModel:
+    """The LM of a hub name or folder; its family is checked before its weights are read."""
+    name = resolve(lm, "lm")
+    with loading(lm, "lm"):
+        check_family(AutoConfig.from_pretrained(name))
+        return AutoModelForCausalLM.from_pretrained(name, dtype=dtype)
+
+
+def _gumbel_like(logits: Tensor) -> Tensor:
+    """Standard Gumbel noise of the shape of `logits`: drawn once per sentence, for all layers and tokens alike."""
     return -torch.empty_like(logits).exponential_().log()

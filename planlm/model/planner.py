@@ -7,6 +7,7 @@ seen `x_{<i}` and nothing else, since a learned start vector takes the first pla
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 from pathlib import Path
@@ -31,6 +32,11 @@ def default_heads(width: int) -> int:
     return next(heads for heads in range(max(1, width // 64), 0, -1) if width % heads == 0)
 
 
+def codebook_fingerprint(codebook: Tensor) -> str:
+    """sha256 of a codebook `[K, A]`: planners and models remember which actions they were trained on."""
+    return hashlib.sha256(codebook.detach().float().cpu().contiguous().numpy().tobytes()).hexdigest()
+
+
 class Planner(nn.Module):
     """Causal transformer over sentence embeddings; width and head follow the codebook.
 
@@ -40,18 +46,34 @@ class Planner(nn.Module):
         layers: transformer layers.
         heads: attention heads.
         dropout: dropout within the layers.
+        codebook_fingerprint: of the codebook whose actions it predicts; stored with it.
+
+    Raises:
+        InputError: `heads` do not divide the width.
     """
 
     def __init__(
-        self, action_dim: int, num_actions: int, layers: int = 2, heads: int = 6, dropout: float = 0.1
+        self,
+        action_dim: int,
+        num_actions: int,
+        layers: int = 2,
+        heads: int = 6,
+        dropout: float = 0.1,
+        codebook_fingerprint: str = "",
     ) -> None:
         super().__init__()
         if action_dim % heads:
             raise InputError(
                 f"planner heads: {heads} do not divide the embedding dimension {action_dim}; set a divisor"
             )
-        self.shape = {"action_dim": action_dim, "num_actions": num_actions, "layers": layers, "heads": heads,
-                      "dropout": dropout}  # fmt: skip
+        self.settings = {
+            "action_dim": action_dim,
+            "num_actions": num_actions,
+            "layers": layers,
+            "heads": heads,
+            "dropout": dropout,
+            "codebook_fingerprint": codebook_fingerprint,
+        }
         self.start = nn.Parameter(torch.randn(action_dim) * action_dim**-0.5)
         layer = nn.TransformerEncoderLayer(
             action_dim, heads, 4 * action_dim, dropout, activation="gelu", batch_first=True, norm_first=True
@@ -90,7 +112,7 @@ class Planner(nn.Module):
         save_file(
             {name: tensor.contiguous() for name, tensor in self.state_dict().items()}, folder / "planner.safetensors"
         )
-        (folder / "planner.json").write_text(json.dumps(self.shape, indent=1) + "\n")
+        (folder / "planner.json").write_text(json.dumps(self.settings, indent=1) + "\n")
 
     @classmethod
     def load(cls, folder: Path) -> Planner:

@@ -19,22 +19,14 @@ from safetensors.torch import load_file, save_file
 FORMAT_VERSION = 1
 
 
-def write_text(path: Path, text: str) -> None:
-    """Replace a file at once: whoever reads it sees the old or the new text, never half of one."""
-    beside = path.with_name(path.name + ".partial")
-    beside.write_text(text)
-    beside.replace(path)
-
-
-def save_checkpoint(
-    folder: Path, step: int, tensors: dict[str, torch.Tensor], state: dict[str, Any], keep: int
-) -> Path:
-    """Write `folder/step-N`, then delete all but the newest `keep` checkpoints."""
-    final, beside = folder / f"step-{step}", folder / f"step-{step}.partial"
+def save_checkpoint(folder: Path, tensors: dict[str, torch.Tensor], state: dict[str, Any], keep: int) -> Path:
+    """Write `folder/step-N`, N being the "step" of `state`, then delete all but the newest `keep` checkpoints."""
+    final = folder / f"step-{state['step']}"
+    beside = final.with_name(final.name + ".partial")
     shutil.rmtree(beside, ignore_errors=True)
     beside.mkdir(parents=True)
     save_file({name: tensor.detach().contiguous() for name, tensor in tensors.items()}, beside / "tensors.safetensors")
-    (beside / "state.json").write_text(json.dumps({"format_version": FORMAT_VERSION, "step": step, **state}, indent=1))
+    (beside / "state.json").write_text(json.dumps({"format_version": FORMAT_VERSION, **state}, indent=1))
     sums = {path.name: _digest(path) for path in sorted(beside.iterdir())}
     (beside / "checksums.json").write_text(json.dumps(sums, indent=1))
     for path in beside.iterdir():

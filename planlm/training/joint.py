@@ -148,7 +148,7 @@ class Objective:
             loss.backward()
             totals += self._figures(output, batch.actions)
         lm_nll, planner_nll, right, entropy = totals.tolist()
-        figures = {"lm_loss": lm_nll / max(1, num_labels), "oracle_ratio": ratio, "tokens": num_labels}
+        figures = {"lm_loss": lm_nll / max(1, num_labels), "oracle_ratio": ratio}
         if output.action_logits is not None:
             count = max(1, num_segments)
             figures |= {

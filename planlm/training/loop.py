@@ -86,10 +86,10 @@ def fit(task: Task, run: Run, config: PlannerConfig | TrainConfig) -> None:
     """
     optimizer = make_optimizer(task.groups, config.weight_decay)
     with Progress("train", task.steps) as progress, _StopSignal() as stop:
-        first = _restore(task, run, optimizer, progress.line)
+        first, tokens = _restore(task, run, optimizer, progress.line)
         progress.advance(first)
         batches = _stream(task.loader)
-        skipped = tokens = 0
+        skipped, before = 0, tokens
         started = time.monotonic()
         for step in range(first, task.steps):
             for group in task.groups:
@@ -110,12 +110,12 @@ def fit(task: Task, run: Run, config: PlannerConfig | TrainConfig) -> None:
             done = step + 1
             tokens += sum(task.num_tokens(batch) for batch in window)
             progress.advance(note=f"loss {figures['loss']:.4f}")
-            if done % config.log_every == 0 or done in (first + 1, task.steps):
+            if done % config.log_every == 0 or done in (1, task.steps):
                 seconds = time.monotonic() - started
-                run.log({"step": done, **figures, "grad_norm": norms, "lr": rates,
-                         "tokens_per_second": round(tokens / seconds, 1), "seconds": round(seconds, 2)})  # fmt: skip
+                speed = {"tokens_per_second": round((tokens - before) / seconds, 1), "seconds": round(seconds, 2)}
+                run.log({"step": done, "tokens": tokens, **figures, "grad_norm": norms, "lr": rates, **speed})
             if done % config.checkpoint_every == 0 or done == task.steps or stop.asked or skipped >= MAX_SKIPPED:
-                _save(task, run, optimizer, done, config.keep_checkpoints)
+                _save(task, run, optimizer, {"step": done, "tokens": tokens}, config.keep_checkpoints)
             if stop.asked:
                 raise KeyboardInterrupt(f"stopped after step {done}; continue with --resume")
             if skipped >= MAX_SKIPPED:
@@ -152,22 +152,22 @@ def _set_rates(
     return rates
 
 
-def _save(task: Task, run: Run, optimizer: torch.optim.Optimizer, step: int, keep: int) -> None:
+def _save(task: Task, run: Run, optimizer: torch.optim.Optimizer, done: dict[str, int], keep: int) -> None:
     parameters = {name: parameter for group in task.groups for name, parameter in group.parameters.items()}
     tensors: dict[str, torch.Tensor] = {f"model/{name}": parameter for name, parameter in parameters.items()}
     tensors |= {f"optimizer/{name}": value for name, value in optimizer_tensors(task.groups, optimizer).items()}
     tensors["random/cpu"] = torch.get_rng_state()
     if torch.cuda.is_available():
         tensors["random/cuda"] = torch.cuda.get_rng_state()
-    save_checkpoint(run.checkpoints, step, tensors, {"loader": task.loader.state_dict()}, keep)
+    save_checkpoint(run.checkpoints, tensors, {**done, "loader": task.loader.state_dict()}, keep)
 
 
-def _restore(task: Task, run: Run, optimizer: torch.optim.Optimizer, log: Callable[[str], None]) -> int:
-    """Continue from the newest sound checkpoint; returns the number of steps done."""
+def _restore(task: Task, run: Run, optimizer: torch.optim.Optimizer, log: Callable[[str], None]) -> tuple[int, int]:
+    """Continue from the newest sound checkpoint; returns the numbers of steps done and of tokens seen."""
     found = load_checkpoint(run.checkpoints, log)
     if found is None:
         run.forget_after(0)
-        return 0
+        return 0, 0
     tensors, state = found
     parameters = {name: parameter for group in task.groups for name, parameter in group.parameters.items()}
     stored = {name[6:]: value for name, value in tensors.items() if name.startswith("model/")}
@@ -187,7 +187,7 @@ def _restore(task: Task, run: Run, optimizer: torch.optim.Optimizer, log: Callab
     task.loader.load_state_dict(state["loader"])
     run.forget_after(state["step"])
     log(f"resumed after step {state['step']}")
-    return int(state["step"])
+    return int(state["step"]), int(state["tokens"])
 
 
 class _StopSignal:

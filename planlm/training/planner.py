@@ -12,9 +12,9 @@ from planlm.config import PlannerConfig
 from planlm.corpus.batches import SentenceBatch, SentenceLoader
 from planlm.corpus.store import PreparedCorpus
 from planlm.evaluation.planner_metrics import planner_metrics
-from planlm.model.planner import Planner, default_heads
+from planlm.files import write_text
+from planlm.model.planner import Planner, codebook_fingerprint, default_heads
 from planlm.precision import device
-from planlm.training.checkpoint import write_text
 from planlm.training.groups import ParameterGroup
 from planlm.training.loop import Task, fit, num_steps
 from planlm.training.run import Run
@@ -32,11 +32,18 @@ def pretrain_planner(config: PlannerConfig) -> dict[str, Any]:
         InputError: no such corpus, or a run directory in use.
     """
     corpus = PreparedCorpus.load(config.corpus)
+    validation = corpus.split("validation")
     run = Run(config)
     torch.manual_seed(config.seed)
     action_dim = corpus.manifest.action_dim
-    heads = config.heads or default_heads(action_dim)
-    planner = Planner(action_dim, corpus.manifest.num_actions, config.layers, heads, config.dropout)
+    planner = Planner(
+        action_dim,
+        corpus.manifest.num_actions,
+        config.layers,
+        config.heads or default_heads(action_dim),
+        config.dropout,
+        codebook_fingerprint(corpus.codebook),
+    )
     planner.initialize_head(corpus.codebook)
     planner.to(device()).train()
     loader = SentenceLoader(corpus.split("train"), batch_size=config.batch_size, seed=config.seed, shuffle=True)
@@ -62,7 +69,7 @@ def pretrain_planner(config: PlannerConfig) -> dict[str, Any]:
     )
     fit(task, run, config)
     planner.eval()
-    metrics = planner_metrics(planner, corpus.split("validation"), corpus.action_counts)
+    metrics = planner_metrics(planner, validation, corpus.action_counts)
     planner.cpu().save(run.path / "planner")
     result = {"run": str(run.path), "planner": str(run.path / "planner"), "split": "validation", **metrics}
     write_text(run.path / "planner_metrics.json", json.dumps(result, indent=1) + "\n")

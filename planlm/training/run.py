@@ -11,7 +11,7 @@ import yaml
 
 from planlm.config import PlannerConfig, TrainConfig
 from planlm.errors import InputError
-from planlm.training.checkpoint import write_text
+from planlm.files import write_text
 
 FREE_TO_CHANGE = {"resume", "json", "log_every", "checkpoint_every", "keep_checkpoints"}
 """Settings that may differ when a run is resumed: they leave weights and losses as they are."""

@@ -11,7 +11,9 @@ from planlm.training.checkpoint import load_checkpoint, save_checkpoint
 
 
 def save(folder: Path, step: int, keep: int = 2) -> Path:
-    return save_checkpoint(folder, step, {"w": torch.full((3,), float(step))}, {"loader": {"epoch": step}}, keep)
+    return save_checkpoint(
+        folder, {"w": torch.full((3,), float(step))}, {"step": step, "loader": {"epoch": step}}, keep
+    )
 
 
 def test_newest_is_loaded_and_only_the_last_are_kept(tmp_path: Path) -> None:

@@ -173,5 +173,5 @@ def test_planner_of_another_corpus_is_refused(planted: dict[str, str], tmp_path:
     from planlm.model import Planner
 
     Planner(32, 9, heads=1).save(tmp_path / "wrong" / "planner")
-    with pytest.raises(InputError, match="the planner has 9 actions of 32 dimensions, the corpus 4 of 32"):
+    with pytest.raises(InputError, match="the planner was trained on other actions"):
         train(settings(planted, tmp_path / "run", planner=str(tmp_path / "wrong")))
