@@ -8,13 +8,13 @@ last. What is in OUT/partial belongs to the settings and sources in its argument
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import fcntl
 import importlib.metadata
 import json
 import shutil
 import sys
 from collections.abc import Iterator
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -59,12 +59,14 @@ def prepare(config: PrepareConfig) -> PreparedCorpus:
             f"--validation-fraction {config.validation_fraction} and --test-fraction {config.test_fraction}: together "
             "they must leave some documents for training"
         )
+    # The corpus names its encoder and tokenizer to later commands, which may run in another folder.
+    config = dataclasses.replace(config, encoder=_absolute(config.encoder), tokenizer=_absolute(config.tokenizer))
     out = Path(config.out)
     fields = Fields(config.text_field, config.id_field)
     tokenizer = load_tokenizer(config.tokenizer)
     arguments: dict[str, Any] = {
         "settings": _settings(config, tokenizer_fingerprint(tokenizer)),
-        "sources": [asdict(source) for source in scan(config.inputs, fields, config.max_documents)],
+        "sources": [dataclasses.asdict(source) for source in scan(config.inputs, fields, config.max_documents)],
     }
     if (out / MANIFEST).exists():
         return _finished(out, arguments)
@@ -94,9 +96,13 @@ def prepare(config: PrepareConfig) -> PreparedCorpus:
             settings=arguments["settings"],
             versions=_versions(),
         )
-        write_json(out / MANIFEST, asdict(manifest))
+        write_json(out / MANIFEST, dataclasses.asdict(manifest))
         shutil.rmtree(partial)
     return PreparedCorpus.load(out)
+
+
+def _absolute(name: str) -> str:
+    return str(Path(name).resolve()) if Path(name).is_dir() else name
 
 
 def _settings(config: PrepareConfig, fingerprint: str) -> dict[str, Any]:
@@ -133,7 +139,9 @@ def _finished(out: Path, arguments: dict[str, Any]) -> PreparedCorpus:
 def _partial(out: Path, arguments: dict[str, Any]) -> Iterator[Path]:
     """The folder OUT/partial, checked to belong to `arguments` and held against other processes."""
     partial = out / "partial"
-    if out.is_dir() and any(out.iterdir()) and not partial.is_dir():
+    record = partial / "arguments.json"
+    ours = {partial.name, "lock", f"{record.name}.partial"}  # all there is before the record
+    if not record.exists() and any(file.name not in ours for file in out.rglob("*")):
         raise InputError(f"{out}: holds other files; give another --out")
     partial.mkdir(parents=True, exist_ok=True)
     with open(partial / "lock", "w") as lock:
@@ -141,7 +149,6 @@ def _partial(out: Path, arguments: dict[str, Any]) -> Iterator[Path]:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise InputError(f"{out}: another `planlm prepare` is at work there; wait, or give another --out") from None
-        record = partial / "arguments.json"
         if record.exists():
             found = json.loads(record.read_text(encoding="utf-8"))
             differences = _differences(found, arguments, ENCODING)

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from planlm.precision import compute_dtype
-from planlm.progress import Progress
 from planlm.text.assets import loading, resolve
 
 BATCH_TOKENS = 4096
@@ -50,12 +49,11 @@ class SentenceEncoder:
             self._model[0].to(torch.bfloat16)
             self._model[0].register_forward_hook(_to_float32)
 
-    def encode(self, sentences: list[str], progress: Progress | None = None) -> np.ndarray:
+    def encode(self, sentences: list[str]) -> np.ndarray:
         """Embed sentences.
 
         Args:
             sentences: n strings; what exceeds the model's maximum length is cut off, as the model's own settings say.
-            progress: advanced by the number of sentences done.
 
         Returns:
             float32 [n, dim], in the order of `sentences`; a row does not depend on the other sentences, but for
@@ -74,8 +72,6 @@ class SentenceEncoder:
                 [sentences[i] for i in batch], batch_size=len(batch), show_progress_bar=False
             )
             start += len(batch)
-            if progress is not None:
-                progress.advance(len(batch))
         return embeddings
 
     def _lengths(self, sentences: list[str]) -> np.ndarray:

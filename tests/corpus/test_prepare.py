@@ -234,7 +234,11 @@ def test_other_folders_are_left_alone(settings: Settings, sixty: str, tmp_path: 
     (tmp_path / "corpus" / "thesis.tex").write_text("years of work")
     with pytest.raises(InputError, match="holds other files"):
         prepare(settings(sixty))
-    assert [file.name for file in (tmp_path / "corpus").iterdir()] == ["thesis.tex"]
+    (tmp_path / "corpus" / "partial").mkdir()
+    (tmp_path / "corpus" / "thesis.tex").rename(tmp_path / "corpus" / "partial" / "thesis.tex")
+    with pytest.raises(InputError, match="holds other files"):
+        prepare(settings(sixty))
+    assert (tmp_path / "corpus" / "partial" / "thesis.tex").exists()
     with pytest.raises(InputError, match="cannot be written"):
         prepare(settings(sixty, out=sixty))
     assert Path(sixty).read_text().count("\n") == 60
@@ -289,6 +293,14 @@ def test_an_encoder_that_cannot_be_loaded_leaves_nothing_behind(
             prepare(settings(sixty, encoder="./none"))
     assert not Path(config.out).exists()
     prepare(config)
+
+
+def test_local_folders_are_named_so_that_other_folders_find_them(
+    settings: Settings, sixty: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = Path(settings(sixty).tokenizer)
+    monkeypatch.chdir(folder.parent)
+    assert prepare(settings(sixty, tokenizer=folder.name)).manifest.tokenizer == str(folder)
 
 
 def test_bad_input_leaves_nothing_behind(settings: Settings, sixty: str, tmp_path: Path) -> None:
