@@ -96,7 +96,8 @@ def prepare(config: PrepareConfig) -> PreparedCorpus:
             settings=arguments["settings"],
             versions=_versions(),
         )
-        write_json(out / MANIFEST, dataclasses.asdict(manifest))
+        with replacing(out / MANIFEST) as file:
+            file.write(manifest.to_json().encode())
         shutil.rmtree(partial)
     return PreparedCorpus.load(out)
 

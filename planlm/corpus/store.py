@@ -9,7 +9,7 @@ dataset_dict.json, train/, validation/, test/
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -75,6 +75,10 @@ class Manifest:
     sources: list[dict[str, Any]]
     settings: dict[str, Any]
     versions: dict[str, str]
+
+    def to_json(self) -> str:
+        """The text of `corpus.json`."""
+        return json.dumps(asdict(self), indent=2, ensure_ascii=False) + "\n"
 
     @classmethod
     def from_json(cls, text: str) -> Manifest:
