@@ -12,12 +12,10 @@ import dataclasses
 import errno
 import importlib
 import json
-import logging
 import math
 import os
 import signal
 import sys
-import warnings
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -25,6 +23,7 @@ from typing import Any
 from planlm import __version__, arguments, config, show
 from planlm.allocator import keep_memory
 from planlm.errors import InputError, MachineError
+from planlm.quiet import silence_libraries
 
 
 @dataclasses.dataclass(frozen=True)
@@ -155,7 +154,7 @@ def _run(argv: list[str]) -> int:
         )
     except SystemExit as done:  # --help and --version
         return int(done.code or 0)
-    _silence_libraries()
+    silence_libraries()
     if command.allocates:
         keep_memory()
     module, function = command.run.split(":")
@@ -206,16 +205,6 @@ def _terminable() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
-def _silence_libraries() -> None:
-    """Keep libraries' warnings and bars off the screen unless PLANLM_VERBOSE is set; PlanLM shows its own progress."""
-    if os.environ.get("PLANLM_VERBOSE"):
-        return
-    logging.disable(logging.WARNING)
-    warnings.simplefilter("ignore")
-    for variable in ("HF_HUB_DISABLE_PROGRESS_BARS", "HF_DATASETS_DISABLE_PROGRESS_BARS"):
-        os.environ.setdefault(variable, "1")
-
-
 def _machine_failure(error: BaseException | None) -> str | None:
     """One line for an error that is the machine's, looked for along the chain of causes; None for any other."""
     while error is not None:
@@ -224,10 +213,8 @@ def _machine_failure(error: BaseException | None) -> str | None:
             return text
         # Rust and C++ libraries wrap the system's error in exceptions of their own.
         if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left on device" in text:
-            where = getattr(error, "filename", None)
-            return (
-                f"no space left on the disk{f' for {where}' if where else ''}; free some and run the same command again"
-            )
+            where = f" for {error.filename}" if getattr(error, "filename", None) else ""
+            return f"no space left on the disk{where}; free some and start again, training with --resume"
         if (
             isinstance(error, MemoryError)
             or type(error).__name__ == "OutOfMemoryError"
