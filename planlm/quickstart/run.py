@@ -1,0 +1,286 @@
+"""`planlm quickstart`: the whole path on real text and real pre-trained weights, from installed packages alone.
+
+Text, sentences, codebook and planner come first. Then two LMs are each trained and evaluated under one plan after
+another, side by side, each in a process of its own: SmolLM2-135M, pre-trained on two trillion tokens, and a small
+GPT-2 that is first trained here. What is finished is skipped when the quickstart is called again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from planlm import __version__
+from planlm.config import (
+    DEFAULT_LM,
+    ActionsConfig,
+    GenerateConfig,
+    PlannerConfig,
+    PrepareConfig,
+    QuickstartConfig,
+    ReportConfig,
+)
+from planlm.errors import InputError, MachineError
+from planlm.files import write_text
+from planlm.quickstart.leads import leads
+from planlm.quickstart.table import KEPT, Table, collect
+
+ACTIONS = 256
+MIN_SENTENCES = 5
+"""Leads with fewer give a planner nothing to go on; a quarter of the 10,033 have as many."""
+
+WINDOW = 64
+"""Tokens of context. Shorter than a lead (155 on average): there a plan knows something that the LM does not."""
+
+SMOL_TRAINING = {
+    "steps": 50, "batch_size": 4, "window": WINDOW, "conditioned_layers": 6, "lr": 5e-3, "codebook_lr": 5e-4,
+    "planner_lr": 5e-4,
+}  # fmt: skip
+SMALL_TRAINING = {
+    "steps": 200, "batch_size": 16, "window": WINDOW, "conditioned_layers": 2, "lr": 2e-2, "codebook_lr": 2e-3,
+    "planner_lr": 5e-4,
+}  # fmt: skip
+
+PROMPT = "The Indian elephant is one of three living subspecies of the Asian elephant. It is native to mainland Asia."
+
+
+def quickstart(config: QuickstartConfig) -> dict[str, Any]:
+    """Run every stage that is not finished yet in the folder `config.out`.
+
+    Returns:
+        `tables` (see `planlm.quickstart.table.collect`), `planner` (metrics of its pre-training), `generation` (a
+        text with its plan), `actions` (terms of the actions planned in it), `seconds` by stage, and `paths`.
+
+    Raises:
+        InputError: a package with text or weights is missing, or `out` holds something else.
+        MachineError: a stage failed.
+        KeyboardInterrupt: once both processes have stopped; the next call goes on from there.
+    """
+    out = Path(config.out)
+    _open(out, config)
+    clock = _Clock(out / "seconds.json")
+    with clock.stage("corpus: sentences, embeddings, actions"):
+        _corpus(out, config.seed)
+    with clock.stage("planner"):
+        planner = _planner(out, config.seed)
+    tables = _tables(out, config.seed)
+    with clock.stage("two tables, side by side"):
+        _side_by_side(tables, out)
+    results = [collect(table) for table in tables]
+    with clock.stage("generation and report"):
+        generation = _generation(Path(tables[0].out) / KEPT, config.seed)
+        planned = {action["action"] for sentence in generation["plan"] for action in sentence["actions"][:1]}
+        described = _describe(out / "corpus", sorted(planned))
+        plots = _plots(results, out)
+        page = _report(tables, out)
+    result = {
+        "tables": results,
+        "planner": planner,
+        "generation": generation,
+        "actions": described,
+        "seconds": clock.seconds,
+        "paths": {
+            "corpus": str(out / "corpus"),
+            "planner": str(out / "planner"),
+            "model": str(Path(tables[0].out) / KEPT),
+            "small model": str(Path(tables[1].out) / KEPT),
+            "plots": [str(plot) for plot in plots],
+            "report": str(page),
+            "results": str(out / "quickstart.json"),
+        },
+    }
+    write_text(out / "quickstart.json", json.dumps(result, indent=1, ensure_ascii=False) + "\n")
+    return result
+
+
+def _open(out: Path, config: QuickstartConfig) -> None:
+    """Make the folder; refuse one that holds something else, or a quickstart with another seed or version."""
+    record = out / "settings.json"
+    settings = {"seed": config.seed, "version": __version__}
+    if record.is_file():
+        if json.loads(record.read_text()) != settings:
+            raise InputError(f"{out}: holds a quickstart with other settings; delete it or choose another --out")
+    elif out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise InputError(f"{out}: holds other files; choose another --out")
+    out.mkdir(parents=True, exist_ok=True)
+    write_text(record, json.dumps(settings) + "\n")
+
+
+class _Clock:
+    """Seconds by stage, kept on disk so that a resumed quickstart reports what each stage took in all."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.seconds: dict[str, float] = json.loads(path.read_text()) if path.is_file() else {}
+
+    @contextlib.contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """Announce a stage and add what it takes, however it ends."""
+        _say(f"== {name}")
+        started = time.monotonic()
+        try:
+            yield
+        finally:
+            self.seconds[name] = round(self.seconds.get(name, 0.0) + time.monotonic() - started, 1)
+            write_text(self.path, json.dumps(self.seconds, indent=1) + "\n")
+
+
+def _corpus(out: Path, seed: int) -> None:
+    """Prepare the corpus of the longer leads; the shorter ones, on which the small LM is trained, go to a file."""
+    from planlm.corpus.prepare import prepare
+
+    source, others = out / "leads.jsonl", out / "short-leads.json"
+    if not source.is_file():
+        rows = (json.dumps({"id": title, "text": text}, ensure_ascii=False) for title, text in leads().items())
+        write_text(source, "".join(f"{row}\n" for row in rows))
+    corpus = prepare(
+        PrepareConfig(
+            inputs=(str(source),),
+            out=str(out / "corpus"),
+            actions=ACTIONS,
+            tokenizer=DEFAULT_LM,
+            min_sentences=MIN_SENTENCES,
+            validation_fraction=0.03,
+            test_fraction=0.1,
+            seed=seed,
+        )
+    )
+    if not others.is_file():
+        prepared = {title for split in corpus.manifest.splits for title in corpus.split(split)["id"]}
+        texts = [text for title, text in leads().items() if title not in prepared]
+        write_text(others, json.dumps(texts, ensure_ascii=False))
+
+
+def _planner(out: Path, seed: int) -> dict[str, Any]:
+    """Pre-train the planner, unless its metrics are there."""
+    from planlm.training.planner import pretrain_planner
+
+    metrics = out / "planner" / "planner_metrics.json"
+    if metrics.is_file():
+        return dict(json.loads(metrics.read_text()))
+    return pretrain_planner(PlannerConfig(corpus=str(out / "corpus"), out=str(out / "planner"), seed=seed, resume=True))
+
+
+def _tables(out: Path, seed: int) -> list[Table]:
+    shared: dict[str, Any] = {"planner": str(out / "planner"), "source": str(out / "corpus"), "seed": seed}
+    return [
+        Table(
+            name="SmolLM2",
+            title="SmolLM2-135M-Instruct, pre-trained, frozen",
+            corpus=str(out / "corpus"),
+            out=str(out / "smollm2"),
+            lm=DEFAULT_LM,
+            texts=None,
+            training=SMOL_TRAINING,
+            max_documents=80,
+            **shared,
+        ),
+        Table(
+            name="small LM",
+            title="small LM: a GPT-2 of 4.3 million parameters, trained here for a few minutes, then frozen",
+            corpus=str(out / "small-corpus"),
+            out=str(out / "small"),
+            lm=str(out / "small-lm"),
+            texts=str(out / "short-leads.json"),
+            training=SMALL_TRAINING,
+            max_documents=None,
+            **shared,
+        ),
+    ]
+
+
+def _side_by_side(tables: Sequence[Table], out: Path) -> None:
+    """Make each table in a process of its own, with an equal share of the cores.
+
+    Two processes of one thread each did more on two cores than one of two threads: no waiting at every operation.
+
+    Raises:
+        InputError, MachineError: a process failed; the other is stopped, and both go on at the next call.
+    """
+    threads = max(1, (os.cpu_count() or 1) // len(tables))
+    environment = os.environ | {"OMP_NUM_THREADS": str(threads), "PYTHONUNBUFFERED": "1"}
+    processes: list[subprocess.Popen[str]] = []
+    readers: list[threading.Thread] = []
+    last: dict[str, str] = {}
+    try:
+        for table in tables:
+            settings = out / f"{Path(table.out).name}.json"
+            write_text(settings, json.dumps(dataclasses.asdict(table), indent=1) + "\n")
+            process = subprocess.Popen(
+                [sys.executable, "-m", "planlm.quickstart.table", str(settings)],
+                env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+            )  # fmt: skip
+            processes.append(process)
+            readers.append(threading.Thread(target=_forward, args=(process, table.name, last), daemon=True))
+            readers[-1].start()
+        while any(process.poll() is None for process in processes):
+            if any(process.poll() for process in processes):
+                break
+            time.sleep(0.2)
+    finally:
+        for process in processes:
+            if process.poll() is None:
+                process.terminate()
+        for process in processes:
+            process.wait()
+        for reader in readers:
+            reader.join()
+    for table, process in zip(tables, processes, strict=True):
+        if process.returncode > 0:
+            failure = InputError if process.returncode == 2 else MachineError
+            raise failure(f"{table.name}: {last.get(table.name, 'failed').removeprefix('error: ')}")
+    if any(process.returncode for process in processes):
+        raise MachineError("a process was killed; call the quickstart again to go on")
+
+
+def _forward(process: subprocess.Popen[str], name: str, last: dict[str, str]) -> None:
+    """Show a process' lines under its name, and remember the last."""
+    assert process.stdout is not None
+    for line in process.stdout:
+        if line.strip():
+            last[name] = line.strip()
+            _say(f"{name:>8} | {line.rstrip()}")
+
+
+def _generation(run: Path, seed: int) -> dict[str, Any]:
+    """Continue the prompt with SmolLM2 under soft plans."""
+    from planlm.model.generation import generate
+
+    return generate(GenerateConfig(run=str(run), prompt=PROMPT, max_new_tokens=90, show_plan=True, seed=seed))
+
+
+def _describe(corpus: Path, actions: list[int]) -> dict[str, list[str]]:
+    """Distinctive terms of the given actions."""
+    from planlm.corpus.actions import describe_actions
+
+    described = {one.action: one.terms for one in describe_actions(ActionsConfig(corpus=str(corpus)))}
+    return {str(action): list(described[action]) for action in actions}
+
+
+def _plots(results: list[dict[str, Any]], out: Path) -> list[Path]:
+    from planlm.report.plots import perplexity_figure, save_png
+
+    paths = [out / "perplexity-smollm2.png", out / "perplexity-small.png"]
+    for result, path in zip(results, paths, strict=True):
+        save_png(perplexity_figure(result), path)
+    return paths
+
+
+def _report(tables: list[Table], out: Path) -> Path:
+    from planlm.report.page import write_report
+
+    runs = tuple(str(run) for table in tables for run in table.runs())
+    return write_report(ReportConfig(runs=(str(out / "planner"), *runs), out=str(out / "report.html")))
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)

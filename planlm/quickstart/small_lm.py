@@ -1,0 +1,160 @@
+"""A small LM, trained in minutes on the quickstart's own text: tokenizer, GPT-2, and a corpus in its tokens.
+
+Sizes: B windows, W positions, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from safetensors.torch import save_file
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch import Tensor
+from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
+
+from planlm.corpus.store import CODEBOOK, MANIFEST, PreparedCorpus
+from planlm.corpus.writing import replacing
+from planlm.files import write_text
+from planlm.precision import autocast, device
+from planlm.progress import track
+from planlm.text.alignment import load_tokenizer, start_tokens, tokenize, tokenizer_fingerprint
+
+END = "<|endoftext|>"
+
+
+@dataclasses.dataclass(frozen=True)
+class SmallLM:
+    """Shape and training of the small LM; 4.3 million parameters, 1 million of them embeddings.
+
+    Attributes:
+        vocabulary: V.
+        layers, width: of the transformer; heads have 64 channels.
+        window, batch_size: W and B.
+        steps: of B W tokens.
+        lr: peak learning rate, linear warm-up and decay.
+    """
+
+    vocabulary: int = 4096
+    layers: int = 4
+    width: int = 256
+    window: int = 64
+    batch_size: int = 16
+    steps: int = 800
+    lr: float = 2e-3
+
+
+def pretrain_lm(texts: Sequence[str], out: Path, seed: int, shape: SmallLM) -> Path:
+    """Train a byte-level BPE tokenizer and a GPT-2 on `texts`, and write both to the folder `out`, whole or not at all.
+
+    Args:
+        texts: documents.
+        out: folder; left as it is where it exists.
+        seed: of the weights and the order of windows.
+        shape: of the LM and its training.
+    """
+    if out.is_dir():
+        return out
+    tokenizer = _train_tokenizer(texts, shape.vocabulary)
+    windows = _windows(tokenizer, texts, shape.window)
+    torch.manual_seed(seed)
+    model = GPT2LMHeadModel(
+        GPT2Config(
+            vocab_size=shape.vocabulary, n_positions=1024, n_embd=shape.width, n_layer=shape.layers,
+            n_head=shape.width // 64, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, bos_token_id=0, eos_token_id=0,
+        )
+    ).to(device())  # fmt: skip
+    _fit(model, windows, seed, shape)
+    beside = out.with_name(f"{out.name}.partial")
+    shutil.rmtree(beside, ignore_errors=True)
+    model.save_pretrained(beside)
+    tokenizer.save_pretrained(beside)
+    beside.rename(out)
+    return out
+
+
+def _train_tokenizer(texts: Sequence[str], vocabulary: int) -> PreTrainedTokenizerFast:
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocabulary,
+        special_tokens=[END],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=END, eos_token=END)
+
+
+def _windows(tokenizer: PreTrainedTokenizerFast, texts: Sequence[str], window: int) -> Tensor:
+    """All texts, an end token after each, as rows of `window + 1` tokens that overlap by one."""
+    stream = [token for ids in tokenizer(list(texts))["input_ids"] for token in (*ids, 0)]
+    num_windows = (len(stream) - 1) // window
+    return torch.tensor(stream[: num_windows * window + 1]).unfold(0, window + 1, window)  # [windows, W + 1]
+
+
+def _fit(model: GPT2LMHeadModel, windows: Tensor, seed: int, shape: SmallLM) -> None:
+    matrices = [parameter for parameter in model.parameters() if parameter.ndim >= 2]
+    vectors = [parameter for parameter in model.parameters() if parameter.ndim < 2]
+    optimizer = torch.optim.AdamW(
+        [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}],
+        lr=shape.lr, betas=(0.9, 0.95), fused=True,
+    )  # fmt: skip
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: min((step + 1) / (0.04 * shape.steps), 1 - step / shape.steps)
+    )
+    generator = torch.Generator().manual_seed(seed)
+    epochs = math.ceil(shape.steps * shape.batch_size / len(windows))
+    order = torch.cat([torch.randperm(len(windows), generator=generator) for _ in range(epochs)])
+    model.train()
+    for step in track(range(shape.steps), "pre-train the small LM", shape.steps):
+        rows = order[step * shape.batch_size : (step + 1) * shape.batch_size]
+        batch = windows[rows].to(model.device)  # [B, W + 1]
+        with autocast("auto", model.device):
+            logits = model(batch[:, :-1], use_cache=False).logits  # [B, W, V]
+        loss = F.cross_entropy(logits.float().flatten(0, 1), batch[:, 1:].flatten())
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad(set_to_none=True)
+
+
+def retokenize(corpus: PreparedCorpus, tokenizer_name: str, out: Path) -> PreparedCorpus:
+    """The same documents, sentences, embeddings and actions in another LM's tokens, as a prepared corpus in `out`.
+
+    What takes long in preparation, embedding the sentences, does not depend on the LM.
+    """
+    if (out / MANIFEST).is_file():
+        return PreparedCorpus.load(out)
+    tokenizer = load_tokenizer(tokenizer_name)
+
+    def with_tokens(row: dict[str, list]) -> dict[str, list[int]]:
+        spans = [(start, end) for start, end in row["sentence_spans"]]
+        input_ids, sentence_tokens = tokenize(tokenizer, row["text"], spans)
+        return {"input_ids": input_ids, "sentence_tokens": sentence_tokens}
+
+    shutil.rmtree(out, ignore_errors=True)
+    splits = {}
+    for name, counts in corpus.manifest.splits.items():
+        documents = corpus.split(name).map(with_tokens, keep_in_memory=True)
+        documents.save_to_disk(out / name)
+        splits[name] = counts | {"tokens": sum(map(len, documents["input_ids"]))}
+    write_text(out / "dataset_dict.json", f'{{"splits": {list(splits)}}}\n'.replace("'", '"'))
+    save_file({"codebook": corpus.codebook}, out / CODEBOOK)
+    manifest = dataclasses.replace(
+        corpus.manifest,
+        tokenizer=tokenizer_name,
+        tokenizer_fingerprint=tokenizer_fingerprint(tokenizer),
+        has_start_token=bool(start_tokens(tokenizer)),
+        splits=splits,
+    )
+    with replacing(out / MANIFEST) as file:
+        file.write(manifest.to_json().encode())
+    return PreparedCorpus.load(out)
