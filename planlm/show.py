@@ -77,8 +77,29 @@ def _action(description: Any) -> str:
 
 
 def quickstart(result: dict[str, Any], settings: config.QuickstartConfig) -> str:
-    """What the quickstart made."""
-    return _pairs(result)
+    """The tables, the planner, a text with its plan, and where everything is."""
+    from planlm.report.tables import format_planner, format_rows
+
+    parts = []
+    for table in result["tables"]:
+        parts.append(f"== {table['title']}\n{format_rows(table)}")
+        parts.append("\n".join(_difference(row) for row in table["joint"]))
+    generation = result["generation"]
+    parts += [f"== {format_planner(result['planner'])}", "== A text with its plan", generation["prompt"]]
+    for sentence in generation["plan"]:
+        terms = result["actions"].get(str(sentence["actions"][0]["action"]), [])
+        parts.append(
+            f"{_planned_sentence(sentence)}\n  (action {sentence['actions'][0]['action']}: {', '.join(terms)})"
+        )
+    paths = {name: ", ".join(path) if isinstance(path, list) else path for name, path in result["paths"].items()}
+    parts += [f"== What was made\n{_pairs(paths)}", f"== Seconds\n{_pairs(result['seconds'])}"]
+    return "\n\n".join(parts)
+
+
+def _difference(row: dict[str, Any]) -> str:
+    """How joint training compares with another row."""
+    interval = "" if row["ci95"] is None else " [{:+.4f}, {:+.4f}]".format(*row["ci95"])
+    return f"soft-joint against {row['versus']}: {row['delta']:+.4f} nats{interval}: {row['verdict']}"
 
 
 def report(result: Any, settings: config.ReportConfig) -> str:
