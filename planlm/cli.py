@@ -213,8 +213,8 @@ def _machine_failure(error: BaseException | None) -> str | None:
             return text
         # Rust and C++ libraries wrap the system's error in exceptions of their own.
         if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left on device" in text:
-            where = f" for {error.filename}" if getattr(error, "filename", None) else ""
-            return f"no space left on the disk{where}; free some and start again, training with --resume"
+            file = getattr(error, "filename", None)
+            return f"no space left on the disk{f' for {file}' if file else ''}; free some and start again, training with --resume"
         if (
             isinstance(error, MemoryError)
             or type(error).__name__ == "OutOfMemoryError"
