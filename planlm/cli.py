@@ -214,7 +214,8 @@ def _machine_failure(error: BaseException | None) -> str | None:
         # Rust and C++ libraries wrap the system's error in exceptions of their own.
         if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left on device" in text:
             file = getattr(error, "filename", None)
-            return f"no space left on the disk{f' for {file}' if file else ''}; free some and start again, training with --resume"
+            where = f" for {file}" if file else ""
+            return f"no space left on the disk{where}; free some and start again, training with --resume"
         if (
             isinstance(error, MemoryError)
             or type(error).__name__ == "OutOfMemoryError"

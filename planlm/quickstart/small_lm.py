@@ -10,6 +10,7 @@ import math
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -135,7 +136,7 @@ def retokenize(corpus: PreparedCorpus, tokenizer_name: str, out: Path) -> Prepar
         return PreparedCorpus.load(out)
     tokenizer = load_tokenizer(tokenizer_name)
 
-    def with_tokens(row: dict[str, list]) -> dict[str, list[int]]:
+    def with_tokens(row: dict[str, Any]) -> dict[str, list[int]]:
         spans = [(start, end) for start, end in row["sentence_spans"]]
         input_ids, sentence_tokens = tokenize(tokenizer, row["text"], spans)
         return {"input_ids": input_ids, "sentence_tokens": sentence_tokens}
