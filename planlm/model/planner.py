@@ -11,6 +11,7 @@ import hashlib
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -66,7 +67,7 @@ class Planner(nn.Module):
             raise InputError(
                 f"planner heads: {heads} do not divide the embedding dimension {action_dim}; set a divisor"
             )
-        self.settings = {
+        self.settings: dict[str, Any] = {
             "action_dim": action_dim,
             "num_actions": num_actions,
             "layers": layers,
