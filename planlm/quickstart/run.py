@@ -186,7 +186,7 @@ def _tables(out: Path, seed: int) -> list[Table]:
         ),
         Table(
             name="small LM",
-            title="small LM: a GPT-2 of 4.3 million parameters, trained here for a few minutes, then frozen",
+            title="small LM: a GPT-2 of 4.5 million parameters, trained here for a few minutes, then frozen",
             corpus=str(out / "small-corpus"),
             out=str(out / "small"),
             lm=str(out / "small-lm"),
@@ -201,7 +201,7 @@ def _tables(out: Path, seed: int) -> list[Table]:
 def _side_by_side(tables: Sequence[Table], out: Path) -> None:
     """Make each table in a process of its own, with an equal share of the cores.
 
-    Two processes of one thread each did more on two cores than one of two threads: no waiting at every operation.
+    One thread each on two cores: neither waits for the other's threads at every operation.
 
     Raises:
         InputError, MachineError: a process failed; the other is stopped, and both go on at the next call.
