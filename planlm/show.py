@@ -84,6 +84,10 @@ def quickstart(result: dict[str, Any], settings: config.QuickstartConfig) -> str
     for table in result["tables"]:
         parts.append(f"== {table['title']}\n{format_rows(table)}")
         parts.append("\n".join(_difference(row) for row in table["joint"]))
+    parts.append(
+        "Each row is a model trained and evaluated under its plan; `none` is the LM without one. Intervals cover the\n"
+        "choice of documents, not of the seed. A plan that changes shows where sentences begin; `fixed` does not."
+    )
     generation = result["generation"]
     parts += [f"== {format_planner(result['planner'])}", "== A text with its plan", generation["prompt"]]
     for sentence in generation["plan"]:

@@ -25,6 +25,15 @@ from planlm.training.schedules import oracle_ratio, parse_oracle_mix
 LEARNING = ("soft", "straight-through", "gumbel", "gumbel-hard", "top-k")
 """Selections through which the LM's loss reaches the planner."""
 
+BIAS_REACH = 0.5
+"""Times the square root of A: learning rate of the adapter's bias, in those of its weight.
+
+Adam moves a weight by up to a learning rate a step, and so `W m` by up to `lr * |m|_1`, which for centroids of unit
+vectors (norm about .6) is about `0.5 sqrt(A)` learning rates. At one learning rate the bias cannot keep up, and a plan
+that never changes learns what all text has in common faster than one that does: with few steps `fixed` then beats
+even `oracle` (docs/log.md).
+"""
+
 
 def train(config: TrainConfig) -> dict[str, Any]:
     """Train a joint model on a prepared corpus and write `model/` into the run directory.
@@ -98,7 +107,10 @@ def trainable_groups(model: PlanLMForCausalLM, config: TrainConfig, steps: int) 
     planner_learns = config.selection in LEARNING or config.planner_loss > 0
     parts: list[tuple[str, Any, float, float]] = []
     if config.selection != "none":
-        parts.append(("adapter", model.adapter.named_parameters(prefix="adapter"), config.lr, 0.0))
+        adapter = dict(model.adapter.named_parameters(prefix="adapter"))
+        bias = {"adapter.bias": adapter.pop("adapter.bias")}
+        parts.append(("adapter", adapter.items(), config.lr, 0.0))
+        parts.append(("bias", bias.items(), config.lr * BIAS_REACH * model.config.action_dim**0.5, 0.0))
         parts.append(("codebook", [("codebook", model.codebook)], config.codebook_lr, config.unfreeze_codebook_at))
     if planner_learns and not config.freeze_planner:
         named = model.planner.named_parameters(prefix="planner")
