@@ -32,6 +32,9 @@ def parse(config_class: type[Config], arguments: list[str], *, prog: str, epilog
         SystemExit: after `--help`.
     """
     parser = _build(config_class, prog, epilog)
+    for argument in arguments:
+        if any("\ud800" <= character <= "\udfff" for character in argument):
+            parser.error(f"argument {argument!a} is not valid UTF-8; rename the file or re-encode the text")
     found, rest = parser.parse_known_intermixed_args(arguments)
     if rest:
         parser.error(_explain_unknown(rest, config_class))

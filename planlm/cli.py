@@ -212,7 +212,8 @@ def _machine_failure(error: BaseException | None) -> str | None:
         if isinstance(error, MachineError):
             return text
         # Rust and C++ libraries wrap the system's error in exceptions of their own.
-        if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left on device" in text:
+        is_full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+        if is_full or "No space left on device" in text or "File too large" in text:
             file = getattr(error, "filename", None)
             where = f" for {file}" if file else ""
             return f"no space left on the disk{where}; free some and start again, training with --resume"

@@ -34,6 +34,8 @@ class Limit:
 COUNT = Limit("at least 1", lambda value: value >= 1)
 NOT_NEGATIVE = Limit("at least 0", lambda value: value >= 0)
 POSITIVE = Limit("more than 0", lambda value: value > 0)
+SEED = Limit("0 to 2147483647", lambda value: 0 <= value < 2**31)
+SAMPLING = Limit("0, which is greedy, or at least 0.01", lambda value: value == 0 or value >= 0.01)
 SHARE = Limit("0 to 1", lambda value: 0 <= value <= 1)
 BELOW_ONE = Limit("at least 0 and less than 1", lambda value: 0 <= value < 1)
 SHARE_NOT_ZERO = Limit("more than 0 and at most 1", lambda value: 0 < value <= 1)
@@ -105,7 +107,7 @@ class PrepareConfig(CommandConfig):
     precision: str = option(
         "auto", "encoder arithmetic; auto: bf16 where the processor has it", choices=("auto", "bf16", "fp32")
     )
-    seed: int = option(0, "seed of k-means and of the sample it is fitted on", limit=NOT_NEGATIVE)
+    seed: int = option(0, "seed of k-means and of the sample it is fitted on", limit=SEED)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -128,7 +130,7 @@ class PlannerConfig(CommandConfig):
     checkpoint_every: int = option(500, "steps between checkpoints", limit=COUNT)
     keep_checkpoints: int = option(2, "checkpoints kept", limit=COUNT)
     log_every: int = option(20, "steps between lines of metrics.jsonl", limit=COUNT)
-    seed: int = option(0, "seed of initialisation, order and dropout", limit=NOT_NEGATIVE)
+    seed: int = option(0, "seed of initialisation, order and dropout", limit=SEED)
     resume: bool = option(False, "continue from the newest sound checkpoint in --out")
 
 
@@ -184,7 +186,7 @@ class TrainConfig(CommandConfig):
     checkpoint_every: int = option(500, "steps between checkpoints", limit=COUNT)
     keep_checkpoints: int = option(2, "checkpoints kept", limit=COUNT)
     log_every: int = option(10, "steps between lines of metrics.jsonl", limit=COUNT)
-    seed: int = option(0, "seed of initialisation, order, noise and oracle mixing", limit=NOT_NEGATIVE)
+    seed: int = option(0, "seed of initialisation, order, noise and oracle mixing", limit=SEED)
     resume: bool = option(False, "continue from the newest sound checkpoint in --out")
 
 
@@ -205,7 +207,7 @@ class EvaluateConfig(CommandConfig):
     precision: str = option(
         "fp32", "arithmetic; auto: bf16 where the processor has it", choices=("auto", "bf16", "fp32")
     )
-    seed: int = option(0, "seed of the bootstrap", limit=NOT_NEGATIVE)
+    seed: int = option(0, "seed of the bootstrap", limit=SEED)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -215,7 +217,7 @@ class GenerateConfig(CommandConfig):
     run: str = required("run directory of train, or a model folder", positional=True)
     prompt: str = required("text to continue")
     max_new_tokens: int = option(128, "tokens to generate", limit=COUNT)
-    temperature: float = option(0.8, "sampling temperature; 0: greedy", limit=NOT_NEGATIVE)
+    temperature: float = option(0.8, "sampling temperature; 0: greedy", limit=SAMPLING)
     top_p: float = option(0.95, "nucleus of the sampling distribution", limit=SHARE_NOT_ZERO)
     plan: str | None = option(
         None, "actions to follow for the next sentences, e.g. 12,7,130; afterwards the planner decides"
@@ -225,7 +227,7 @@ class GenerateConfig(CommandConfig):
     )
     show_plan: bool = option(False, "print each sentence with its most probable actions")
     audit: str | None = option(None, "JSON-lines file: one object per sentence with its plan")
-    seed: int = option(0, "seed of the sampling", limit=NOT_NEGATIVE)
+    seed: int = option(0, "seed of the sampling", limit=SEED)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -256,4 +258,4 @@ class QuickstartConfig(CommandConfig):
     """The whole path on real text and real pre-trained weights, from packages alone."""
 
     out: str = option("quickstart", "folder for everything that is made")
-    seed: int = option(0, "seed of every stage", limit=NOT_NEGATIVE)
+    seed: int = option(0, "seed of every stage", limit=SEED)

@@ -28,8 +28,9 @@ from planlm.corpus.shards import EncodedShards, encode_shards
 from planlm.corpus.sources import Fields, read_documents, scan
 from planlm.corpus.splits import assign_splits
 from planlm.corpus.store import CODEBOOK, FORMAT_VERSION, MANIFEST, SPLITS, Manifest, PreparedCorpus
-from planlm.corpus.writing import replacing, storage_errors, write_json
+from planlm.corpus.writing import storage_errors, write_json
 from planlm.errors import InputError
+from planlm.files import replacing
 from planlm.precision import compute_dtype, device
 from planlm.text.alignment import load_tokenizer, start_tokens, tokenizer_fingerprint
 

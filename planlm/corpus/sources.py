@@ -129,6 +129,9 @@ def _read(name: str, fields: Fields) -> Iterator[Document]:
 def _read_path(path: Path, fields: Fields) -> Iterator[Document]:
     if path.is_dir():
         files = sorted(file for file in path.rglob("*") if file.is_file() and _suffix(file) and not _hidden(file, path))
+        for file in files:
+            if not str(file).isprintable() and any("\ud800" <= character <= "\udfff" for character in str(file)):
+                raise InputError(f"{str(file)!a}: the file's name is not valid UTF-8; rename it")
         if not files:
             raise InputError(f"{path}: no file in this folder ends in {', '.join(SUFFIXES)}")
         for file in files:

@@ -6,32 +6,16 @@ import contextlib
 import errno
 import hashlib
 import json
-import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 from datasets import Features
 
 from planlm.errors import InputError, MachineError
-
-
-@contextlib.contextmanager
-def replacing(path: Path) -> Iterator[IO[bytes]]:
-    """A file to write that takes the place of `path` when all of it is on the disk, and goes away on any failure."""
-    beside = path.with_name(f"{path.name}.partial")
-    try:
-        with open(beside, "wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        beside.replace(path)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            beside.unlink(missing_ok=True)
-        raise
+from planlm.files import replacing
 
 
 @contextlib.contextmanager

@@ -60,10 +60,18 @@ def generate(config: GenerateConfig) -> dict[str, Any]:
     selection = config.selection or model.config.selection
     if selection == "oracle":
         raise InputError("--selection oracle needs the text that is yet to be written; choose soft or hard")
+    if selection == "top-k" and model.config.plan_top_k is None:
+        raise InputError(f"--selection top-k: {config.run} was not trained with --top-k; choose soft")
     tokenizer = model.tokenizer
     input_ids = tokenizer(config.prompt, return_tensors="pt").input_ids.long().to(model.device)
     if input_ids.shape[1] == 0:
         raise InputError("--prompt is empty, and this LM has no start token; give at least a word")
+    context, length = model.lm.config.max_position_embeddings, input_ids.shape[1]
+    if length + config.max_new_tokens > context:
+        raise InputError(
+            f"--max-new-tokens {config.max_new_tokens}: with the prompt's {length} tokens more than the context of "
+            f"{context}; shorten one of the two"
+        )
     tracker = SentenceTracker(tokenizer, model.encoder, forced)
     torch.manual_seed(config.seed)
     sampling = {"do_sample": True, "temperature": config.temperature, "top_p": config.top_p, "top_k": 0}

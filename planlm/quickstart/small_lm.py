@@ -20,7 +20,6 @@ from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 from planlm.corpus.store import CODEBOOK, MANIFEST, PreparedCorpus
-from planlm.corpus.writing import replacing
 from planlm.files import write_text
 from planlm.precision import autocast, device
 from planlm.progress import track
@@ -156,6 +155,5 @@ def retokenize(corpus: PreparedCorpus, tokenizer_name: str, out: Path) -> Prepar
         has_start_token=bool(start_tokens(tokenizer)),
         splits=splits,
     )
-    with replacing(out / MANIFEST) as file:
-        file.write(manifest.to_json().encode())
+    write_text(out / MANIFEST, manifest.to_json())
     return PreparedCorpus.load(out)

@@ -117,9 +117,17 @@ def _load_run(name: str, folder: Path) -> Run:
         config=_read_yaml(folder / CONFIG),
         metrics=_read_lines(folder / METRICS),
         planner=_read_json(folder / PLANNER),
-        evaluation=_read_json(folder / EVALUATION),
+        evaluation=_read_evaluation(folder / EVALUATION),
         generation=_read_json(folder / GENERATION),
     )
+
+
+def _read_evaluation(path: Path) -> dict[str, Any]:
+    content = _read_json(path)
+    for split, result in content.items():
+        if not isinstance(result, dict) or not {"rows", "scores", "window", "stride"} <= result.keys():
+            raise InputError(f"{path}: {split!r} is no result of planlm evaluate; delete the file and evaluate again")
+    return content
 
 
 def _read_json(path: Path) -> dict[str, Any]:

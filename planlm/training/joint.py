@@ -39,7 +39,7 @@ def train(config: TrainConfig) -> dict[str, Any]:
     """Train a joint model on a prepared corpus and write `model/` into the run directory.
 
     Returns:
-        The run directory, the model's folder, steps, labelled tokens, and the last logged losses.
+        The run directory, the model's folder, and the figures of the last logged step.
 
     Raises:
         InputError: contradicting settings, a corpus of another tokenizer, a planner of another corpus, an unsupported
@@ -53,6 +53,10 @@ def train(config: TrainConfig) -> dict[str, Any]:
         raise InputError(
             f"{config.corpus}: prepared with the tokenizer of {corpus.manifest.tokenizer}, which is not that of {lm}; "
             f"prepare a corpus with --tokenizer {lm}"
+        )
+    if config.top_k is not None and config.top_k > corpus.manifest.num_actions:
+        raise InputError(
+            f"--top-k {config.top_k}: {config.corpus} has {corpus.manifest.num_actions} actions; set fewer"
         )
     planner = Planner.load(Path(config.planner) / "planner") if config.planner else None
     loader = PlanLoader(corpus.split("train"), window=config.window, batch_size=config.batch_size, seed=config.seed)
@@ -70,6 +74,9 @@ def train(config: TrainConfig) -> dict[str, Any]:
         gumbel_scale=config.gumbel_scale,
         encoder=corpus.manifest.encoder,
     ).to(device())
+    context = model.lm.config.max_position_embeddings
+    if config.window > context:
+        raise InputError(f"--window {config.window}: the context of {lm} is {context} tokens; set at most that")
     groups = trainable_groups(model, config, steps)
     run = Run(config)
     objective = Objective(model, config, steps, ratios)
@@ -77,7 +84,8 @@ def train(config: TrainConfig) -> dict[str, Any]:
     fit(task, run, config)
     model.eval().cpu()
     folder = save_model(model, run.path / "model")
-    return {"run": str(run.path), "model": str(folder), "steps": steps, "selection": config.selection, **objective.last}
+    last = {key: value for key, value in run.last_line().items() if isinstance(value, int | float)}
+    return {"run": str(run.path), "model": str(folder), "selection": config.selection, **last}
 
 
 def _check(config: TrainConfig, ratios: tuple[float, float]) -> None:
@@ -136,7 +144,6 @@ class Objective:
 
     def __init__(self, model: PlanLMForCausalLM, config: TrainConfig, steps: int, ratios: tuple[float, float]) -> None:
         self.model, self.config, self.steps, self.ratios = model, config, steps, ratios
-        self.last: dict[str, float] = {}
         model.train()
         if config.lm_mode == "freeze":
             model.lm.eval()  # no dropout in weights that cannot adapt to it
@@ -169,8 +176,7 @@ class Objective:
                 "planner_entropy": entropy / count,
             }
         total = figures["lm_loss"] + self.config.planner_loss * figures.get("planner_loss", 0.0)
-        self.last = {"loss": total, **figures}
-        return self.last
+        return {"loss": total, **figures}
 
     def _forward(self, batch: PlanBatch, ratio: float) -> PlanLMOutput:
         weight: float | Tensor = ratio
@@ -210,7 +216,11 @@ def save_model(model: PlanLMForCausalLM, folder: Path) -> Path:
     """Write the model's folder beside and rename it, so that it is whole or absent."""
     beside = folder.with_name(folder.name + ".partial")
     shutil.rmtree(beside, ignore_errors=True)
-    model.save_pretrained(beside)
+    try:
+        model.save_pretrained(beside)
+    except BaseException:
+        shutil.rmtree(beside, ignore_errors=True)
+        raise
     shutil.rmtree(folder, ignore_errors=True)
     beside.rename(folder)
     return folder

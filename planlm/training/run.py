@@ -36,15 +36,20 @@ class Run:
         if written.exists():
             if not config.resume:
                 raise InputError(f"{self.path}: holds a run already; continue it with --resume or choose another --out")
-            before = yaml.safe_load(written.read_text())
+            before = _read(written)
             changed = [name for name in settings if name not in FREE_TO_CHANGE and before.get(name) != settings[name]]
             if changed:
                 was = ", ".join(f"{name} was {before.get(name)!r}, now {settings[name]!r}" for name in changed)
                 raise InputError(f"{self.path}: cannot resume with other settings ({was})")
-        elif self.path.exists() and any(self.path.iterdir()):
+        elif self.path.exists() and any(not file.name.endswith(".partial") for file in self.path.iterdir()):
             raise InputError(f"{self.path}: is not empty and holds no run; choose another --out")
         self.path.mkdir(parents=True, exist_ok=True)
         write_text(written, yaml.safe_dump(settings, sort_keys=False))
+
+    def last_line(self) -> dict[str, Any]:
+        """The newest object of `metrics.jsonl`."""
+        line: dict[str, Any] = json.loads(self.metrics.read_text().splitlines()[-1])
+        return line
 
     def log(self, line: dict[str, Any]) -> None:
         """Append one object to `metrics.jsonl`."""
@@ -64,3 +69,13 @@ class Run:
             if line["step"] <= step:
                 kept.append(text)
         write_text(self.metrics, "".join(text + "\n" for text in kept))
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        settings = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, ValueError):
+        settings = None
+    if not isinstance(settings, dict):
+        raise InputError(f"{path}: damaged; choose another --out, or delete the run")
+    return settings

@@ -135,6 +135,10 @@ def test_command_reports_each_sentence_with_its_plan(
         ({"plan": "7"}, "expected actions from 0 to 6"),
         ({"prompt": ""}, "--prompt is empty"),
         ({"selection": "oracle"}, "--selection oracle needs the text"),
+        ({"selection": "top-k"}, "was not trained with --top-k"),
+        ({"max_new_tokens": 250}, "more than the context of 256"),
+        ({"temperature": 1e-40}, "--temperature 1e-40: expected 0, which is greedy, or at least 0.01"),
+        ({"seed": 2**64}, "expected 0 to 2147483647"),
     ],
 )
 def test_bad_options_are_refused(

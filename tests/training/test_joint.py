@@ -139,6 +139,8 @@ def test_planner_joins_at_its_fraction(planted: dict[str, str], planner: dict[st
         ({"lm": "nowhere/at/all"}, "nowhere/at/all: no such folder"),
         ({"planner": "nowhere"}, "nowhere.*planner: no planner here"),
         ({"epochs": 0.0}, "--epochs 0.0: expected more than 0"),
+        ({"window": 65}, "--window 65: the context of .* is 64 tokens"),
+        ({"selection": "top-k", "top_k": 5}, "--top-k 5: .* has 4 actions"),
     ],
 )
 def test_mistakes_are_named_in_one_line(
@@ -167,6 +169,32 @@ def test_run_directory_in_use_is_refused(planted: dict[str, str], tmp_path: Path
     (tmp_path / "other" / "letter.txt").write_text("mine")
     with pytest.raises(InputError, match="is not empty and holds no run"):
         train(settings(planted, tmp_path / "other"))
+
+
+def test_damaged_configuration_is_named_and_a_torn_one_is_no_run(planted: dict[str, str], tmp_path: Path) -> None:
+    (tmp_path / "torn").mkdir()
+    (tmp_path / "torn" / "config.yaml.partial").touch()  # the process died before the rename
+    finished = train(settings(planted, tmp_path / "torn", steps=1))
+    assert train(settings(planted, tmp_path / "torn", steps=1, resume=True)) == finished, "figures survive a resume"
+    (tmp_path / "torn" / "config.yaml").write_text("")
+    with pytest.raises(InputError, match=r"config.yaml: damaged"):
+        train(settings(planted, tmp_path / "torn", steps=1, resume=True))
+
+
+def test_model_folder_is_whole_or_absent(
+    planted: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(self: Any, *_: Any, **__: Any) -> None:
+        Path(_[0]).mkdir()
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("planlm.model.modeling.PlanLMForCausalLM.save_pretrained", full)
+    with pytest.raises(OSError, match="No space"):
+        train(settings(planted, tmp_path / "run", steps=1))
+    assert not list((tmp_path / "run").glob("model*"))
+    monkeypatch.undo()
+    train(settings(planted, tmp_path / "run", steps=1, resume=True))
+    assert (tmp_path / "run" / "model" / "config.json").exists()
 
 
 def test_planner_of_another_corpus_is_refused(planted: dict[str, str], tmp_path: Path) -> None:
