@@ -2,7 +2,7 @@
 
 With scores `s = logits` (plus `noise`, less all but the `top_k` largest) and `p = softmax(s / temperature)`:
 
-    m = sum_k p[k] codebook[k]              (`soft`; METHOD's table for the other selections)
+    m = sum_k p[k] codebook[k]              (`soft`; the method's table for the other selections)
     m = (1 - w) m + w codebook[oracle]      (w = oracle_weight; 0 on rows without an oracle action)
     projected = weight m + bias
     log_normalizer = logsumexp(s / temperature)
@@ -37,7 +37,7 @@ def plan_projection(
 ) -> PlanProjection:
     """Project the planner's mixture of action embeddings into the LM's space.
 
-    Selections, after the table of METHOD.md ("gradient" is the one that reaches `logits` through `projected`):
+    Selections, after the table of docs/method.md ("gradient" is the one that reaches `logits` through `projected`):
 
     - "soft": `softmax(logits / temperature) @ codebook`.
     - "hard": `codebook[argmax logits]`, no gradient.

@@ -114,7 +114,7 @@ def working_dtype(*inputs: Tensor | float | None) -> torch.dtype:
 
 
 def _mixture(selection: str, scaled: Tensor, best: Tensor, actions: Tensor, oracle: Tensor | None) -> Tensor:
-    """METHOD's table: the action embedding that each sentence is conditioned on, `[S, A]`."""
+    """The method's table: the action embedding that each sentence is conditioned on, `[S, A]`."""
     num_sentences = scaled.shape[0]
     match selection:
         case "soft" | "gumbel" | "top-k":

@@ -55,7 +55,7 @@ def score_documents(
     Args:
         model: the joint model; left in the mode it was in.
         dataset: a split of a prepared corpus.
-        selections: METHOD.md's names; `none` scores the LM alone.
+        selections: docs/method.md's names; `none` scores the LM alone.
         window: positions W per window, at most the LM's context.
         stride: tokens by which windows advance; default the window.
         batch_size: windows B per forward pass.

@@ -1,4 +1,4 @@
-"""Conditioning of an LM on plans: METHOD.md's `adapter`, `g_l * (W_l m + b_l)` at each conditioned layer."""
+"""Conditioning of an LM on plans: docs/method.md's `adapter`, `g_l * (W_l m + b_l)` at each conditioned layer."""
 
 from __future__ import annotations
 

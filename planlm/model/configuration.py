@@ -9,7 +9,7 @@ from transformers.configuration_utils import SubConfigSpec
 
 
 class PlanLMConfig(PretrainedConfig):
-    """Configuration of `PlanLMForCausalLM`; METHOD's symbols in brackets.
+    """Configuration of `PlanLMForCausalLM`; the method's symbols in brackets.
 
     Attributes:
         text_config: configuration of the conditioned LM. The name is the one under which transformers looks for the

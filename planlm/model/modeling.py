@@ -216,7 +216,7 @@ class PlanLMForCausalLM(PreTrainedModel, GenerationMixin):
             segment_rows: `[S, 2]` (row of `sentence_embeddings`, sentence number).
             sentence_embeddings: `[N, n, A]`.
             actions: `[S]` oracle actions, -1 for none.
-            selection: METHOD.md's selection; default the configuration's.
+            selection: docs/method.md's selection; default the configuration's.
             oracle_weight: share of the oracle action in the mixture, a number or `[S]`.
             want_oracle_nll: run the planner for its cross-entropy even where the selection does not ask it.
 

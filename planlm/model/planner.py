@@ -2,7 +2,7 @@
 
 One pass over a document's sentence embeddings gives the prediction for every sentence: row `i` of the output has
 seen `x_{<i}` and nothing else, since a learned start vector takes the first place and moves the rest by one
-(METHOD.md, "Which action reaches which token").
+(docs/method.md, "Which action reaches which token").
 """
 
 from __future__ import annotations
@@ -86,7 +86,7 @@ class Planner(nn.Module):
 
     @torch.no_grad()
     def initialize_head(self, codebook: Tensor) -> None:
-        """Set the head to the codebook `[K, A]` with zero bias (METHOD.md: `C` initialised with `E`)."""
+        """Set the head to the codebook `[K, A]` with zero bias (docs/method.md: `C` initialised with `E`)."""
         self.head.weight.copy_(codebook)
         self.head.bias.zero_()
 

@@ -81,7 +81,7 @@ def quickstart(config: QuickstartConfig) -> dict[str, Any]:
         planned = {action["action"] for sentence in generation["plan"] for action in sentence["actions"][:1]}
         described = _describe(out / "corpus", sorted(planned))
         plots = _plots(results, out)
-        page = _report(tables, out)
+        pages = _reports(tables, out)
     result = {
         "tables": results,
         "planner": planner,
@@ -94,7 +94,7 @@ def quickstart(config: QuickstartConfig) -> dict[str, Any]:
             "model": str(Path(tables[0].out) / KEPT),
             "small model": str(Path(tables[1].out) / KEPT),
             "plots": [str(plot) for plot in plots],
-            "report": str(page),
+            "reports": [str(page) for page in pages],
             "results": str(out / "quickstart.json"),
         },
     }
@@ -275,11 +275,15 @@ def _plots(results: list[dict[str, Any]], out: Path) -> list[Path]:
     return paths
 
 
-def _report(tables: list[Table], out: Path) -> Path:
+def _reports(tables: list[Table], out: Path) -> list[Path]:
+    """A page for each LM: perplexities under different tokenizers do not belong into one table."""
     from planlm.report.page import write_report
 
-    runs = tuple(str(run) for table in tables for run in table.runs())
-    return write_report(ReportConfig(runs=(str(out / "planner"), *runs), out=str(out / "report.html")))
+    pages = []
+    for table, name in zip(tables, ("report-smollm2.html", "report-small.html"), strict=True):
+        runs = (str(out / "planner"), *map(str, table.runs()))
+        pages.append(write_report(ReportConfig(runs=runs, out=str(out / name))))
+    return pages
 
 
 def _say(text: str) -> None:

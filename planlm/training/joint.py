@@ -1,4 +1,4 @@
-"""Joint fine-tuning of planner and LM: METHOD.md's objective, selections, oracle mixing and delayed unfreezing."""
+"""Joint fine-tuning of planner and LM: docs/method.md's objective, selections, oracle mixing and delayed unfreezing."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Pre-training of the planner on next-action prediction (METHOD.md, "Objective and schedules")."""
+"""Pre-training of the planner on next-action prediction (docs/method.md, "Objective and schedules")."""
 
 from __future__ import annotations
 

@@ -75,7 +75,7 @@ def test_plans_in_one_pass_are_the_plans_one_by_one_whatever_the_batch(make_corp
     repeated = score_documents(model, dataset, selections=EVERY_PLAN, window=24, stride=16, batch_size=4)
     for plan in EVERY_PLAN:
         assert np.array_equal(repeated[plan].nll_sum, together[plan].nll_sum)
-    # METHOD.md: in evaluation the noisy selections are soft, and the straight-through one is hard.
+    # docs/method.md: in evaluation the noisy selections are soft, and the straight-through one is hard.
     assert np.array_equal(together["gumbel"].nll_sum, together["soft"].nll_sum)
     assert np.array_equal(together["straight-through"].nll_sum, together["hard"].nll_sum)
     distinct = [together[plan].nll for plan in ("none", "fixed", "uniform", "hard", "soft", "oracle")]

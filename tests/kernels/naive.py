@@ -1,4 +1,4 @@
-"""METHOD.md's table written out one sentence and one action at a time, and the same as users write it.
+"""docs/method.md's table written out one sentence and one action at a time, and the same as users write it.
 
 Independent of `kernels/reference.py` on purpose: the loops share no code and no formulation with it.
 """
