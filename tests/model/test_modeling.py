@@ -93,6 +93,9 @@ def test_plan_off_is_the_plain_lm_bit_for_bit(family: str, lm_folder: Callable[[
         parameter.requires_grad_(False)
     expected = plain(inputs["input_ids"]).logits
     assert torch.equal(model(inputs["input_ids"], selection="none").logits, expected)
+    measured = model(**inputs, selection="none", want_oracle_nll=True)
+    assert torch.equal(measured.logits, expected), "asking the planner for its loss must not condition the LM"
+    assert measured.oracle_nll is not None
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.1)
     for _ in range(3):
         model(**inputs, shift_labels=inputs["input_ids"]).loss.backward()
