@@ -33,7 +33,8 @@ def command_lines() -> list[str]:
 @pytest.mark.parametrize("line", command_lines())
 def test_commands_parse(line: str) -> None:
     name, *words = shlex.split(line, comments=True)[1:]
-    arguments.parse(cli.COMMANDS[name].config, words, prog="planlm", epilog="")
+    config = cli.COMMANDS[name].config
+    assert isinstance(arguments.parse(config, words, prog="planlm", epilog=""), config)
 
 
 def test_every_command_is_in_the_table() -> None:
