@@ -12,6 +12,7 @@ from typing import Any, NoReturn, TypeVar
 
 from planlm.config import CommandConfig
 from planlm.errors import InputError
+from planlm.files import is_utf8
 
 Config = TypeVar("Config", bound=CommandConfig)
 
@@ -33,7 +34,7 @@ def parse(config_class: type[Config], arguments: list[str], *, prog: str, epilog
     """
     parser = _build(config_class, prog, epilog)
     for argument in arguments:
-        if any("\ud800" <= character <= "\udfff" for character in argument):
+        if not is_utf8(argument):
             parser.error(f"argument {argument!a} is not valid UTF-8; rename the file or re-encode the text")
     found, rest = parser.parse_known_intermixed_args(arguments)
     if rest:

@@ -29,3 +29,8 @@ def write_text(path: Path, text: str) -> None:
     """Replace a file at once: whoever reads it sees the old or the new text, never half of one."""
     with replacing(path) as file:
         file.write(text.encode("utf-8"))
+
+
+def is_utf8(text: str) -> bool:
+    """Whether a name or argument from the system can be written as UTF-8 (Python keeps other bytes as surrogates)."""
+    return not any("\ud800" <= character <= "\udfff" for character in text)

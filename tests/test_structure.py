@@ -32,7 +32,7 @@ ALLOWED = {
     "report": LEAVES | {"evaluation.significance"},
     "quickstart": LEAVES | {"allocator", "quiet", "text", "corpus", "model", "training", "evaluation", "report"},
     "doctor": LEAVES | {"kernels"},
-    "arguments": {"config", "errors"},
+    "arguments": {"config", "errors", "files"},
     "show": {"config", "report"},
     "cli": {"allocator", "arguments", "config", "errors", "quiet", "show"},
     "__main__": {"cli"},

@@ -125,19 +125,18 @@ class _Loader(Generic[Batch]):
         epoch: decides the order; set it between iterations.
     """
 
-    def __init__(self, num_items: int, batch_size: int, seed: int, shuffle: bool, drop_last: bool = False) -> None:
+    def __init__(self, num_items: int, batch_size: int, seed: int, shuffle: bool) -> None:
         if batch_size < 1:
             raise ValueError(f"batch_size: expected at least 1, got {batch_size}")
         self._num_items, self._batch_size = num_items, batch_size
-        self._seed, self._shuffle, self._drop_last = seed, shuffle, drop_last
+        self._seed, self._shuffle = seed, shuffle
         self.epoch = 0
         self._next = 0
 
     @property
     def num_batches(self) -> int:
         """Batches of one epoch."""
-        whole, rest = divmod(self._num_items, self._batch_size)
-        return whole + bool(rest and not self._drop_last)
+        return -(-self._num_items // self._batch_size)
 
     def __iter__(self) -> Iterator[Batch]:
         order = np.arange(self._num_items)
@@ -176,7 +175,6 @@ class PlanLoader(_Loader[PlanBatch]):
         seed: of the order.
         shuffle: windows in random order, new in every epoch, or in that of the documents.
         stride: see `windows`.
-        drop_last: leave out a last batch of fewer windows.
     """
 
     def __init__(
@@ -188,10 +186,9 @@ class PlanLoader(_Loader[PlanBatch]):
         seed: int = 0,
         shuffle: bool = True,
         stride: int | None = None,
-        drop_last: bool = False,
     ) -> None:
         self.windows = windows(dataset, window, stride)
-        super().__init__(len(self.windows), batch_size, seed, shuffle, drop_last)
+        super().__init__(len(self.windows), batch_size, seed, shuffle)
         self._documents = _Documents(dataset, ("input_ids", "sentence_tokens", "actions", "embeddings"))
         self._window = window
 

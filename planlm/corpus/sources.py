@@ -17,6 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from planlm.errors import InputError
+from planlm.files import is_utf8
 from planlm.progress import Progress
 from planlm.text.assets import hub_within_reach
 
@@ -130,7 +131,7 @@ def _read_path(path: Path, fields: Fields) -> Iterator[Document]:
     if path.is_dir():
         files = sorted(file for file in path.rglob("*") if file.is_file() and _suffix(file) and not _hidden(file, path))
         for file in files:
-            if not str(file).isprintable() and any("\ud800" <= character <= "\udfff" for character in str(file)):
+            if not is_utf8(str(file)):
                 raise InputError(f"{str(file)!a}: the file's name is not valid UTF-8; rename it")
         if not files:
             raise InputError(f"{path}: no file in this folder ends in {', '.join(SUFFIXES)}")

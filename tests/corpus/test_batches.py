@@ -171,10 +171,9 @@ def test_a_state_stored_after_the_last_batch_goes_on_with_the_next_epoch() -> No
     assert list(resumed) == [] and resumed.state_dict()["batch"] == 0
 
 
-def test_last_batch_may_be_smaller_or_left_out() -> None:
+def test_last_batch_may_be_smaller() -> None:
     rows = dataset([[3]] * 5)
     assert [len(batch.labels) for batch in PlanLoader(rows, window=4, batch_size=2)] == [2, 2, 1]
-    assert [len(batch.labels) for batch in PlanLoader(rows, window=4, batch_size=2, drop_last=True)] == [2, 2]
 
 
 def test_whole_documents() -> None:
