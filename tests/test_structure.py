@@ -139,7 +139,7 @@ def test_auto_classes_know_the_model_in_either_order() -> None:
 def test_packages_are_listed() -> None:
     listed = set(tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"])
     found = {"planlm." + name.removesuffix(".__init__") for name in MODULES if name.endswith(".__init__")}
-    assert listed == found | {"planlm"}
+    assert listed == found | {"planlm", "planlm.csrc"}
 
 
 @pytest.mark.parametrize("module", MODULES)

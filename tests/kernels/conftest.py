@@ -9,7 +9,7 @@ import pytest
 from planlm.kernels import use_backend
 
 
-@pytest.fixture(params=["reference"])
+@pytest.fixture(params=["reference", "cpp"])
 def backend(request: pytest.FixtureRequest) -> Iterator[str]:
     """Every backend in turn, forced for the whole test."""
     with use_backend(request.param):

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import planlm.kernels
-from planlm.kernels import add_plan, plan_projection, plan_projection_from_hidden, use_backend
+from planlm.kernels import add_plan, cpp, plan_projection, plan_projection_from_hidden, use_backend
 
 from .cases import SELECTIONS, gradients, hidden_inputs, leaves, projection_inputs, projection_options
 
@@ -24,16 +24,29 @@ def test_import_needs_no_triton() -> None:
     assert subprocess.check_output([sys.executable, "-c", script], text=True).strip() == "False"
 
 
-@pytest.mark.parametrize("name", ["triton", "cpp"])
-def test_a_forced_backend_that_cannot_run_says_why(name: str) -> None:
-    with use_backend(name):
-        with pytest.raises(ValueError, match=f"'{name}' was asked for, but plan_projection on cpu has no {name}"):
+def test_a_forced_backend_that_cannot_run_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpp, "why_not", lambda: "there is no compiler")
+    ones, ids = torch.ones(1, 2), torch.zeros(1, dtype=torch.int64)
+    with use_backend("cpp"):
+        with pytest.raises(ValueError, match="'cpp' was asked for, but there is no compiler; use 'reference'"):
             plan_projection(**projection_inputs())
-        with pytest.raises(ValueError, match="plan_projection_from_hidden on cpu"):
+        with pytest.raises(ValueError, match="there is no compiler"):
             plan_projection_from_hidden(**hidden_inputs())
-        with pytest.raises(ValueError, match="add_plan on cpu"):
-            add_plan(torch.ones(1, 2), torch.ones(1, 2), torch.zeros(1, dtype=torch.int64))
+        with pytest.raises(ValueError, match="there is no compiler"):
+            add_plan(ones, ones, ids)
     plan_projection(**projection_inputs())
+    with use_backend("triton"), pytest.raises(ValueError, match="plan_projection has no triton implementation in floa"):
+        plan_projection(**projection_inputs(dtype=torch.float64))
+    with use_backend("cpp"), pytest.raises(ValueError, match="add_plan on meta has no cpp implementation"):
+        add_plan(ones.to("meta"), ones.to("meta"), ids.to("meta"))
+
+
+def test_a_missing_backend_is_replaced_by_the_reference(monkeypatch: pytest.MonkeyPatch) -> None:
+    inputs = projection_inputs()
+    with use_backend("reference"):
+        want = plan_projection(**inputs)
+    monkeypatch.setattr(cpp, "why_not", lambda: "there is no compiler")
+    assert all(torch.equal(*pair) for pair in zip(plan_projection(**inputs), want, strict=True))
 
 
 def test_an_unknown_backend_is_refused_at_once() -> None:

@@ -1,0 +1,115 @@
+// planlm::add_plan and its backward for the CPU: a gather-and-add, and a segment sum in token order.
+#include <torch/library.h>
+
+#include <algorithm>
+#include <array>
+#include <vector>
+
+#include "common.h"
+
+namespace planlm {
+namespace {
+
+// Memory is the limit: a thread is worth waking for about 32 KiB of it.
+int64_t grain(int64_t columns) { return std::max<int64_t>(1, 8192 / std::max<int64_t>(1, columns)); }
+
+template <class R>
+void add(const Tensor& x, const Tensor& plan, const Tensor& ids, const Tensor& gate, Tensor& out) {
+  const int64_t* rows_of = ids.const_data_ptr<int64_t>();
+  const R* gates = gate.defined() ? gate.const_data_ptr<R>() : nullptr;
+  const int64_t columns = x.size(1), row_bytes = columns * x.element_size();
+  // A result larger than the second-level caches is written past them: reading a line only to overwrite it is a third of
+  // the traffic.
+  const bool stream = out.numel() * out.element_size() > (int64_t(4) << 20);
+  at::parallel_for(0, x.size(0), grain(columns), [&](int64_t begin, int64_t end) {
+    for (int64_t t = begin; t < end; ++t) {
+      if (rows_of[t] < 0)  // bit for bit
+        std::memcpy(strip(out, t).data, strip(x, t).data, row_bytes);
+      else
+        rows<R>().add(strip(x, t), strip(plan, rows_of[t]), gates, strip(out, t), columns, stream);
+    }
+    if (stream) rows<R>().fence();
+  });
+}
+
+// Segment sums into `grad_plan`, and their products with the plan into `products` `[S, D]` where defined.
+template <class R>
+void sum_segments(const Tensor& gradient, const Tensor& plan, const Tensor& ids, const Tensor& gate,
+                  Tensor& grad_plan, Tensor& grad_gate) {
+  const int64_t num_tokens = gradient.size(0), columns = gradient.size(1), num_segments = plan.size(0);
+  const int64_t* rows_of = ids.const_data_ptr<int64_t>();
+  // Tokens of segment s lie in [starts[s], starts[s + 1]), perhaps with some of no segment among them.
+  std::vector<int64_t> starts(num_segments + 1, num_tokens);
+  int64_t next = 0;
+  for (int64_t t = 0; t < num_tokens; ++t)
+    for (; next <= rows_of[t]; ++next) starts[next] = t;
+
+  // Strips of columns keep all threads busy when segments are few; the order of a sum never depends on them.
+  const int64_t threads = at::get_num_threads();
+  const int64_t width = grad_gate.defined() || num_segments < 8 * threads
+                            ? std::max<int64_t>(64, (columns + threads - 1) / threads / 16 * 16)
+                            : std::max<int64_t>(1, columns);
+  const int64_t strips = (columns + width - 1) / width;
+  const R* gates = gate.defined() ? gate.const_data_ptr<R>() : nullptr;
+  const auto run = [&](int64_t first, int64_t count, int64_t begin, int64_t end, R* for_gate) {
+    Buffer<R> total(count), row(for_gate ? count : 0);
+    for (int64_t s = begin; s < end; ++s) {
+      rows<R>().sum_rows(total.data(), strip(gradient, starts[s], first), gradient.stride(0), rows_of + starts[s],
+                         starts[s + 1] - starts[s], count);
+      if (grad_plan.defined())
+        rows<R>().store(total.data(), gates ? gates + first : nullptr, strip(grad_plan, s, first), count);
+      if (for_gate) {
+        std::fill_n(row.data(), count, R(0));
+        rows<R>().accumulate(row.data(), R(1), strip(plan, s, first), count);
+        for (int64_t i = 0; i < count; ++i) for_gate[i] += total[i] * row[i];
+      }
+    }
+  };
+  R* for_gate = grad_gate.defined() ? grad_gate.data_ptr<R>() : nullptr;
+  if (strips > 1 || for_gate) {
+    at::parallel_for(0, strips, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i)
+        run(i * width, std::min(width, columns - i * width), 0, num_segments, for_gate ? for_gate + i * width : nullptr);
+    });
+  } else if (strips == 1) {
+    at::parallel_for(0, num_segments, 1, [&](int64_t begin, int64_t end) { run(0, columns, begin, end, nullptr); });
+  }
+}
+
+at::ScalarType working_type(const Tensor& a, const Tensor& b) {
+  return a.scalar_type() == at::kDouble || b.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
+}
+
+}  // namespace
+
+Tensor add_plan(const Tensor& x, const Tensor& plan, const Tensor& segment_ids, const OptionalTensor& gate) {
+  const Tensor states = with_adjacent_columns(x), plans = with_adjacent_columns(plan), ids = segment_ids.contiguous();
+  Tensor out = at::empty(x.sizes(), x.options());
+  const auto working = working_type(x, plan);
+  const Tensor gates = gate ? gate->to(working).contiguous() : Tensor();
+  working == at::kDouble ? add<double>(states, plans, ids, gates, out) : add<float>(states, plans, ids, gates, out);
+  return out;
+}
+
+std::tuple<Tensor, Tensor> add_plan_backward(const Tensor& grad, const Tensor& plan, const Tensor& segment_ids,
+                                             const OptionalTensor& gate, std::array<bool, 2> needs) {
+  const Tensor gradient = with_adjacent_columns(grad), plans = with_adjacent_columns(plan);
+  const auto working = working_type(grad, plan);
+  const Tensor gates = gate ? gate->to(working).contiguous() : Tensor();
+  Tensor grad_plan, grad_gate;
+  if (needs[0]) grad_plan = at::empty(plan.sizes(), plan.options());
+  if (needs[1] && gate) grad_gate = at::zeros(gate->sizes(), gates.options());
+  const Tensor ids = segment_ids.contiguous();
+  working == at::kDouble ? sum_segments<double>(gradient, plans, ids, gates, grad_plan, grad_gate)
+                         : sum_segments<float>(gradient, plans, ids, gates, grad_plan, grad_gate);
+  if (!grad_plan.defined()) grad_plan = at::empty({0}, grad.options());
+  grad_gate = grad_gate.defined() ? grad_gate.to(gate->scalar_type()) : at::empty({0}, grad.options());
+  return {grad_plan, grad_gate};
+}
+
+}  // namespace planlm
+
+TORCH_LIBRARY_IMPL(planlm, CPU, library) {
+  library.impl("add_plan", planlm::add_plan);
+  library.impl("add_plan_backward", planlm::add_plan_backward);
+}

@@ -1,0 +1,57 @@
+// What the operators share: from tensors to strips of memory, and errors.
+#pragma once
+
+#include <ATen/ATen.h>
+#include <ATen/Parallel.h>
+
+#include <memory>
+
+#include "rows.h"
+
+// Broken promises of the Python side, which has checked the user's arguments: never seen unless there is a bug.
+#define PLANLM_EXPECT(condition, ...) TORCH_INTERNAL_ASSERT(condition, "planlm: ", __VA_ARGS__)
+
+namespace planlm {
+
+using at::Tensor;
+using OptionalTensor = std::optional<Tensor>;
+
+inline Kind kind_of(const Tensor& tensor) {
+  switch (tensor.scalar_type()) {
+    case at::kFloat: return Kind::f32;
+    case at::kBFloat16: return Kind::bf16;
+    case at::kDouble: return Kind::f64;
+    default: PLANLM_EXPECT(false, "no loops for ", tensor.scalar_type());
+  }
+}
+
+// Row `row` of a matrix with adjacent columns, from `column` on.
+inline Strip strip(const Tensor& matrix, int64_t row, int64_t column = 0) {
+  if (!matrix.defined()) return {};
+  return Strip{matrix.data_ptr(), kind_of(matrix)} + (row * matrix.stride(0) + column);
+}
+
+inline Tensor given(const OptionalTensor& tensor) { return tensor ? *tensor : Tensor(); }
+
+inline Tensor with_adjacent_columns(const Tensor& matrix) {
+  return !matrix.defined() || matrix.size(1) <= 1 || matrix.stride(1) == 1 ? matrix : matrix.contiguous();
+}
+
+// Room for `count` values, begun on a cache line (vectors across two are half as fast) and ended a whole vector later,
+// so that the loops may write a full one at a strip's end.
+template <class R>
+class Buffer {
+ public:
+  explicit Buffer(int64_t count) : room_(new R[count + 32 + 64 / sizeof(R)]) {
+    const auto at = reinterpret_cast<uintptr_t>(room_.get());
+    data_ = room_.get() + (64 - at % 64) % 64 / sizeof(R);
+  }
+  R* data() { return data_; }
+  R& operator[](int64_t i) { return data_[i]; }
+
+ private:
+  std::unique_ptr<R[]> room_;
+  R* data_;
+};
+
+}  // namespace planlm

@@ -1,0 +1,450 @@
+// planlm::plan_projection and its backward for the CPU.
+//
+// The scores are worked through in tiles of rows and actions that fit the processor's caches: a vector loop turns a
+// tile of logits into weights, a matrix product of torch's own library takes the weights on. So the probabilities never
+// exist as a whole, and where the logits come from the planner's states neither do the logits.
+//
+// With p = softmax(scores / t), w the oracle's share, M the gradient of the mixture and E the action embeddings:
+//   gradient of scores  = p * ((1 - w) (M E^T - M . mixture) + gradient of log_normalizer) / t
+//   gradient of logits  = gradient of scores + gradient of oracle_nll * (softmax(logits) - onehot(oracle))
+//   gradient of E       = ((1 - w) p + w onehot(oracle))^T M
+#include <torch/library.h>
+
+#include <algorithm>
+#include <array>
+#include <cmath>
+#include <limits>
+#include <vector>
+
+#include "common.h"
+
+namespace planlm {
+namespace {
+
+// Elements of a tile: two of them in bf16 fit a megabyte of second-level cache per core of two; measured best from
+// 2^19 to 2^21 on S = 512, K = 65536.
+constexpr int64_t tile_elements = int64_t(1) << 20;
+constexpr int64_t most_rows = 1024;
+
+struct Tile {
+  int64_t row, rows, first, count;
+};
+
+// Where logits come from, and how they become scores.
+struct Planner {
+  Tensor source, head, head_bias, noise;
+  at::ScalarType working;
+  double temperature;
+  int64_t top_k;
+  int64_t num_rows, num_actions, row_step, action_step;
+  Tensor states, head_rows, room;  // of a planner's output layer: in the working dtype
+
+  Planner(const Tensor& source_, const OptionalTensor& head_, const OptionalTensor& head_bias_,
+          const OptionalTensor& noise_, at::ScalarType working_, double temperature_, int64_t top_k_)
+      : source(with_adjacent_columns(source_)),
+        head(given(head_)),
+        head_bias(given(head_bias_)),
+        noise(with_adjacent_columns(given(noise_))),
+        working(working_),
+        temperature(temperature_),
+        top_k(top_k_),
+        num_rows(source_.size(0)),
+        num_actions(head.defined() ? head.size(0) : source_.size(1)) {
+    row_step = std::max<int64_t>(1, std::min(num_rows, most_rows));
+    action_step = std::max<int64_t>(64, tile_elements / row_step / 64 * 64);
+    if (head.defined()) {
+      // The logits of all sentences may not exist at once, however small the problem.
+      action_step = std::min(action_step, (num_actions + 3) / 4);
+      states = source.to(working);
+      if (head_bias.defined()) head_bias = head_bias.to(working);
+    }
+    action_step = std::min(action_step, num_actions);
+  }
+
+  bool separate() const { return temperature != 1.0 || noise.defined() || top_k > 0; }
+
+  // Calls `body(tile, logits of the tile)` for every tile, all rows of a strip of actions before the next strip.
+  template <class Body>
+  void each_tile(Body body) {
+    for (int64_t first = 0; first < num_actions; first += action_step) {
+      const int64_t count = std::min(action_step, num_actions - first);
+      Tensor weight;
+      if (head.defined()) weight = head.narrow(0, first, count).to(working);
+      for (int64_t row = 0; row < num_rows; row += row_step) {
+        const Tile tile{row, std::min(row_step, num_rows - row), first, count};
+        body(tile, head.defined() ? projected(tile, weight) : source.narrow(0, row, tile.rows).narrow(1, first, count));
+      }
+    }
+  }
+
+  // A strip of one row: of the logits handed to `each_tile`'s body and of the noise.
+  template <class R>
+  Scores<R> scores(const Tile& tile, const Tensor& logits, int64_t row, const Tensor& statistics,
+                   const Tensor& cut) const {
+    Scores<R> result{};
+    result.logits = strip(logits, row);
+    result.noise = strip(noise, tile.row + row, tile.first);
+    result.first = tile.first;
+    result.count = tile.count;
+    result.inverse_temperature = R(1.0 / temperature);
+    result.top_k = top_k > 0 && statistics.defined();
+    if (result.top_k) {
+      result.threshold = statistics.const_data_ptr<R>()[4 * num_rows + tile.row + row];
+      result.cut = cut.const_data_ptr<int64_t>()[tile.row + row];
+    }
+    return result;
+  }
+
+ private:
+  Tensor projected(const Tile& tile, const Tensor& weight) {
+    if (!room.defined()) room = at::empty({row_step * action_step}, states.options());
+    Tensor logits = room.narrow(0, 0, tile.rows * tile.count).view({tile.rows, tile.count});
+    const Tensor rows = states.narrow(0, tile.row, tile.rows);
+    if (head_bias.defined())
+      at::addmm_out(logits, head_bias.narrow(0, tile.first, tile.count), rows, weight.t());
+    else
+      at::mm_out(logits, rows, weight.t());
+    return logits;
+  }
+};
+
+// The largest `top_k` scores of each row: threshold (the least score kept) and, among those equal to it, the last
+// action kept; among equals the lowest come first. A NaN counts as larger than any number, as in torch.sort.
+template <class R>
+void find_largest(Planner& planner, Tensor& statistics, Tensor& cut) {
+  using Candidate = std::pair<R, int64_t>;
+  const auto larger = [](const Candidate& a, const Candidate& b) {
+    return a.first != b.first ? a.first > b.first : a.second < b.second;
+  };
+  const int64_t kept = planner.top_k, slack = std::max<int64_t>(64, kept / 4);
+  std::vector<std::vector<Candidate>> found(planner.num_rows);
+  planner.each_tile([&](const Tile& tile, const Tensor& logits) {
+    at::parallel_for(0, tile.rows, 1, [&](int64_t begin, int64_t end) {
+      Buffer<R> buffer(tile.count);
+      for (int64_t row = begin; row < end; ++row) {
+        auto& best = found[tile.row + row];
+        R least = -std::numeric_limits<R>::infinity();
+        const auto prune = [&] {
+          std::nth_element(best.begin(), best.begin() + (kept - 1), best.end(), larger);
+          best.resize(kept);
+          least = best.back().first;
+        };
+        if (int64_t(best.size()) >= kept) prune();
+        rows<R>().scores(planner.scores<R>(tile, logits, row, {}, {}), buffer.data());
+        for (int64_t i = 0; i < tile.count; ++i) {
+          const R score = std::isnan(buffer[i]) ? std::numeric_limits<R>::infinity() : buffer[i];
+          if (int64_t(best.size()) >= kept && score <= least) continue;
+          best.emplace_back(score, tile.first + i);
+          if (int64_t(best.size()) >= kept + slack) prune();
+        }
+      }
+    });
+  });
+  R* threshold = statistics.data_ptr<R>() + 4 * planner.num_rows;
+  for (int64_t row = 0; row < planner.num_rows; ++row) {
+    auto& best = found[row];
+    std::nth_element(best.begin(), best.begin() + (kept - 1), best.end(), larger);
+    threshold[row] = best[kept - 1].first;
+    cut.data_ptr<int64_t>()[row] = best[kept - 1].second;
+  }
+}
+
+struct Forward {
+  Tensor log_normalizer, oracle_nll, best, mixture, statistics, cut;
+};
+
+// Softmax statistics of every row and, where there are action embeddings, their mixture.
+template <class R>
+Forward mix(Planner& planner, const Tensor& codebook, const Tensor& oracle) {
+  const int64_t num_rows = planner.num_rows;
+  const auto real = planner.source.options().dtype(planner.working);
+  const auto whole = planner.source.options().dtype(at::kLong);
+  const int64_t size = codebook.defined() ? codebook.size(1) : 0;
+  Forward result{at::empty({num_rows}, real),      at::zeros({num_rows}, real),
+                 at::empty({num_rows}, whole),     at::zeros({num_rows, size}, real),
+                 at::empty({5, num_rows}, real),   at::full({num_rows}, planner.num_actions - 1, whole)};
+  result.statistics.select(0, 4).fill_(-std::numeric_limits<double>::infinity());
+  if (planner.top_k > 0 && num_rows > 0) find_largest<R>(planner, result.statistics, result.cut);
+
+  constexpr R lowest = -std::numeric_limits<R>::infinity();
+  std::vector<RowState<R>> states(num_rows, {lowest, 0, lowest, 0, 0, 0});
+  std::vector<R> rescale(num_rows, 1);
+  const int64_t* labels = oracle.defined() ? oracle.const_data_ptr<int64_t>() : nullptr;
+  const bool separate = planner.separate() && oracle.defined();
+  R* mixture = result.mixture.template data_ptr<R>();
+  const bool direct = codebook.defined() && codebook.scalar_type() == planner.working;
+  Tensor weights_room, part_room;
+  if (codebook.defined()) {
+    weights_room = at::empty({planner.row_step * planner.action_step}, codebook.options());
+    if (!direct) part_room = at::empty({planner.row_step, size}, codebook.options());
+  }
+  planner.each_tile([&](const Tile& tile, const Tensor& logits) {
+    Tensor weights;
+    if (codebook.defined())
+      weights = weights_room.narrow(0, 0, tile.rows * tile.count).view({tile.rows, tile.count});
+    at::parallel_for(0, tile.rows, 1, [&](int64_t begin, int64_t end) {
+      Buffer<R> buffer(tile.count);
+      for (int64_t row = begin; row < end; ++row) {
+        const int64_t s = tile.row + row;
+        rescale[s] = rows<R>().advance(planner.scores<R>(tile, logits, row, result.statistics, result.cut), states[s],
+                                       separate, labels ? labels[s] : -1, strip(weights, row), buffer.data());
+        if (direct && rescale[s] != R(1))
+          for (int64_t a = 0; a < size; ++a) mixture[s * size + a] *= rescale[s];
+      }
+    });
+    if (!codebook.defined() || size == 0) return;
+    const Tensor actions = codebook.narrow(0, tile.first, tile.count);
+    if (direct) {
+      Tensor sum = result.mixture.narrow(0, tile.row, tile.rows);
+      at::addmm_out(sum, sum, weights, actions);
+      return;
+    }
+    Tensor part = part_room.narrow(0, 0, tile.rows);
+    at::mm_out(part, weights, actions);
+    at::parallel_for(0, tile.rows, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t row = begin; row < end; ++row)
+        rows<R>().accumulate(mixture + (tile.row + row) * size, rescale[tile.row + row], strip(part, row), size);
+    });
+  });
+
+  R* statistics = result.statistics.template data_ptr<R>();
+  for (int64_t s = 0; s < num_rows; ++s) {
+    auto state = states[s];
+    if (state.score_max == lowest) state.score_sum = std::numeric_limits<R>::quiet_NaN();  // -inf everywhere, or NaN
+    if (!separate) {
+      state.logit_max = state.score_max;
+      state.logit_sum = state.score_sum;
+    }
+    const R log_sum = std::log(state.score_sum);
+    statistics[s] = state.score_max;
+    statistics[num_rows + s] = log_sum;
+    statistics[2 * num_rows + s] = state.logit_max;
+    statistics[3 * num_rows + s] = std::log(state.logit_sum);
+    result.log_normalizer.template data_ptr<R>()[s] = R(state.score_max / planner.temperature) + log_sum;
+    result.best.template data_ptr<int64_t>()[s] = state.best;
+    if (labels && labels[s] >= 0)
+      result.oracle_nll.template data_ptr<R>()[s] =
+          (state.logit_max - state.logit_of_oracle) + statistics[3 * num_rows + s];
+    for (int64_t a = 0; a < size; ++a) mixture[s * size + a] /= state.score_sum;
+  }
+  return result;
+}
+
+// The oracle action's share in each row, `[S, 1]`; undefined where there is none.
+Tensor shares(const Tensor& oracle, const Tensor& oracle_weight, at::ScalarType working) {
+  if (!oracle.defined() || !oracle_weight.defined()) return {};
+  return oracle_weight.to(working).masked_fill(oracle < 0, 0.0).unsqueeze(1).contiguous();
+}
+
+Tensor of_oracle(const Tensor& codebook, const Tensor& oracle, at::ScalarType working) {
+  return codebook.index_select(0, oracle.clamp_min(0)).to(working);  // [S, A]
+}
+
+Tensor with_oracle(const Tensor& mixture, const Tensor& codebook, const Tensor& oracle, const Tensor& share) {
+  if (!share.defined()) return mixture;
+  return (1 - share) * mixture + share * of_oracle(codebook, oracle, mixture.scalar_type());
+}
+
+struct Backward {
+  Tensor source, noise, codebook, head, head_bias;
+};
+
+// Gradients of logits (or of states, head and head bias), noise and codebook, where wanted.
+template <class R>
+Backward differentiate(Planner& planner, const Tensor& codebook, const Tensor& mixture_gradient,
+                          const Tensor& mixture, const Tensor& log_normalizer_gradient, const Tensor& nll_gradient,
+                          const Tensor& oracle, const Tensor& share, const Tensor& statistics, const Tensor& cut,
+                          bool to_source, bool to_head, bool to_head_bias, bool to_noise, bool to_codebook) {
+  const int64_t num_rows = planner.num_rows, num_actions = planner.num_actions;
+  const bool hidden = planner.head.defined(), to_logits = to_source || to_head || to_head_bias;
+  const bool mixes = mixture_gradient.defined() && codebook.defined();
+  to_codebook = to_codebook && codebook.defined();
+  Backward result;
+  const auto zeros_like = [](const Tensor& tensor) { return at::zeros(tensor.sizes(), tensor.options()); };
+  if (to_noise) result.noise = at::empty(planner.noise.sizes(), planner.noise.options());
+  Tensor states_gradient;
+  if (hidden && to_source) states_gradient = at::zeros(planner.source.sizes(), planner.states.options());
+  if (!hidden && to_source) result.source = at::empty(planner.source.sizes(), planner.source.options());
+  if (to_head) result.head = zeros_like(planner.head);
+  if (to_head_bias) result.head_bias = at::zeros({num_actions}, planner.states.options());
+  if (to_codebook) result.codebook = mixes && num_rows > 0 ? at::empty(codebook.sizes(), codebook.options()) : zeros_like(codebook);
+
+  const bool to_scores = to_logits || to_noise, weighs = mixes && to_codebook;
+  Tensor offset = at::zeros({num_rows}, planner.source.options().dtype(planner.working));
+  if (log_normalizer_gradient.defined()) offset = offset + log_normalizer_gradient.to(planner.working);
+  if (mixes) {
+    Tensor inner = (mixture_gradient.to(planner.working) * mixture).sum(1);
+    if (share.defined()) inner = inner * (1 - share.squeeze(1));
+    offset = offset - inner;
+  }
+  const Tensor nll = nll_gradient.defined() && oracle.defined() ? nll_gradient.to(planner.working).contiguous() : Tensor();
+  const R* offsets = offset.const_data_ptr<R>();
+  const R* shares = share.defined() ? share.const_data_ptr<R>() : nullptr;
+  const R* nlls = nll.defined() ? nll.const_data_ptr<R>() : nullptr;
+  const int64_t* labels = oracle.defined() ? oracle.const_data_ptr<int64_t>() : nullptr;
+  const R* stats = statistics.const_data_ptr<R>();
+  const bool separate = planner.separate();
+
+  const int64_t tile_size = planner.row_step * planner.action_step;
+  const auto room = [&](const Tensor& like, bool wanted) {
+    return wanted ? at::empty({tile_size}, like.options()) : Tensor();
+  };
+  const Tensor product_room = room(codebook, mixes && to_scores), weights_room = room(codebook, weighs);
+  const Tensor logits_room = room(planner.source, hidden && to_logits);
+  const auto of_tile = [](const Tensor& all, const Tile& tile) {
+    return all.defined() ? all.narrow(0, 0, tile.rows * tile.count).view({tile.rows, tile.count}) : Tensor();
+  };
+  // Several tiles of rows add to the same actions: in the working dtype, rounded once.
+  const bool several = num_rows > planner.row_step;
+  Tensor codebook_sum, head_sum;
+  planner.each_tile([&](const Tile& tile, const Tensor& logits) {
+    const Tensor upstream = mixes ? mixture_gradient.narrow(0, tile.row, tile.rows) : Tensor();
+    Tensor product = of_tile(product_room, tile), weights = of_tile(weights_room, tile);
+    Tensor logits_gradient = hidden ? of_tile(logits_room, tile) : Tensor();
+    if (product.defined()) at::mm_out(product, upstream, codebook.narrow(0, tile.first, tile.count).t());
+    at::parallel_for(0, tile.rows, 1, [&](int64_t begin, int64_t end) {
+      Buffer<R> buffer(tile.count);
+      for (int64_t row = begin; row < end; ++row) {
+        const int64_t s = tile.row + row;
+        const RowGradient<R> gradient{stats[s],
+                                      stats[num_rows + s],
+                                      stats[2 * num_rows + s],
+                                      stats[3 * num_rows + s],
+                                      shares ? shares[s] : R(0),
+                                      offsets[s],
+                                      nlls ? nlls[s] : R(0),
+                                      labels ? labels[s] : -1,
+                                      separate};
+        const Strip to = hidden ? strip(logits_gradient, row)
+                                : strip(to_source ? result.source : Tensor(), s, tile.first);
+        rows<R>().differentiate(planner.scores<R>(tile, logits, row, statistics, cut), gradient, strip(product, row),
+                                to, to_noise ? strip(result.noise, s, tile.first) : Strip{}, strip(weights, row),
+                                buffer.data());
+      }
+    });
+    // A sum over rows: `wanted += left^T right`, directly where one product gives it.
+    const auto add_product = [&](Tensor whole, Tensor& sum, const Tensor& left, const Tensor& right) {
+      Tensor wanted = whole.narrow(0, tile.first, tile.count);
+      if (!several) {
+        at::mm_out(wanted, left.t(), right);
+        return;
+      }
+      const bool exact = whole.scalar_type() == planner.working;
+      if (tile.row == 0) sum = exact ? wanted : at::zeros(wanted.sizes(), offset.options());
+      if (tile.row == 0 && exact) sum.zero_();
+      if (exact)
+        at::addmm_out(sum, sum, left.t(), right);
+      else
+        sum.add_(at::mm(left.t(), right));
+      if (!exact && tile.row + tile.rows == num_rows) wanted.copy_(sum);
+    };
+    if (weighs) add_product(result.codebook, codebook_sum, weights, upstream);
+    if (!logits_gradient.defined()) return;
+    const Tensor of_states = planner.source.narrow(0, tile.row, tile.rows);
+    if (to_head) add_product(result.head, head_sum, logits_gradient, of_states);
+    if (to_head_bias)
+      result.head_bias.narrow(0, tile.first, tile.count).add_(logits_gradient.sum(0, false, planner.working));
+    if (states_gradient.defined()) {
+      Tensor sum = states_gradient.narrow(0, tile.row, tile.rows);
+      const Tensor actions = planner.head.narrow(0, tile.first, tile.count);
+      if (actions.scalar_type() == planner.working)
+        at::addmm_out(sum, sum, logits_gradient, actions);
+      else
+        sum.add_(at::mm(logits_gradient, actions));
+    }
+  });
+  if (states_gradient.defined()) result.source = states_gradient.to(planner.source.scalar_type());
+  return result;
+}
+
+at::ScalarType working_type(const Tensor& source) {
+  return source.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
+}
+
+}  // namespace
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> plan_projection(
+    const Tensor& source, const OptionalTensor& head, const OptionalTensor& head_bias, const OptionalTensor& codebook,
+    const OptionalTensor& weight, const OptionalTensor& bias, const OptionalTensor& noise, const OptionalTensor& oracle,
+    const OptionalTensor& oracle_weight, double temperature, int64_t top_k) {
+  const auto working = working_type(source);
+  const Tensor actions = given(codebook), labels = oracle ? oracle->contiguous() : Tensor();
+  Planner planner(source, head, head_bias, noise, working, temperature, top_k);
+  const Forward mixed = working == at::kDouble ? mix<double>(planner, actions, labels)
+                                               : mix<float>(planner, actions, labels);
+  Tensor projected = mixed.mixture;
+  if (actions.defined()) {
+    const Tensor share = shares(labels, given(oracle_weight), working);
+    projected = with_oracle(mixed.mixture, actions, labels, share);
+    if (weight) {
+      projected = projected.to(actions.scalar_type());
+      projected = bias ? at::addmm(bias->to(actions.scalar_type()), projected, weight->t())
+                       : at::mm(projected, weight->t());
+    } else {
+      if (bias) projected = projected + *bias;
+      projected = projected.to(actions.scalar_type(), /*non_blocking=*/false, /*copy=*/!bias && !share.defined());
+    }
+  } else {
+    projected = projected.clone();
+  }
+  return {projected, mixed.log_normalizer, mixed.oracle_nll, mixed.best, mixed.mixture, mixed.statistics, mixed.cut};
+}
+
+std::vector<Tensor> plan_projection_backward(
+    const OptionalTensor& grad_projected, const OptionalTensor& grad_log_normalizer,
+    const OptionalTensor& grad_oracle_nll, const Tensor& source, const OptionalTensor& head,
+    const OptionalTensor& head_bias, const OptionalTensor& codebook, const OptionalTensor& weight,
+    const OptionalTensor& bias, const OptionalTensor& noise, const OptionalTensor& oracle,
+    const OptionalTensor& oracle_weight, const Tensor& mixture, const Tensor& statistics, const Tensor& cut,
+    double temperature, int64_t top_k, std::array<bool, 8> needs) {
+  const auto working = working_type(source);
+  const auto [to_source, to_head, to_head_bias, to_codebook, to_weight, to_bias, to_noise, to_share] = needs;
+  const Tensor actions = given(codebook), labels = oracle ? oracle->contiguous() : Tensor();
+  const Tensor share = shares(labels, given(oracle_weight), working);
+  Planner planner(source, head, head_bias, noise, working, temperature, top_k);
+
+  Tensor mixture_gradient, grad_weight, grad_bias, grad_share;
+  const Tensor gradient = actions.defined() ? given(grad_projected) : Tensor();
+  if (gradient.defined()) {
+    mixture_gradient = weight ? at::mm(gradient, *weight) : with_adjacent_columns(gradient);  // [S, A]
+    if (to_weight) {
+      const Tensor mixed = with_oracle(mixture, actions, labels, share).to(actions.scalar_type());
+      grad_weight = at::mm(gradient.t(), mixed);
+    }
+    if (to_bias) grad_bias = gradient.sum(0, false, working);
+    if (to_share && share.defined())
+      grad_share = (mixture_gradient.to(working) * (of_oracle(actions, labels, working) - mixture))
+                       .sum(1)
+                       .masked_fill(labels < 0, 0.0);
+  }
+  Tensor grad_source, grad_head, grad_head_bias, grad_codebook, grad_noise;
+  if (to_source || to_head || to_head_bias || to_codebook || to_noise) {
+    const auto run = [&](auto real) {
+      const auto found = differentiate<decltype(real)>(
+          planner, actions, mixture_gradient, mixture, given(grad_log_normalizer), given(grad_oracle_nll), labels,
+          share, statistics, cut, to_source, to_head, to_head_bias, to_noise, to_codebook);
+      grad_source = found.source;
+      grad_head = found.head;
+      grad_head_bias = found.head_bias;
+      grad_codebook = found.codebook;
+      grad_noise = found.noise;
+    };
+    working == at::kDouble ? run(double{}) : run(float{});
+  }
+  // Each gradient in its tensor's dtype; zeros where none arrives, nothing where none is wanted.
+  const auto finished = [&](bool wanted, const Tensor& found, const OptionalTensor& like) {
+    if (!wanted || !like) return at::empty({0}, source.options());
+    return found.defined() ? found.to(like->scalar_type()) : at::zeros(like->sizes(), like->options());
+  };
+  return {finished(to_source, grad_source, source),      finished(to_head, grad_head, head),
+          finished(to_head_bias, grad_head_bias, head_bias), finished(to_codebook, grad_codebook, codebook),
+          finished(to_weight, grad_weight, weight),      finished(to_bias, grad_bias, bias),
+          finished(to_noise, grad_noise, noise),         finished(to_share, grad_share, oracle_weight)};
+}
+
+}  // namespace planlm
+
+TORCH_LIBRARY_IMPL(planlm, CPU, library) {
+  library.impl("plan_projection", planlm::plan_projection);
+  library.impl("plan_projection_backward", planlm::plan_projection_backward);
+}

@@ -1,0 +1,85 @@
+// The vector loops of the CPU operators: one row of actions or one token at a time. Free of torch, so that each file
+// rows_<instructions>.cpp can compile them for one instruction set; `rows()` picks the set when the process runs.
+#pragma once
+
+#include <cstdint>
+
+namespace planlm {
+
+enum class Kind : int { f32, bf16, f64 };
+
+// A strip of one row in memory, in any of the kinds.
+struct Strip {
+  void* data = nullptr;
+  Kind kind = Kind::f32;
+
+  explicit operator bool() const { return data != nullptr; }
+  Strip operator+(int64_t elements) const {
+    const int64_t size = kind == Kind::bf16 ? 2 : kind == Kind::f32 ? 4 : 8;
+    return {static_cast<char*>(data) + elements * size, kind};
+  }
+};
+
+// What the scores of one row are made of: `logits + noise`, less what top-k drops. R is what is computed in.
+template <class R>
+struct Scores {
+  Strip logits;
+  Strip noise;             // none: the scores are the logits
+  int64_t first;           // action number of the strip's first element
+  int64_t count;           // elements in the strip
+  R inverse_temperature;
+  bool top_k;              // drop scores below the threshold, and those equal to it after action `cut`
+  R threshold;
+  int64_t cut;
+};
+
+// Online softmax of one row, carried from strip to strip. `separate`: the logits' own normaliser differs from that of
+// the scores (a temperature, noise or top-k is in use) and is wanted.
+template <class R>
+struct RowState {
+  R score_max, score_sum;  // sum of exp((score - score_max) / temperature)
+  R logit_max, logit_sum;  // sum of exp(logit - logit_max); filled only where separate
+  R logit_of_oracle;
+  int64_t best;
+};
+
+// What one row's gradient is made of; see plan_projection.cpp for the formulas.
+template <class R>
+struct RowGradient {
+  R score_max, score_log_sum, logit_max, logit_log_sum;
+  R share;                 // of the oracle action in the mixture
+  R offset;                // gradient of log_normalizer less the softmax's own inner product
+  R nll;                   // gradient of the oracle's cross-entropy
+  int64_t oracle;          // negative: none
+  bool separate;
+};
+
+template <class R>
+struct Rows {
+  // Advances `state` by one strip and writes exp((score - score_max) / temperature) to `weights` if there are any.
+  // Returns what everything accumulated before has to be multiplied with. `buffer` holds `count` + 32 values.
+  R (*advance)(const Scores<R>&, RowState<R>&, bool separate, int64_t oracle, Strip weights, R* buffer);
+  // Writes the gradients of logits and noise and the weights of the actions in the mixture, each where wanted.
+  // `product`: gradient of the mixture times the strip's action embeddings.
+  void (*differentiate)(const Scores<R>&, const RowGradient<R>&, Strip product, Strip logits, Strip noise,
+                        Strip weights, R* buffer);
+  // The scores themselves.
+  void (*scores)(const Scores<R>&, R* out);
+  // total = total * scale + strip
+  void (*accumulate)(R* total, R scale, Strip strip, int64_t count);
+  // total = sum of those of `num_rows` strips, `step` elements apart, whose id is not negative; in their order.
+  // `total` has room for a whole vector at its end.
+  void (*sum_rows)(R* total, Strip first, int64_t step, const int64_t* ids, int64_t num_rows, int64_t count);
+  // out = x + gate * plan, in one rounding; gate may be null. `stream`: past the caches, where `out` is aligned for it.
+  void (*add)(Strip x, Strip plan, const R* gate, Strip out, int64_t count, bool stream);
+  // Makes what was streamed visible to other threads.
+  void (*fence)();
+  // strip = values * gate; gate may be null
+  void (*store)(const R* values, const R* gate, Strip strip, int64_t count);
+};
+
+// The loops for an instruction set that this processor has: "AVX512", "AVX2" or anything else for the plain ones.
+template <class R>
+const Rows<R>& rows();
+
+}  // namespace planlm

@@ -1,0 +1,439 @@
+// Included once by each rows_<instructions>.cpp inside a namespace of its own. Written with the vector extensions of
+// GCC and Clang: 64 bytes at a time, which the compiler cuts into what the instruction set has.
+
+template <class R>
+struct Lanes;
+
+template <>
+struct Lanes<float> {
+  static constexpr int64_t width = 16;
+  typedef float Vector __attribute__((vector_size(64)));
+  typedef int32_t Whole __attribute__((vector_size(64)));
+  typedef uint32_t Bits __attribute__((vector_size(64)));
+  typedef uint16_t Half __attribute__((vector_size(32)));
+  typedef double Wide __attribute__((vector_size(128)));
+
+  // exp(x) for x <= 0, after Cephes' expf: 2^n e^r with |r| <= ln(2)/2; 0 where float32 would be subnormal.
+  static INLINE Vector exp(Vector x) {
+    const Vector shifted = x * 1.44269504f + 12582912.0f;  // adding 1.5 * 2^23 rounds to a whole number
+    const Vector n = shifted - 12582912.0f;
+    Vector r = x - n * 0.693359375f;
+    r = r - n * -2.12194440e-4f;
+    Vector p = r * 1.9875691500e-4f + 1.3981999507e-3f;
+    p = p * r + 8.3334519073e-3f;
+    p = p * r + 4.1665795894e-2f;
+    p = p * r + 1.6666665459e-1f;
+    p = p * r + 5.0000001201e-1f;
+    p = p * (r * r) + (r + 1.0f);
+    const Bits power = ((Bits)shifted << 23) + 0x3f800000u;
+    const Vector result = p * (Vector)power;
+    return x < -87.3f ? Vector{} : result;  // a NaN compares false and stays
+  }
+};
+
+template <>
+struct Lanes<double> {
+  static constexpr int64_t width = 8;
+  typedef double Vector __attribute__((vector_size(64)));
+  typedef int64_t Whole __attribute__((vector_size(64)));
+  typedef uint32_t Bits __attribute__((vector_size(32)));
+  typedef uint16_t Half __attribute__((vector_size(16)));
+  typedef float Narrow __attribute__((vector_size(32)));
+
+  static INLINE Vector exp(Vector x) {
+    for (int i = 0; i < width; ++i) x[i] = std::exp(x[i]);
+    return x;
+  }
+};
+
+template <class V>
+INLINE V take(const void* from) {
+  V value;
+  __builtin_memcpy(&value, from, sizeof(V));
+  return value;
+}
+
+template <class V>
+INLINE void put(void* to, V value) {
+  __builtin_memcpy(to, &value, sizeof(V));
+}
+
+// Past the caches, to an address that is a multiple of the vector's size.
+template <class V>
+INLINE void stream(void* to, V value) {
+#if STREAM_BYTES == 64
+  if constexpr (sizeof(V) == 64) return _mm512_stream_si512(static_cast<__m512i*>(to), (__m512i)value);
+#endif
+#if STREAM_BYTES >= 32
+  if constexpr (sizeof(V) % 32 == 0) {
+    for (size_t i = 0; i < sizeof(V) / 32; ++i)
+      _mm256_stream_si256(static_cast<__m256i*>(to) + i, take<__m256i>(reinterpret_cast<const char*>(&value) + 32 * i));
+    return;
+  }
+#endif
+  put(to, value);
+}
+
+inline void fence() {
+#if STREAM_BYTES >= 32
+  _mm_sfence();
+#endif
+}
+
+// Full vectors of `kind` read as, and written from, vectors of R.
+template <class R, Kind kind>
+INLINE typename Lanes<R>::Vector read(const char* from) {
+  using L = Lanes<R>;
+  using V = typename L::Vector;
+  if constexpr (kind == Kind::bf16) {
+    const auto bits = __builtin_convertvector(take<typename L::Half>(from), typename L::Bits) << 16;
+    if constexpr (sizeof(R) == 4)
+      return (V)bits;
+    else
+      return __builtin_convertvector((typename L::Narrow)bits, V);
+  } else if constexpr (kind == Kind::f32) {
+    if constexpr (sizeof(R) == 4)
+      return take<V>(from);
+    else
+      return __builtin_convertvector(take<typename L::Narrow>(from), V);
+  } else {
+    if constexpr (sizeof(R) == 8)
+      return take<V>(from);
+    else
+      return __builtin_convertvector(take<typename L::Wide>(from), V);
+  }
+}
+
+template <bool streamed, class V>
+INLINE void leave(void* to, V value) {
+  if constexpr (streamed)
+    stream(to, value);
+  else
+    put(to, value);
+}
+
+template <class R, Kind kind, bool streamed = false>
+INLINE void write(char* to, typename Lanes<R>::Vector value) {
+  using L = Lanes<R>;
+  if constexpr (kind == Kind::bf16) {
+    typename L::Bits bits;
+    if constexpr (sizeof(R) == 4)
+      bits = (typename L::Bits)value;
+    else
+      bits = (typename L::Bits)__builtin_convertvector(value, typename L::Narrow);
+    const auto is_nan = (bits & 0x7fffffffu) > 0x7f800000u;
+    const auto rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;  // to the nearest, ties to even
+    leave<streamed>(to, __builtin_convertvector(is_nan ? (bits >> 16) | 0x40u : rounded, typename L::Half));
+  } else if constexpr (kind == Kind::f32) {
+    if constexpr (sizeof(R) == 4)
+      leave<streamed>(to, value);
+    else
+      leave<streamed>(to, __builtin_convertvector(value, typename L::Narrow));
+  } else {
+    if constexpr (sizeof(R) == 8)
+      leave<streamed>(to, value);
+    else
+      leave<streamed>(to, __builtin_convertvector(value, typename L::Wide));
+  }
+}
+
+constexpr int64_t bytes(Kind kind) { return kind == Kind::bf16 ? 2 : kind == Kind::f32 ? 4 : 8; }
+
+// The last elements of a strip go through a full vector on the stack: no loop has a second, scalar form.
+template <class R, Kind kind>
+INLINE typename Lanes<R>::Vector read_some(const char* from, int64_t count) {
+  char room[Lanes<R>::width * 8] = {};
+  __builtin_memcpy(room, from, count * bytes(kind));
+  return read<R, kind>(room);
+}
+
+template <class R, Kind kind>
+INLINE void write_some(char* to, typename Lanes<R>::Vector value, int64_t count) {
+  char room[Lanes<R>::width * 8];
+  write<R, kind>(room, value);
+  __builtin_memcpy(to, room, count * bytes(kind));
+}
+
+// Calls `body(integral constant of the kind)`.
+template <class Body>
+INLINE void with_kind(Kind kind, Body body) {
+  switch (kind) {
+    case Kind::f32: return body(std::integral_constant<Kind, Kind::f32>{});
+    case Kind::bf16: return body(std::integral_constant<Kind, Kind::bf16>{});
+    case Kind::f64: return body(std::integral_constant<Kind, Kind::f64>{});
+  }
+}
+
+// Calls `body(index, vector read from the strip, lanes in use)`.
+template <class R, class Body>
+INLINE void each(Strip strip, int64_t count, Body body) {
+  with_kind(strip.kind, [&](auto kind) INLINE_LAMBDA {
+    constexpr int64_t width = Lanes<R>::width;
+    const char* from = static_cast<const char*>(strip.data);
+    int64_t i = 0;
+    for (; i + width <= count; i += width) body(i, read<R, kind()>(from + i * bytes(kind())), width);
+    if (i < count) body(i, read_some<R, kind()>(from + i * bytes(kind()), count - i), count - i);
+  });
+}
+
+// Writes `body(index)` for every full or partial vector of the strip.
+template <class R, class Body>
+INLINE void fill(Strip strip, int64_t count, Body body) {
+  with_kind(strip.kind, [&](auto kind) INLINE_LAMBDA {
+    constexpr int64_t width = Lanes<R>::width;
+    char* to = static_cast<char*>(strip.data);
+    int64_t i = 0;
+    for (; i + width <= count; i += width) write<R, kind()>(to + i * bytes(kind()), body(i));
+    if (i < count) write_some<R, kind()>(to + i * bytes(kind()), body(i), count - i);
+  });
+}
+
+template <class R>
+INLINE R sum_of(typename Lanes<R>::Vector v) {
+  for (int64_t half = Lanes<R>::width / 2; half > 0; half /= 2)
+    for (int64_t i = 0; i < half; ++i) v[i] += v[i + half];
+  return v[0];
+}
+
+template <class R>
+INLINE R max_of(typename Lanes<R>::Vector v) {
+  R largest = v[0];
+  for (int64_t i = 1; i < Lanes<R>::width; ++i) largest = v[i] > largest ? v[i] : largest;
+  return largest;
+}
+
+template <class R>
+INLINE R max_of(const R* values, int64_t padded) {
+  using V = typename Lanes<R>::Vector;
+  V largest = V{} - std::numeric_limits<R>::infinity();
+  for (int64_t i = 0; i < padded; i += Lanes<R>::width) {
+    const V v = take<V>(values + i);
+    largest = v > largest ? v : largest;  // a NaN is never larger; it shows in the sum
+  }
+  return max_of<R>(largest);
+}
+
+template <class R>
+INLINE R sum_of_exp(const R* values, int64_t padded, R largest, R factor) {
+  using V = typename Lanes<R>::Vector;
+  V total = {};
+  for (int64_t i = 0; i < padded; i += Lanes<R>::width)
+    total += Lanes<R>::exp((take<V>(values + i) - largest) * factor);
+  return sum_of<R>(total);
+}
+
+template <class R>
+INLINE R exp_of(R x) {
+  typename Lanes<R>::Vector v = {};
+  return Lanes<R>::exp(v + x)[0];
+}
+
+template <class R>
+void scores(const Scores<R>& row, R* out) {
+  using V = typename Lanes<R>::Vector;
+  constexpr R lowest = -std::numeric_limits<R>::infinity();
+  each<R>(row.logits, row.count, [&](int64_t i, V v, int64_t) INLINE_LAMBDA { put(out + i, v); });
+  if (row.noise)
+    each<R>(row.noise, row.count, [&](int64_t i, V v, int64_t) INLINE_LAMBDA { put(out + i, take<V>(out + i) + v); });
+  if (row.top_k)
+    for (int64_t i = 0; i < row.count; ++i)  // written so that a NaN is kept
+      if (out[i] < row.threshold || (out[i] == row.threshold && row.first + i > row.cut)) out[i] = lowest;
+  for (int64_t i = row.count; i % Lanes<R>::width != 0; ++i) out[i] = lowest;
+}
+
+template <class R>
+R advance(const Scores<R>& row, RowState<R>& state, bool separate, int64_t oracle, Strip weights, R* buffer) {
+  using V = typename Lanes<R>::Vector;
+  constexpr R lowest = -std::numeric_limits<R>::infinity();
+  constexpr int64_t width = Lanes<R>::width;
+  const int64_t padded = (row.count + width - 1) / width * width;
+  const bool holds_oracle = oracle >= row.first && oracle < row.first + row.count;
+  if (separate || holds_oracle) {
+    Scores<R> plain = row;
+    plain.noise = {};
+    plain.top_k = false;
+    scores(plain, buffer);
+    if (holds_oracle) state.logit_of_oracle = buffer[oracle - row.first];
+    if (separate) {
+      const R largest = max_of(buffer, padded), before = state.logit_max;
+      const R best = largest > before ? largest : before;
+      state.logit_sum = state.logit_sum * (largest > before ? exp_of<R>(before - best) : R(1)) +
+                        sum_of_exp(buffer, padded, best == lowest ? R(0) : best, R(1));
+      state.logit_max = best;
+    }
+  }
+  scores(row, buffer);
+  const R largest = max_of(buffer, padded), before = state.score_max;
+  if (largest > before) {
+    state.score_max = largest;
+    for (int64_t i = 0;; ++i)
+      if (buffer[i] == largest) {
+        state.best = row.first + i;
+        break;
+      }
+  }
+  // Nothing but -inf so far: exp(0 - 0) would count it. A NaN still reaches the sum.
+  const R shift = state.score_max == lowest ? R(0) : state.score_max;
+  V total = {};
+  for (int64_t i = 0; i < padded; i += width) {
+    const V weight = Lanes<R>::exp((take<V>(buffer + i) - shift) * row.inverse_temperature);
+    total += weight;
+    put(buffer + i, weight);
+  }
+  if (weights) fill<R>(weights, row.count, [&](int64_t i) INLINE_LAMBDA { return take<V>(buffer + i); });
+  const R rescale = largest > before ? exp_of<R>((before - largest) * row.inverse_temperature) : R(1);
+  state.score_sum = state.score_sum * rescale + sum_of<R>(total);
+  return rescale;
+}
+
+template <class R>
+void differentiate(const Scores<R>& row, const RowGradient<R>& g, Strip product, Strip logits, Strip noise,
+                   Strip weights, R* buffer) {
+  using V = typename Lanes<R>::Vector;
+  constexpr int64_t width = Lanes<R>::width;
+  const int64_t padded = (row.count + width - 1) / width * width;
+  const int64_t at = g.oracle >= row.first && g.oracle < row.first + row.count ? g.oracle - row.first : -1;
+  scores(row, buffer);
+  for (int64_t i = 0; i < padded; i += width)
+    put(buffer + i,
+        Lanes<R>::exp((take<V>(buffer + i) - g.score_max) * row.inverse_temperature - g.score_log_sum));
+  // `buffer` holds the probabilities from here on.
+  if (weights) {
+    fill<R>(weights, row.count, [&](int64_t i) INLINE_LAMBDA {
+      V v = take<V>(buffer + i) * (R(1) - g.share);
+      if (at >= i && at < i + width) v[at - i] += g.share;
+      return v;
+    });
+  }
+  if (!logits && !noise) return;
+  const R kept = (R(1) - g.share) * row.inverse_temperature, offset = g.offset * row.inverse_temperature;
+  const bool labelled = g.oracle >= 0 && g.nll != R(0);
+  const R own = labelled && !g.separate ? g.nll : R(0);  // the logits' own probabilities are those of the scores
+  if (product) {
+    each<R>(product, row.count, [&](int64_t i, V v, int64_t) INLINE_LAMBDA {
+      put(buffer + i, take<V>(buffer + i) * (v * kept + (offset + own)));
+    });
+  } else {
+    for (int64_t i = 0; i < padded; i += width) put(buffer + i, take<V>(buffer + i) * (offset + own));
+  }
+  // `buffer` holds the gradient of the scores, and with `own` that of the logits but for the oracle's entry.
+  if (noise) fill<R>(noise, row.count, [&](int64_t i) INLINE_LAMBDA { return take<V>(buffer + i); });
+  if (!logits) return;
+  if (labelled && g.separate) {
+    each<R>(row.logits, row.count, [&](int64_t i, V v, int64_t) INLINE_LAMBDA {
+      put(buffer + i, take<V>(buffer + i) + g.nll * Lanes<R>::exp((v - g.logit_max) - g.logit_log_sum));
+    });
+  }
+  if (labelled && at >= 0) buffer[at] -= g.nll;
+  fill<R>(logits, row.count, [&](int64_t i) INLINE_LAMBDA { return take<V>(buffer + i); });
+}
+
+template <class R>
+void accumulate(R* total, R scale, Strip strip, int64_t count) {
+  using V = typename Lanes<R>::Vector;
+  each<R>(strip, count, [&](int64_t i, V v, int64_t used) INLINE_LAMBDA {
+    if (used == Lanes<R>::width)
+      put(total + i, take<V>(total + i) * scale + v);
+    else
+      for (int64_t j = 0; j < used; ++j) total[i + j] = total[i + j] * scale + v[j];
+  });
+}
+
+template <class R>
+void sum_rows(R* total, Strip first, int64_t step, const int64_t* ids, int64_t num_rows, int64_t count) {
+  using V = typename Lanes<R>::Vector;
+  constexpr int64_t width = Lanes<R>::width;
+  for (int64_t i = 0; i < count; i += width) put(total + i, V{});
+  with_kind(first.kind, [&](auto kind) INLINE_LAMBDA {
+    const char* row = static_cast<const char*>(first.data);
+    for (int64_t t = 0; t < num_rows; ++t, row += step * bytes(kind())) {
+      if (ids[t] < 0) continue;
+      int64_t i = 0;
+      for (; i + width <= count; i += width)
+        put(total + i, take<V>(total + i) + read<R, kind()>(row + i * bytes(kind())));
+      if (i < count) put(total + i, take<V>(total + i) + read_some<R, kind()>(row + i * bytes(kind()), count - i));
+    }
+  });
+}
+
+template <class R, Kind kind, bool streamed>
+INLINE void add_strips(Strip x, Strip plan, const R* gate, Strip out, int64_t count) {
+  using V = typename Lanes<R>::Vector;
+  each<R>(plan, count, [&](int64_t i, V v, int64_t used) INLINE_LAMBDA {
+    const char* from = static_cast<const char*>(x.data) + i * bytes(kind);
+    char* to = static_cast<char*>(out.data) + i * bytes(kind);
+    if (used == Lanes<R>::width) {
+      if (gate) v = v * take<V>(gate + i);
+      write<R, kind, streamed>(to, read<R, kind>(from) + v);
+    } else {
+      if (gate)
+        for (int64_t j = 0; j < used; ++j) v[j] *= gate[i + j];
+      write_some<R, kind>(to, read_some<R, kind>(from, used) + v, used);
+    }
+  });
+}
+
+// bf16 + bf16, 32 at a time. A 32-bit word holds two values, each of which is a float32 once the other half is zero: no
+// value has to change lanes.
+INLINE Lanes<float>::Bits round_up_to_bf16(Lanes<float>::Vector value) {
+  const auto bits = (Lanes<float>::Bits)value;
+  const auto is_nan = (bits & 0x7fffffffu) > 0x7f800000u;
+  return is_nan ? bits | 0x400000u : bits + 0x7fffu + ((bits >> 16) & 1u);  // the upper half counts
+}
+
+template <bool streamed>
+INLINE void add_halves(Strip x, Strip plan, Strip out, int64_t count) {
+  using L = Lanes<float>;
+  const char* from = static_cast<const char*>(x.data);
+  const char* added = static_cast<const char*>(plan.data);
+  char* to = static_cast<char*>(out.data);
+  int64_t i = 0;
+  for (; i + 32 <= count; i += 32) {
+    const auto a = take<L::Bits>(from + 2 * i), b = take<L::Bits>(added + 2 * i);
+    const auto low = round_up_to_bf16((L::Vector)(a << 16) + (L::Vector)(b << 16)) >> 16;
+    const auto high = round_up_to_bf16((L::Vector)(a & 0xffff0000u) + (L::Vector)(b & 0xffff0000u)) & 0xffff0000u;
+    leave<streamed>(to + 2 * i, low | high);
+  }
+  if (i < count) add_strips<float, Kind::bf16, false>(x + i, plan + i, nullptr, out + i, count - i);
+}
+
+template <class R>
+void add(Strip x, Strip plan, const R* gate, Strip out, int64_t count, bool stream) {
+  const bool aligned = reinterpret_cast<uintptr_t>(out.data) % 64 == 0;
+  if constexpr (sizeof(R) == 4) {
+    if (x.kind == Kind::bf16 && plan.kind == Kind::bf16 && !gate)
+      return stream && aligned ? add_halves<true>(x, plan, out, count) : add_halves<false>(x, plan, out, count);
+  }
+  with_kind(x.kind, [&](auto kind) INLINE_LAMBDA {
+    if (stream && aligned)
+      add_strips<R, kind(), true>(x, plan, gate, out, count);
+    else
+      add_strips<R, kind(), false>(x, plan, gate, out, count);
+  });
+}
+
+template <class R>
+void store(const R* values, const R* gate, Strip strip, int64_t count) {
+  using V = typename Lanes<R>::Vector;
+  constexpr int64_t width = Lanes<R>::width;
+  with_kind(strip.kind, [&](auto kind) INLINE_LAMBDA {
+    char* to = static_cast<char*>(strip.data);
+    for (int64_t i = 0; i < count; i += width) {
+      const int64_t used = count - i < width ? count - i : width;
+      V v = {};
+      __builtin_memcpy(&v, values + i, used * sizeof(R));
+      if (gate)
+        for (int64_t j = 0; j < used; ++j) v[j] *= gate[i + j];
+      if (used == width)
+        write<R, kind()>(to + i * bytes(kind()), v);
+      else
+        write_some<R, kind()>(to + i * bytes(kind()), v, used);
+    }
+  });
+}
+
+template <class R>
+const Rows<R>& table() {
+  static const Rows<R> loops{advance<R>, differentiate<R>, scores<R>, accumulate<R>, sum_rows<R>, add<R>, fence, store<R>};
+  return loops;
+}

@@ -1,0 +1,134 @@
+"""The C++ operators for the CPU: compiled at first use, kept in the cache, loaded once per process.
+
+The library is named after a hash of everything that it is made from, so a change of any makes a new one. It is compiled
+in a folder of its own under a lock that dies with its owner and then renamed: neither a killed process nor two that
+build at once leave half a library.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import functools
+import hashlib
+import logging
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+
+from . import environment, operators
+
+logger = logging.getLogger("planlm.kernels")
+
+SOURCES = Path(__file__).resolve().parents[1] / "csrc"
+
+# Every file carries the loops of one instruction set, so the library runs on any processor of its architecture.
+# Contraction into fused multiply-adds is most of the exponential's speed; errno and traps are never looked at.
+FLAGS = ("-O3", "-std=c++20", "-fopenmp", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math", "-Wno-psabi")
+
+
+@functools.cache
+def why_not() -> str | None:
+    """Load the operators, compiling them first if need be. Returns the reason where that fails, and says it once."""
+    operators.define("planlm")
+    try:
+        _load()
+    except Unavailable as problem:
+        logger.warning("planlm.kernels: %s; the eager reference runs instead", problem)
+        return str(problem)
+    return None
+
+
+class Unavailable(Exception):
+    """The operators cannot be had; the message says why and what would help."""
+
+
+def fast_bf16() -> bool:
+    """Whether matrix products of bfloat16 have instructions of their own here; without, float32 is faster."""
+    cpu = torch.backends.cpu
+    return cpu.get_cpu_capability() == "AVX512" and torch.cpu._is_avx512_bf16_supported()
+
+
+def _load() -> None:
+    for attempt in range(2):
+        library = _library()
+        try:
+            torch.ops.load_library(library)
+        except OSError as problem:
+            if attempt == 1:
+                cause = problem.__cause__ or problem
+                raise Unavailable(f"the C++ operators cannot be loaded ({str(cause).splitlines()[0]})") from None
+            library.unlink(missing_ok=True)  # damaged on disk: made anew
+        else:
+            return
+
+
+def _library() -> Path:
+    """The compiled library, made if it is not there."""
+    sources = sorted(path for path in SOURCES.glob("*") if path.suffix in (".cpp", ".h", ".inl"))
+    if not sources:
+        raise Unavailable(f"the C++ sources are not in {SOURCES}")
+    key = hashlib.sha256()
+    made_from = (torch.__version__, torch.version.git_version, platform.machine(), environment.compiler(), *FLAGS)
+    for text in (*made_from, *(part for path in sources for part in (path.name, path.read_text()))):
+        key.update(text.encode() + b"\0")
+    folder = environment.cache() / "operators"
+    library = folder / f"planlm-{key.hexdigest()[:20]}.so"
+    if library.exists():
+        return library
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with _lock(folder / "lock"):
+            if not library.exists():
+                _compile([path for path in sources if path.suffix == ".cpp"], library)
+    except OSError as problem:
+        raise Unavailable(
+            f"the C++ operators cannot be kept in {folder} ({problem.strerror}): set PLANLM_CACHE"
+        ) from None
+    return library
+
+
+@contextmanager
+def _lock(path: Path) -> Iterator[None]:
+    with path.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def _compile(sources: list[Path], library: Path) -> None:
+    if shutil.which(environment.compiler()) is None:
+        raise Unavailable(f"no C++ compiler ({environment.compiler()}) for the C++ operators: install g++ or set CXX")
+    # Imported here: it takes a third of a second, and the library is nearly always there.
+    from torch.utils import cpp_extension
+
+    if not cpp_extension.is_ninja_available():
+        raise Unavailable("no ninja to compile the C++ operators with: pip install ninja")
+    logger.warning("planlm.kernels: compiling the C++ operators, once, in about half a minute")
+    start = time.perf_counter()
+    with tempfile.TemporaryDirectory(dir=library.parent, prefix="build-") as build:
+        try:
+            cpp_extension.load(
+                "planlm_operators",
+                [str(source) for source in sources],
+                build_directory=build,
+                extra_cflags=list(FLAGS),
+                extra_ldflags=["-fopenmp"],
+                is_python_module=False,
+            )
+        except (RuntimeError, subprocess.SubprocessError) as problem:
+            raise Unavailable(f"the C++ operators do not compile ({_first_error(str(problem))})") from None
+        os.replace(Path(build) / "planlm_operators.so", library)
+    logger.warning("planlm.kernels: compiled in %.0f s", time.perf_counter() - start)
+
+
+def _first_error(output: str) -> str:
+    """The first line of a build's output that says what is wrong."""
+    lines = output.splitlines()
+    return next((line for line in lines if "error" in line.lower() and "Error building" not in line), lines[0])

@@ -1,0 +1,35 @@
+"""The environment variables that the operations read, all of them.
+
+| variable | meaning | default |
+|---|---|---|
+| `PLANLM_BACKEND` | force one backend: triton, cpp or reference | the fastest that can run a call |
+| `PLANLM_CACHE` | folder for compiled operators, tuned tiles and what else is made once | `~/.cache/planlm` |
+| `PLANLM_TUNE` | 1: measure the Triton kernels' tiles at first use and keep the best | off: the tables |
+| `CXX` | C++ compiler | c++ |
+| `ATEN_CPU_CAPABILITY` | torch's own: avx512, avx2 or default; lowers the C++ operators' instruction set too | what is there |
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+
+def backend() -> str | None:
+    """The backend that the user forces for the process."""
+    return os.environ.get("PLANLM_BACKEND") or None
+
+
+def cache() -> Path:
+    """The folder for what is made once and used again."""
+    return Path(os.environ.get("PLANLM_CACHE") or Path.home() / ".cache" / "planlm").expanduser()
+
+
+def tune() -> bool:
+    """Whether tiles are measured rather than looked up."""
+    return os.environ.get("PLANLM_TUNE", "") not in ("", "0")
+
+
+def compiler() -> str:
+    """The C++ compiler's command."""
+    return os.environ.get("CXX") or "c++"

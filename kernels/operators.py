@@ -1,0 +1,179 @@
+"""The operations as `torch.library` operators: schemas, shapes without data, and gradients, the same for every backend.
+
+`planlm::` holds the C++ implementation for the CPU (csrc/) and the Triton one for CUDA; `planlm_interpreted::` the Triton
+one on CPU tensors, through Triton's interpreter, which is how it is tested where there is no GPU. A backend implements
+four functions, `plan_projection`, `plan_projection_backward`, `add_plan` and `add_plan_backward`; docs/kernels.md has
+their contract.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .derivatives import refuse
+
+SCHEMAS = (
+    # Logits come from `source` [S, K] itself or, with a head, from `source` [S, P]. Without codebook only the
+    # statistics are wanted. Without weight the mixture is the projection (its rows are projected already).
+    "plan_projection(Tensor source, Tensor? head, Tensor? head_bias, Tensor? codebook, Tensor? weight, Tensor? bias, "
+    "Tensor? noise, Tensor? oracle, Tensor? oracle_weight, float temperature, int top_k) -> (Tensor projected, "
+    "Tensor log_normalizer, Tensor oracle_nll, Tensor best, Tensor mixture, Tensor statistics, Tensor cut)",
+    "plan_projection_backward(Tensor? grad_projected, Tensor? grad_log_normalizer, Tensor? grad_oracle_nll, "
+    "Tensor source, Tensor? head, Tensor? head_bias, Tensor? codebook, Tensor? weight, Tensor? bias, Tensor? noise, "
+    "Tensor? oracle, Tensor? oracle_weight, Tensor mixture, Tensor statistics, Tensor cut, float temperature, "
+    "int top_k, bool[8] needs) -> Tensor[]",
+    "add_plan(Tensor x, Tensor plan, Tensor segment_ids, Tensor? gate) -> Tensor",
+    "add_plan_backward(Tensor grad, Tensor plan, Tensor segment_ids, Tensor? gate, bool[2] needs) -> (Tensor, Tensor)",
+)
+
+
+@functools.cache
+def define(namespace: str) -> torch.library.Library:
+    """Define the operators of a namespace, without implementations. Returns the library, to which those are added."""
+    library = torch.library.Library(namespace, "FRAGMENT")
+    for schema in SCHEMAS:
+        library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+    for name, fake in (
+        ("plan_projection", _projection_shapes),
+        ("plan_projection_backward", _projection_backward_shapes),
+        ("add_plan", _addition_shapes),
+        ("add_plan_backward", _addition_backward_shapes),
+    ):
+        torch.library.register_fake(f"{namespace}::{name}", fake, lib=library)
+    operators = getattr(torch.ops, namespace)
+    torch.library.register_autograd(
+        f"{namespace}::plan_projection",
+        functools.partial(_projection_backward, operators),
+        setup_context=_keep_projection,
+        lib=library,
+    )
+    torch.library.register_autograd(
+        f"{namespace}::add_plan",
+        functools.partial(_addition_backward, operators),
+        setup_context=_keep_addition,
+        lib=library,
+    )
+    # Without these a gradient would silently be a constant where a graph of it is asked for.
+    for name in ("plan_projection_backward", "add_plan_backward"):
+        torch.library.register_autograd(f"{namespace}::{name}", refuse, lib=library)
+    return library
+
+
+def _projection_shapes(
+    source: Tensor,
+    head: Tensor | None,
+    head_bias: Tensor | None,
+    codebook: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    noise: Tensor | None,
+    oracle: Tensor | None,
+    oracle_weight: Tensor | None,
+    temperature: float,
+    top_k: int,
+) -> tuple[Tensor, ...]:
+    num_rows, size = source.shape[0], 0 if codebook is None else codebook.shape[1]
+    working = torch.float64 if source.dtype == torch.float64 else torch.float32
+    real, whole = source.new_empty(0, dtype=working), source.new_empty(0, dtype=torch.int64)
+    projected = source.new_empty(
+        num_rows, size if weight is None else weight.shape[0], dtype=working if codebook is None else codebook.dtype
+    )
+    return (
+        projected,
+        real.new_empty(num_rows),
+        real.new_empty(num_rows),
+        whole.new_empty(num_rows),
+        real.new_empty(num_rows, size),
+        real.new_empty(5, num_rows),
+        whole.new_empty(num_rows),
+    )
+
+
+def _projection_backward_shapes(
+    grad_projected: Tensor | None,
+    grad_log_normalizer: Tensor | None,
+    grad_oracle_nll: Tensor | None,
+    source: Tensor,
+    head: Tensor | None,
+    head_bias: Tensor | None,
+    codebook: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    noise: Tensor | None,
+    oracle: Tensor | None,
+    oracle_weight: Tensor | None,
+    mixture: Tensor,
+    statistics: Tensor,
+    cut: Tensor,
+    temperature: float,
+    top_k: int,
+    needs: list[bool],
+) -> list[Tensor]:
+    inputs = (source, head, head_bias, codebook, weight, bias, noise, oracle_weight)
+    return [
+        source.new_empty(0) if value is None or not wanted else value.new_empty(value.shape)
+        for value, wanted in zip(inputs, needs, strict=True)
+    ]
+
+
+def _addition_shapes(x: Tensor, plan: Tensor, segment_ids: Tensor, gate: Tensor | None) -> Tensor:
+    return x.new_empty(x.shape)
+
+
+def _addition_backward_shapes(
+    grad: Tensor, plan: Tensor, segment_ids: Tensor, gate: Tensor | None, needs: list[bool]
+) -> tuple[Tensor, Tensor]:
+    return (
+        plan.new_empty(plan.shape) if needs[0] else grad.new_empty(0),
+        gate.new_empty(gate.shape) if needs[1] and gate is not None else grad.new_empty(0),
+    )
+
+
+def _keep_projection(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    """Save inputs and per-row results: nothing of the probabilities' size that the caller does not hold anyway."""
+    *tensors, ctx.temperature, ctx.top_k = inputs
+    _, _, _, best, mixture, statistics, cut = output
+    ctx.mark_non_differentiable(best, mixture, statistics, cut)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*tensors, mixture, statistics, cut)
+
+
+def _projection_backward(
+    operators: Any,
+    ctx: Any,
+    grad_projected: Tensor | None,
+    grad_log_normalizer: Tensor | None,
+    grad_oracle_nll: Tensor | None,
+    *_: None,
+) -> tuple[Tensor | None, ...]:
+    *inputs, mixture, statistics, cut = ctx.saved_tensors
+    source, head, head_bias, codebook, weight, bias, noise, oracle, oracle_weight = inputs
+    at = (0, 1, 2, 3, 4, 5, 6, 8)  # all but the oracle's actions
+    needs = [ctx.needs_input_grad[index] for index in at]
+    found = operators.plan_projection_backward(
+        *(grad_projected, grad_log_normalizer, grad_oracle_nll),
+        *(source, head, head_bias, codebook, weight, bias, noise, oracle, oracle_weight),
+        *(mixture, statistics, cut, ctx.temperature, ctx.top_k, needs),
+    )
+    gradients: list[Tensor | None] = [None] * 11
+    for index, wanted, gradient in zip(at, needs, found, strict=True):
+        gradients[index] = gradient if wanted else None
+    return tuple(gradients)
+
+
+def _keep_addition(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    _, plan, segment_ids, gate = inputs
+    ctx.save_for_backward(plan, segment_ids, gate)
+
+
+def _addition_backward(operators: Any, ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    plan, segment_ids, gate = ctx.saved_tensors
+    to_x, to_plan, _, to_gate = ctx.needs_input_grad
+    grad_plan = grad_gate = None
+    if to_plan or to_gate:
+        grad_plan, grad_gate = operators.add_plan_backward(grad, plan, segment_ids, gate, [to_plan, to_gate])
+    return grad if to_x else None, grad_plan if to_plan else None, None, grad_gate if to_gate else None

@@ -1,0 +1,254 @@
+"""Device code of `plan_projection`: the backward kernels. `triton_forward` has the formulas and what names mean.
+
+    dM = grad_projected weight        grad_weight = grad_projected^T mixed        grad_bias = sum_s grad_projected
+    grad_scores = p ((1 - w) (dM codebook^T - dM . mixture) + grad_log_normalizer) / temperature
+    grad_logits = grad_scores + grad_oracle_nll (softmax(logits) - one-hot oracle)
+    grad_codebook = ((1 - w) p + w one-hot oracle)^T dM
+"""
+
+# mypy: disable-error-code="no-untyped-def, no-untyped-call, misc"
+
+import triton
+import triton.language as tl
+
+from .triton_forward import HALF_SCALE, load_mixed, load_oracle, load_scores
+
+
+@triton.jit
+def projection_bwd_kernel(
+    grad_projected, mixture, codebook, weight, oracle, oracle_weight,
+    grad_mixture, grad_weight, grad_bias, delta_parts, share_parts,
+    num_rows, size, plan_size, num_parts, grad_projected_stride, codebook_stride, weight_stride,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
+):  # fmt: skip
+    """Gradients of mixture (with what follows from it row by row), weight and bias, each where its tensor is given.
+
+    Grid: tiles of `grad_mixture [S, A]`, then of `grad_weight [D, A]`, then of `grad_bias [D]`.
+    """
+    program = tl.program_id(0)
+    mixture_tiles = tl.cdiv(num_rows, ROWS) * num_parts
+    weight_tiles = tl.cdiv(plan_size, ROWS) * tl.cdiv(size, COLUMNS) if grad_weight is not None else 0
+    if program < mixture_tiles:
+        _grad_mixture_tile(
+            program, grad_projected, mixture, codebook, weight, oracle, grad_mixture, delta_parts, share_parts,
+            num_rows, size, plan_size, num_parts, grad_projected_stride, codebook_stride, weight_stride,
+            ROWS, COLUMNS, DEPTH,
+        )  # fmt: skip
+    elif program < mixture_tiles + weight_tiles:
+        if grad_weight is not None:
+            _grad_weight_tile(
+                program - mixture_tiles, grad_projected, mixture, codebook, oracle, oracle_weight, grad_weight,
+                num_rows, size, plan_size, grad_projected_stride, codebook_stride, ROWS, COLUMNS, DEPTH,
+            )  # fmt: skip
+    elif grad_bias is not None:
+        # A role of its own: inside the product's loop the sum would need every tile in registers as well.
+        columns = (program - mixture_tiles - weight_tiles) * COLUMNS + tl.arange(0, COLUMNS)
+        sums = tl.zeros((COLUMNS,), tl.float32)
+        for row in range(0, num_rows, DEPTH):
+            rows = row + tl.arange(0, DEPTH)
+            inside = (rows < num_rows)[:, None] & (columns < plan_size)[None, :]
+            at = grad_projected + rows.to(tl.int64)[:, None] * grad_projected_stride + columns[None, :]
+            sums += tl.sum(tl.load(at, mask=inside, other=0.0).to(tl.float32), 0)
+        tl.store(grad_bias + columns, sums, mask=columns < plan_size)
+
+
+@triton.jit
+def _grad_mixture_tile(
+    program, grad_projected, mixture, codebook, weight, oracle, grad_mixture, delta_parts, share_parts,
+    num_rows, size, plan_size, num_parts, grad_projected_stride, codebook_stride, weight_stride,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
+):  # fmt: skip
+    # grad_projected weight; of each row its product with the mixture and with the oracle's row less the mixture.
+    rows = program // num_parts * ROWS + tl.arange(0, ROWS)
+    part = program % num_parts
+    places = part * COLUMNS + tl.arange(0, COLUMNS)
+    inside = (rows < num_rows)[:, None] & (places < size)[None, :]
+    wide = rows.to(tl.int64)[:, None]
+    if weight is None:
+        gradient = tl.load(grad_projected + wide * grad_projected_stride + places[None, :], mask=inside, other=0.0)
+    else:
+        result = tl.zeros((ROWS, COLUMNS), tl.float32)
+        for column in range(0, plan_size, DEPTH):
+            columns = column + tl.arange(0, DEPTH)
+            row_mask = (rows < num_rows)[:, None] & (columns < plan_size)[None, :]
+            upstream = tl.load(
+                grad_projected + wide * grad_projected_stride + columns[None, :], mask=row_mask, other=0.0
+            )
+            at = weight + columns.to(tl.int64)[:, None] * weight_stride + places[None, :]
+            factors = tl.load(at, mask=(columns < plan_size)[:, None] & (places < size)[None, :], other=0.0)
+            result = tl.dot(upstream, factors, result, input_precision="tf32x3")
+        gradient = result.to(grad_mixture.dtype.element_ty)
+        tl.store(grad_mixture + wide * size + places[None, :], gradient, mask=inside)
+    # From the rounded gradient, as mixture_bwd's product with the codebook is: the two are subtracted there.
+    gradient = gradient.to(tl.float32)
+    mean = tl.load(mixture + wide * size + places[None, :], mask=inside, other=0.0)
+    tl.store(delta_parts + rows.to(tl.int64) * num_parts + part, tl.sum(gradient * mean, 1), mask=rows < num_rows)
+    if share_parts is not None:
+        label, _ = load_oracle(oracle, None, rows, num_rows)
+        labelled = inside & (label >= 0)[:, None]
+        chosen = tl.load(codebook + label[:, None] * codebook_stride + places[None, :], mask=labelled, other=0.0)
+        difference = tl.where(labelled, chosen.to(tl.float32) - mean, 0.0)
+        at_parts = share_parts + rows.to(tl.int64) * num_parts + part
+        tl.store(at_parts, tl.sum(gradient * difference, 1), mask=rows < num_rows)
+
+
+@triton.jit
+def _grad_weight_tile(
+    program, grad_projected, mixture, codebook, oracle, oracle_weight, grad_weight,
+    num_rows, size, plan_size, grad_projected_stride, codebook_stride,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
+):  # fmt: skip
+    # grad_projected^T times the mixture with the oracle's share.
+    tiles = tl.cdiv(size, COLUMNS)
+    columns = program // tiles * ROWS + tl.arange(0, ROWS)
+    places = program % tiles * COLUMNS + tl.arange(0, COLUMNS)
+    result = tl.zeros((ROWS, COLUMNS), tl.float32)
+    for row in range(0, num_rows, DEPTH):
+        rows = row + tl.arange(0, DEPTH)
+        inside = (columns < plan_size)[:, None] & (rows < num_rows)[None, :]
+        at = grad_projected + rows.to(tl.int64)[None, :] * grad_projected_stride + columns[:, None]
+        upstream = tl.load(at, mask=inside, other=0.0)
+        mixed = load_mixed(mixture, codebook, oracle, oracle_weight, rows, places, codebook_stride, num_rows, size)
+        result = tl.dot(upstream, mixed.to(upstream.dtype), result, input_precision="tf32x3")
+    written = (columns < plan_size)[:, None] & (places < size)[None, :]
+    tl.store(grad_weight + columns.to(tl.int64)[:, None] * size + places[None, :], result, mask=written)
+
+
+@triton.jit
+def mixture_bwd_kernel(
+    grad_mixture, grad_log_normalizer, grad_oracle_nll, delta_parts, logits, head_bias, noise, statistics, cut,
+    oracle, oracle_weight, codebook, grad_logits, grad_noise, grad_codebook,
+    num_rows, num_columns, size, first_column, num_parts, inverse_temperature,
+    grad_mixture_stride, grad_log_normalizer_stride, grad_oracle_nll_stride, logits_stride, noise_stride,
+    codebook_stride, grad_logits_stride, grad_noise_stride,
+    TOP_K: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
+):  # fmt: skip
+    """Gradients of codebook, logits and noise, each where its tensor is given.
+
+    Grid: tiles of `grad_codebook [K, A]`, then of `grad_logits [S, K]`.
+    """
+    program = tl.program_id(0)
+    codebook_tiles = 0
+    if grad_codebook is not None:
+        codebook_tiles = tl.cdiv(num_columns, ROWS) * tl.cdiv(size, COLUMNS)
+        if program < codebook_tiles:
+            _grad_codebook_tile(
+                program, grad_mixture, logits, head_bias, noise, statistics, cut, oracle, oracle_weight,
+                grad_codebook, num_rows, num_columns, size, first_column, inverse_temperature, grad_mixture_stride,
+                logits_stride, noise_stride, TOP_K, ROWS, COLUMNS, DEPTH,
+            )  # fmt: skip
+    if (grad_logits is not None or grad_noise is not None) and program >= codebook_tiles:
+        _grad_scores_tile(
+            program - codebook_tiles, grad_mixture, grad_log_normalizer, grad_oracle_nll, delta_parts, logits,
+            head_bias, noise, statistics, cut, oracle, oracle_weight, codebook, grad_logits, grad_noise,
+            num_rows, num_columns, size, first_column, num_parts, inverse_temperature, grad_mixture_stride,
+            grad_log_normalizer_stride, grad_oracle_nll_stride, logits_stride, noise_stride, codebook_stride,
+            grad_logits_stride, grad_noise_stride, TOP_K, ROWS, COLUMNS, DEPTH,
+        )  # fmt: skip
+
+
+@triton.jit
+def _grad_codebook_tile(
+    program, grad_mixture, logits, head_bias, noise, statistics, cut, oracle, oracle_weight,
+    grad_codebook, num_rows, num_columns, size, first_column, inverse_temperature, grad_mixture_stride,
+    logits_stride, noise_stride, TOP_K: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
+):  # fmt: skip
+    # ((1 - w) probabilities + w one-hot oracle)^T times the mixture's gradient.
+    scale: tl.constexpr = HALF_SCALE if grad_mixture.dtype.element_ty == tl.float16 else 1.0
+    tiles = tl.cdiv(size, COLUMNS)
+    actions = program // tiles * ROWS + tl.arange(0, ROWS)
+    places = program % tiles * COLUMNS + tl.arange(0, COLUMNS)
+    result = tl.zeros((ROWS, COLUMNS), tl.float32)
+    for row in range(0, num_rows, DEPTH):
+        rows = row + tl.arange(0, DEPTH)
+        _, scores = load_scores(
+            logits, head_bias, noise, statistics, cut, rows[None, :], actions[:, None], logits_stride, noise_stride,
+            num_rows, num_columns, first_column, TOP_K,
+        )  # fmt: skip
+        peak = tl.load(statistics + rows, mask=rows < num_rows, other=0.0)
+        log_total = tl.load(statistics + num_rows + rows, mask=rows < num_rows, other=0.0)
+        weights = tl.exp((scores - peak[None, :]) * inverse_temperature - log_total[None, :])  # [ROWS, DEPTH]
+        if oracle_weight is not None:
+            label, share = load_oracle(oracle, oracle_weight, rows, num_rows)
+            chosen = tl.where(label[None, :] == first_column + actions[:, None], share[None, :], 0.0)
+            weights = (1.0 - share)[None, :] * weights + chosen
+        inside = (rows < num_rows)[:, None] & (places < size)[None, :]
+        at = grad_mixture + rows.to(tl.int64)[:, None] * grad_mixture_stride + places[None, :]
+        upstream = tl.load(at, mask=inside, other=0.0)
+        result = tl.dot((weights * scale).to(upstream.dtype), upstream, result, input_precision="tf32x3")
+    written = (actions < num_columns)[:, None] & (places < size)[None, :]
+    tl.store(grad_codebook + actions.to(tl.int64)[:, None] * size + places[None, :], result / scale, mask=written)
+
+
+@triton.jit
+def _grad_scores_tile(
+    program, grad_mixture, grad_log_normalizer, grad_oracle_nll, delta_parts, logits,
+    head_bias, noise, statistics, cut, oracle, oracle_weight, codebook, grad_logits, grad_noise,
+    num_rows, num_columns, size, first_column, num_parts, inverse_temperature, grad_mixture_stride,
+    grad_log_normalizer_stride, grad_oracle_nll_stride, logits_stride, noise_stride, codebook_stride,
+    grad_logits_stride, grad_noise_stride, TOP_K: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
+):  # fmt: skip
+    tiles = tl.cdiv(num_columns, COLUMNS)
+    rows = program // tiles * ROWS + tl.arange(0, ROWS)
+    columns = program % tiles * COLUMNS + tl.arange(0, COLUMNS)
+    in_rows = rows < num_rows
+    label, share = load_oracle(oracle, oracle_weight, rows, num_rows)
+    arriving = tl.zeros((ROWS, COLUMNS), tl.float32)
+    if grad_mixture is not None:
+        arriving = _grad_probabilities(
+            grad_mixture, codebook, delta_parts, rows, columns, grad_mixture_stride, codebook_stride,
+            num_rows, num_columns, size, num_parts, DEPTH,
+        ) * (1.0 - share)[:, None]  # fmt: skip
+    if grad_log_normalizer is not None:
+        at = grad_log_normalizer + rows.to(tl.int64) * grad_log_normalizer_stride
+        arriving += tl.load(at, mask=in_rows, other=0.0).to(tl.float32)[:, None]
+    raw, scores = load_scores(
+        logits, head_bias, noise, statistics, cut, rows[:, None], columns[None, :], logits_stride, noise_stride,
+        num_rows, num_columns, first_column, TOP_K,
+    )  # fmt: skip
+    peak = tl.load(statistics + rows, mask=in_rows, other=0.0)
+    log_total = tl.load(statistics + num_rows + rows, mask=in_rows, other=0.0)
+    shares = tl.exp((scores - peak[:, None]) * inverse_temperature - log_total[:, None])
+    gradient = shares * arriving * inverse_temperature
+    written = in_rows[:, None] & (columns < num_columns)[None, :]
+    wide = rows.to(tl.int64)[:, None]
+    if grad_noise is not None:
+        tl.store(grad_noise + wide * grad_noise_stride + columns[None, :], gradient, mask=written)
+    if grad_logits is not None:
+        if grad_oracle_nll is not None:
+            labelled = in_rows & (label >= 0)
+            at_nll = grad_oracle_nll + rows.to(tl.int64) * grad_oracle_nll_stride
+            upstream = tl.load(at_nll, mask=labelled, other=0.0).to(tl.float32)
+            raw_peak = tl.load(statistics + 2 * num_rows + rows, mask=in_rows, other=0.0)
+            raw_log_total = tl.load(statistics + 3 * num_rows + rows, mask=in_rows, other=0.0)
+            likelihood = tl.exp(raw - raw_peak[:, None] - raw_log_total[:, None])
+            hit = label[:, None] == first_column + columns[None, :]
+            gradient += upstream[:, None] * (likelihood - tl.where(hit, 1.0, 0.0))
+        tl.store(grad_logits + wide * grad_logits_stride + columns[None, :], gradient, mask=written)
+
+
+@triton.jit
+def _grad_probabilities(
+    grad_mixture, codebook, delta_parts, rows, columns, grad_mixture_stride, codebook_stride,
+    num_rows, num_columns, size, num_parts, DEPTH: tl.constexpr,
+):  # fmt: skip
+    # grad_mixture codebook^T, less its mean under the probabilities: what a softmax passes on.
+    result = tl.zeros((rows.shape[0], columns.shape[0]), tl.float32)
+    for place in range(0, size, DEPTH):
+        places = place + tl.arange(0, DEPTH)
+        row_mask = (rows < num_rows)[:, None] & (places < size)[None, :]
+        at_rows = grad_mixture + rows.to(tl.int64)[:, None] * grad_mixture_stride + places[None, :]
+        upstream = tl.load(at_rows, mask=row_mask, other=0.0)
+        column_mask = (places < size)[:, None] & (columns < num_columns)[None, :]
+        at_columns = codebook + columns.to(tl.int64)[None, :] * codebook_stride + places[:, None]
+        actions = tl.load(at_columns, mask=column_mask, other=0.0)
+        result = tl.dot(upstream, actions, result, input_precision="tf32x3")
+    delta = tl.zeros((rows.shape[0],), tl.float32)
+    for first in range(0, num_parts, 16):
+        part = first + tl.arange(0, 16)
+        inside = (rows < num_rows)[:, None] & (part < num_parts)[None, :]
+        at = delta_parts + rows.to(tl.int64)[:, None] * num_parts + part[None, :]
+        delta += tl.sum(tl.load(at, mask=inside, other=0.0), 1)
+    return result - delta[:, None]
