@@ -57,17 +57,14 @@ def fast_bf16() -> bool:
 
 
 def _load() -> None:
-    for attempt in range(2):
-        library = _library()
-        try:
-            torch.ops.load_library(library)
-        except OSError as problem:
-            if attempt == 1:
-                cause = problem.__cause__ or problem
-                raise Unavailable(f"the C++ operators cannot be loaded ({str(cause).splitlines()[0]})") from None
-            library.unlink(missing_ok=True)  # damaged on disk: made anew
-        else:
-            return
+    library = _library()
+    try:
+        torch.ops.load_library(library)
+    except OSError as problem:
+        cause = problem.__cause__ or problem
+        raise Unavailable(
+            f"the C++ operators cannot be loaded ({str(cause).splitlines()[0]}): delete {library.parent}"
+        ) from None
 
 
 def _library() -> Path:
@@ -81,18 +78,28 @@ def _library() -> Path:
         key.update(text.encode() + b"\0")
     folder = environment.cache() / "operators"
     library = folder / f"planlm-{key.hexdigest()[:20]}.so"
-    if library.exists():
-        return library
     try:
+        if _is_sound(library):
+            return library
         folder.mkdir(parents=True, exist_ok=True)
         with _lock(folder / "lock"):
-            if not library.exists():
+            if not _is_sound(library):
                 _compile([path for path in sources if path.suffix == ".cpp"], library)
     except OSError as problem:
         raise Unavailable(
             f"the C++ operators cannot be kept in {folder} ({problem.strerror}): set PLANLM_CACHE"
         ) from None
     return library
+
+
+def _is_sound(library: Path) -> bool:
+    """Whether the library is there as it was written: loading a torn one would kill the process."""
+    digest = library.with_suffix(".sha256")
+    return (
+        library.exists()
+        and digest.exists()
+        and digest.read_text() == hashlib.sha256(library.read_bytes()).hexdigest()
+    )
 
 
 @contextmanager
@@ -124,7 +131,11 @@ def _compile(sources: list[Path], library: Path) -> None:
             )
         except (RuntimeError, subprocess.SubprocessError) as problem:
             raise Unavailable(f"the C++ operators do not compile ({_first_error(str(problem))})") from None
-        os.replace(Path(build) / "planlm_operators.so", library)
+        made = Path(build) / "planlm_operators.so"
+        digest = made.with_suffix(".sha256")
+        digest.write_text(hashlib.sha256(made.read_bytes()).hexdigest())
+        os.replace(made, library)
+        os.replace(digest, library.with_suffix(".sha256"))
     logger.warning("planlm.kernels: compiled in %.0f s", time.perf_counter() - start)
 
 
