@@ -59,8 +59,8 @@ void sum_segments(const Tensor& gradient, const Tensor& plan, const Tensor& ids,
       if (grad_plan.defined())
         rows<R>().store(total.data(), gates ? gates + first : nullptr, strip(grad_plan, s, first), count);
       if (for_gate) {
-        std::fill_n(row.data(), count, R(0));
-        rows<R>().accumulate(row.data(), R(1), strip(plan, s, first), count);
+        const int64_t any = 0;
+        rows<R>().sum_rows(row.data(), strip(plan, s, first), 0, &any, 1, count);  // the plan's row, as R
         for (int64_t i = 0; i < count; ++i) for_gate[i] += total[i] * row[i];
       }
     }

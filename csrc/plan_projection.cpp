@@ -16,7 +16,7 @@
 #include <limits>
 #include <vector>
 
-#include "common.h"
+#include "product.h"
 
 namespace planlm {
 namespace {
@@ -24,7 +24,7 @@ namespace {
 // Elements of a tile: two of them in bf16 fit a megabyte of second-level cache per core of two; measured best from
 // 2^19 to 2^21 on S = 512, K = 65536.
 constexpr int64_t tile_elements = int64_t(1) << 20;
-constexpr int64_t most_rows = 1024;
+constexpr int64_t most_rows = 8192;
 
 struct Tile {
   int64_t row, rows, first, count;
@@ -37,7 +37,7 @@ struct Planner {
   double temperature;
   int64_t top_k;
   int64_t num_rows, num_actions, row_step, action_step;
-  Tensor states, head_rows, room;  // of a planner's output layer: in the working dtype
+  Tensor room;  // for a tile of logits that come from a head
 
   Planner(const Tensor& source_, const OptionalTensor& head_, const OptionalTensor& head_bias_,
           const OptionalTensor& noise_, at::ScalarType working_, double temperature_, int64_t top_k_)
@@ -51,11 +51,10 @@ struct Planner {
         num_rows(source_.size(0)),
         num_actions(head.defined() ? head.size(0) : source_.size(1)) {
     row_step = std::max<int64_t>(1, std::min(num_rows, most_rows));
-    action_step = std::max<int64_t>(64, tile_elements / row_step / 64 * 64);
+    action_step = std::max<int64_t>(128, tile_elements / row_step / 128 * 128);
     if (head.defined()) {
       // The logits of all sentences may not exist at once, however small the problem.
       action_step = std::min(action_step, (num_actions + 3) / 4);
-      states = source.to(working);
       if (head_bias.defined()) head_bias = head_bias.to(working);
     }
     action_step = std::min(action_step, num_actions);
@@ -68,11 +67,9 @@ struct Planner {
   void each_tile(Body body) {
     for (int64_t first = 0; first < num_actions; first += action_step) {
       const int64_t count = std::min(action_step, num_actions - first);
-      Tensor weight;
-      if (head.defined()) weight = head.narrow(0, first, count).to(working);
       for (int64_t row = 0; row < num_rows; row += row_step) {
         const Tile tile{row, std::min(row_step, num_rows - row), first, count};
-        body(tile, head.defined() ? projected(tile, weight) : source.narrow(0, row, tile.rows).narrow(1, first, count));
+        body(tile, head.defined() ? projected(tile) : source.narrow(0, row, tile.rows).narrow(1, first, count));
       }
     }
   }
@@ -96,14 +93,12 @@ struct Planner {
   }
 
  private:
-  Tensor projected(const Tile& tile, const Tensor& weight) {
-    if (!room.defined()) room = at::empty({row_step * action_step}, states.options());
+  Tensor projected(const Tile& tile) {
+    if (!room.defined()) room = at::empty({row_step * action_step}, source.options().dtype(working));
     Tensor logits = room.narrow(0, 0, tile.rows * tile.count).view({tile.rows, tile.count});
-    const Tensor rows = states.narrow(0, tile.row, tile.rows);
-    if (head_bias.defined())
-      at::addmm_out(logits, head_bias.narrow(0, tile.first, tile.count), rows, weight.t());
-    else
-      at::mm_out(logits, rows, weight.t());
+    if (head_bias.defined()) logits.copy_(head_bias.narrow(0, tile.first, tile.count).expand_as(logits));
+    multiply(logits, source.narrow(0, tile.row, tile.rows), head.narrow(0, tile.first, tile.count),
+             /*transposed=*/true, /*add=*/head_bias.defined());
     return logits;
   }
 };
@@ -168,16 +163,11 @@ Forward mix(Planner& planner, const Tensor& codebook, const Tensor& oracle) {
 
   constexpr R lowest = -std::numeric_limits<R>::infinity();
   std::vector<RowState<R>> states(num_rows, {lowest, 0, lowest, 0, 0, 0});
-  std::vector<R> rescale(num_rows, 1);
   const int64_t* labels = oracle.defined() ? oracle.const_data_ptr<int64_t>() : nullptr;
   const bool separate = planner.separate() && oracle.defined();
   R* mixture = result.mixture.template data_ptr<R>();
-  const bool direct = codebook.defined() && codebook.scalar_type() == planner.working;
-  Tensor weights_room, part_room;
-  if (codebook.defined()) {
-    weights_room = at::empty({planner.row_step * planner.action_step}, codebook.options());
-    if (!direct) part_room = at::empty({planner.row_step, size}, codebook.options());
-  }
+  Tensor weights_room;
+  if (codebook.defined()) weights_room = at::empty({planner.row_step * planner.action_step}, codebook.options());
   planner.each_tile([&](const Tile& tile, const Tensor& logits) {
     Tensor weights;
     if (codebook.defined())
@@ -186,25 +176,16 @@ Forward mix(Planner& planner, const Tensor& codebook, const Tensor& oracle) {
       Buffer<R> buffer(tile.count);
       for (int64_t row = begin; row < end; ++row) {
         const int64_t s = tile.row + row;
-        rescale[s] = rows<R>().advance(planner.scores<R>(tile, logits, row, result.statistics, result.cut), states[s],
-                                       separate, labels ? labels[s] : -1, strip(weights, row), buffer.data());
-        if (direct && rescale[s] != R(1))
-          for (int64_t a = 0; a < size; ++a) mixture[s * size + a] *= rescale[s];
+        const R rescale =
+            rows<R>().advance(planner.scores<R>(tile, logits, row, result.statistics, result.cut), states[s], separate,
+                              labels ? labels[s] : -1, strip(weights, row), buffer.data());
+        if (rescale != R(1))
+          for (int64_t a = 0; a < size; ++a) mixture[s * size + a] *= rescale;
       }
     });
-    if (!codebook.defined() || size == 0) return;
-    const Tensor actions = codebook.narrow(0, tile.first, tile.count);
-    if (direct) {
-      Tensor sum = result.mixture.narrow(0, tile.row, tile.rows);
-      at::addmm_out(sum, sum, weights, actions);
-      return;
-    }
-    Tensor part = part_room.narrow(0, 0, tile.rows);
-    at::mm_out(part, weights, actions);
-    at::parallel_for(0, tile.rows, 1, [&](int64_t begin, int64_t end) {
-      for (int64_t row = begin; row < end; ++row)
-        rows<R>().accumulate(mixture + (tile.row + row) * size, rescale[tile.row + row], strip(part, row), size);
-    });
+    if (!codebook.defined()) return;
+    Tensor sum = result.mixture.narrow(0, tile.row, tile.rows);
+    multiply(sum, weights, codebook.narrow(0, tile.first, tile.count), /*transposed=*/false, /*add=*/true);
   });
 
   R* statistics = result.statistics.template data_ptr<R>();
@@ -261,16 +242,17 @@ Backward differentiate(Planner& planner, const Tensor& codebook, const Tensor& m
   to_codebook = to_codebook && codebook.defined();
   Backward result;
   const auto zeros_like = [](const Tensor& tensor) { return at::zeros(tensor.sizes(), tensor.options()); };
+  const auto real = planner.source.options().dtype(planner.working);
   if (to_noise) result.noise = at::empty(planner.noise.sizes(), planner.noise.options());
   Tensor states_gradient;
-  if (hidden && to_source) states_gradient = at::zeros(planner.source.sizes(), planner.states.options());
+  if (hidden && to_source) states_gradient = at::zeros(planner.source.sizes(), real);
   if (!hidden && to_source) result.source = at::empty(planner.source.sizes(), planner.source.options());
   if (to_head) result.head = zeros_like(planner.head);
-  if (to_head_bias) result.head_bias = at::zeros({num_actions}, planner.states.options());
+  if (to_head_bias) result.head_bias = at::zeros({num_actions}, real);
   if (to_codebook) result.codebook = mixes && num_rows > 0 ? at::empty(codebook.sizes(), codebook.options()) : zeros_like(codebook);
 
   const bool to_scores = to_logits || to_noise, weighs = mixes && to_codebook;
-  Tensor offset = at::zeros({num_rows}, planner.source.options().dtype(planner.working));
+  Tensor offset = at::zeros({num_rows}, real);
   if (log_normalizer_gradient.defined()) offset = offset + log_normalizer_gradient.to(planner.working);
   if (mixes) {
     Tensor inner = (mixture_gradient.to(planner.working) * mixture).sum(1);
@@ -286,22 +268,23 @@ Backward differentiate(Planner& planner, const Tensor& codebook, const Tensor& m
   const bool separate = planner.separate();
 
   const int64_t tile_size = planner.row_step * planner.action_step;
-  const auto room = [&](const Tensor& like, bool wanted) {
+  const auto room = [&](bool wanted, const Tensor& like) {
     return wanted ? at::empty({tile_size}, like.options()) : Tensor();
   };
-  const Tensor product_room = room(codebook, mixes && to_scores), weights_room = room(codebook, weighs);
-  const Tensor logits_room = room(planner.source, hidden && to_logits);
+  const Tensor product_room = room(mixes && to_scores, offset), weights_room = room(weighs, codebook);
+  const Tensor logits_room = room(hidden && to_logits, planner.source);
   const auto of_tile = [](const Tensor& all, const Tile& tile) {
     return all.defined() ? all.narrow(0, 0, tile.rows * tile.count).view({tile.rows, tile.count}) : Tensor();
   };
-  // Several tiles of rows add to the same actions: in the working dtype, rounded once.
+  // Several tiles of rows add to the same actions: summed in the working dtype, rounded once.
   const bool several = num_rows > planner.row_step;
   Tensor codebook_sum, head_sum;
   planner.each_tile([&](const Tile& tile, const Tensor& logits) {
     const Tensor upstream = mixes ? mixture_gradient.narrow(0, tile.row, tile.rows) : Tensor();
     Tensor product = of_tile(product_room, tile), weights = of_tile(weights_room, tile);
     Tensor logits_gradient = hidden ? of_tile(logits_room, tile) : Tensor();
-    if (product.defined()) at::mm_out(product, upstream, codebook.narrow(0, tile.first, tile.count).t());
+    if (product.defined())
+      multiply(product, upstream, codebook.narrow(0, tile.first, tile.count), /*transposed=*/true, /*add=*/false);
     at::parallel_for(0, tile.rows, 1, [&](int64_t begin, int64_t end) {
       Buffer<R> buffer(tile.count);
       for (int64_t row = begin; row < end; ++row) {
@@ -322,21 +305,16 @@ Backward differentiate(Planner& planner, const Tensor& codebook, const Tensor& m
                                 buffer.data());
       }
     });
-    // A sum over rows: `wanted += left^T right`, directly where one product gives it.
-    const auto add_product = [&](Tensor whole, Tensor& sum, const Tensor& left, const Tensor& right) {
+    // A sum over rows: the strip of `whole` is left^T right, directly where one product gives it.
+    const auto add_product = [&](const Tensor& whole, Tensor& sum, const Tensor& left, const Tensor& right) {
       Tensor wanted = whole.narrow(0, tile.first, tile.count);
       if (!several) {
         at::mm_out(wanted, left.t(), right);
         return;
       }
-      const bool exact = whole.scalar_type() == planner.working;
-      if (tile.row == 0) sum = exact ? wanted : at::zeros(wanted.sizes(), offset.options());
-      if (tile.row == 0 && exact) sum.zero_();
-      if (exact)
-        at::addmm_out(sum, sum, left.t(), right);
-      else
-        sum.add_(at::mm(left.t(), right));
-      if (!exact && tile.row + tile.rows == num_rows) wanted.copy_(sum);
+      if (tile.row == 0) sum = at::zeros(wanted.sizes(), real);
+      at::addmm_out(sum, sum, left.to(planner.working).t(), right.to(planner.working));
+      if (tile.row + tile.rows == num_rows) wanted.copy_(sum);
     };
     if (weighs) add_product(result.codebook, codebook_sum, weights, upstream);
     if (!logits_gradient.defined()) return;
@@ -346,11 +324,8 @@ Backward differentiate(Planner& planner, const Tensor& codebook, const Tensor& m
       result.head_bias.narrow(0, tile.first, tile.count).add_(logits_gradient.sum(0, false, planner.working));
     if (states_gradient.defined()) {
       Tensor sum = states_gradient.narrow(0, tile.row, tile.rows);
-      const Tensor actions = planner.head.narrow(0, tile.first, tile.count);
-      if (actions.scalar_type() == planner.working)
-        at::addmm_out(sum, sum, logits_gradient, actions);
-      else
-        sum.add_(at::mm(logits_gradient, actions));
+      multiply(sum, logits_gradient, planner.head.narrow(0, tile.first, tile.count), /*transposed=*/false,
+               /*add=*/true);
     }
   });
   if (states_gradient.defined()) result.source = states_gradient.to(planner.source.scalar_type());

@@ -48,7 +48,7 @@ template <class R>
 struct RowGradient {
   R score_max, score_log_sum, logit_max, logit_log_sum;
   R share;                 // of the oracle action in the mixture
-  R offset;                // gradient of log_normalizer less the softmax's own inner product
+  R offset;                // gradient of log_normalizer, and what `product` lacks
   R nll;                   // gradient of the oracle's cross-entropy
   int64_t oracle;          // negative: none
   bool separate;
@@ -60,13 +60,11 @@ struct Rows {
   // Returns what everything accumulated before has to be multiplied with. `buffer` holds `count` + 32 values.
   R (*advance)(const Scores<R>&, RowState<R>&, bool separate, int64_t oracle, Strip weights, R* buffer);
   // Writes the gradients of logits and noise and the weights of the actions in the mixture, each where wanted.
-  // `product`: gradient of the mixture times the strip's action embeddings.
+  // `product`: gradient of the mixture times (the strip's action embeddings less the mixture).
   void (*differentiate)(const Scores<R>&, const RowGradient<R>&, Strip product, Strip logits, Strip noise,
                         Strip weights, R* buffer);
   // The scores themselves.
   void (*scores)(const Scores<R>&, R* out);
-  // total = total * scale + strip
-  void (*accumulate)(R* total, R scale, Strip strip, int64_t count);
   // total = sum of those of `num_rows` strips, `step` elements apart, whose id is not negative; in their order.
   // `total` has room for a whole vector at its end.
   void (*sum_rows)(R* total, Strip first, int64_t step, const int64_t* ids, int64_t num_rows, int64_t count);
@@ -76,6 +74,10 @@ struct Rows {
   void (*fence)();
   // strip = values * gate; gate may be null
   void (*store)(const R* values, const R* gate, Strip strip, int64_t count);
+  // A panel of a bf16 matrix, `depth` by `width`, as the processor multiplies it: adjacent pairs of rows, interleaved.
+  // `pack_transposed` is given the transpose, `width` rows of `depth`. `depth` is even.
+  void (*pack)(const void* from, int64_t step, void* to, int64_t depth, int64_t width);
+  void (*pack_transposed)(const void* from, int64_t step, void* to, int64_t depth, int64_t width);
 };
 
 // The loops for an instruction set that this processor has: "AVX512", "AVX2" or anything else for the plain ones.

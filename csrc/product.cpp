@@ -1,0 +1,57 @@
+// bf16 matrices through oneDNN's batch-reduce kernels, which torch carries and which leave their float32 sums alone.
+#include "product.h"
+
+#include <ATen/native/CPUBlas.h>
+
+#include <algorithm>
+
+namespace planlm {
+namespace {
+
+// Columns that one kernel call produces: four vectors of 16 float32.
+constexpr int64_t panel = 64;
+
+void multiply_bf16(Tensor& out, const Tensor& a, const Tensor& b, bool transposed, bool add) {
+  using Half = at::BFloat16;
+  const int64_t num_rows = a.size(0), depth = a.size(1), num_columns = out.size(1);
+  const int64_t panels = (num_columns + panel - 1) / panel;
+  const int64_t threads = at::get_num_threads();
+  // Every panel is packed by whoever multiplies with it; rows are shared out only where panels are too few for that.
+  const int64_t shares = std::clamp<int64_t>(threads / panels, 1, std::max<int64_t>(1, num_rows / 32));
+  const int64_t share = (num_rows + shares - 1) / shares;
+  at::parallel_for(0, panels * shares, 1, [&](int64_t begin, int64_t end) {
+    Buffer<Half> packed(depth * panel);
+    for (int64_t task = begin; task < end; ++task) {
+      const int64_t column = task / shares * panel, width = std::min(panel, num_columns - column);
+      const int64_t row = task % shares * share, count = std::min(share, num_rows - row);
+      if (count <= 0) continue;
+      const Half* from = b.const_data_ptr<Half>() + (transposed ? column * b.stride(0) : column);
+      if (task == begin || task % shares == 0)
+        (transposed ? rows<float>().pack_transposed : rows<float>().pack)(from, b.stride(0), packed.data(), depth, width);
+      at::native::cpublas::brgemm(count, width, depth, a.stride(0), width, out.stride(0), add,
+                                  a.const_data_ptr<Half>() + row * a.stride(0), packed.data(),
+                                  out.data_ptr<float>() + row * out.stride(0) + column, /*is_vnni=*/true);
+    }
+    at::native::cpublas::brgemm_release(/*is_vnni=*/true);
+  });
+}
+
+}  // namespace
+
+void multiply(Tensor& out, const Tensor& a, const Tensor& b, bool transposed, bool add) {
+  if (out.numel() == 0) return;
+  const Tensor right = transposed ? b.t() : b;
+  const auto working = out.scalar_type();
+  if (a.size(1) == 0) {
+    if (!add) out.zero_();
+  } else if (a.scalar_type() == at::kBFloat16 && working == at::kFloat && a.size(1) % 2 == 0 && a.stride(1) == 1 &&
+             b.stride(1) == 1) {
+    multiply_bf16(out, a, b, transposed, add);
+  } else if (add) {
+    at::addmm_out(out, out, a.to(working), right.to(working));
+  } else {
+    at::mm_out(out, a.to(working), right.to(working));
+  }
+}
+
+}  // namespace planlm

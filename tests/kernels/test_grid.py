@@ -1,0 +1,118 @@
+"""Values and every gradient against float64 over a grid of shapes and logits, on every backend.
+
+The yardstick for bf16 is what a user would write in bf16 (naive.py): root mean square errors are compared, since the
+largest one is mostly the luck of the last rounding; it may exceed eager's by one such rounding. An error is relative to
+the values wanted, or to 1, the size of the upstream gradients, where logits so extreme leave nothing but rounding.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from planlm.kernels import plan_projection, plan_projection_from_hidden
+
+from .cases import gradients, hidden_inputs, in_float64, leaves, projection_inputs, projection_options
+from .naive import plan_projection_eager
+
+pytestmark = pytest.mark.usefixtures("backend")
+
+SHAPES = {  # S, K, A, D
+    "ragged": (37, 211, 19, 53),
+    "one sentence": (1, 300, 17, 31),
+    "one of each": (1, 1, 1, 1),
+    "one action": (5, 1, 3, 4),
+    "few actions, many sentences": (300, 5, 9, 40),  # p (E W^T)
+    "two tiles of actions": (1030, 1100, 7, 5),
+}
+LOGITS = ("normal", "extreme", "one-hot", "equal")
+
+
+def logits_of(kind: str, normal: Tensor) -> Tensor:
+    """Logits that make a softmax hard."""
+    match kind:
+        case "extreme":
+            return normal * 1e4 / normal.abs().max()
+        case "one-hot":
+            return torch.full_like(normal, -1e4).index_fill(1, torch.tensor([normal.shape[1] // 2]), 1e4)
+        case "equal":
+            return torch.full_like(normal, 3.0)
+    return normal
+
+
+def worst(got: Tensor, want: Tensor) -> float:
+    """Largest difference over the largest value wanted, or over 1."""
+    if want.numel() == 0:
+        return 0.0
+    return ((got.double() - want.double()).abs().max() / want.double().abs().max().clamp(min=1.0)).item()
+
+
+def mean(got: Tensor, want: Tensor) -> float:
+    """Root mean square of the difference over that of the values wanted, or over 1 / the square root of their number."""
+    return ((got.double() - want.double()).norm() / want.double().norm().clamp(min=1.0)).item()
+
+
+def check(got, found, want, truths, eager, usual) -> None:
+    """Values and gradients against float64: within 1e-5, or where there is one within eager's own error plus 1e-3."""
+    values = {name: pair for name, *pair in zip(got._fields, got, want, eager or want, strict=True)}
+    values |= {f"gradient of {name}": [found[name], truth, (usual or truths)[name]] for name, truth in truths.items()}
+    for name, (ours, truth, theirs) in values.items():
+        if eager is None:
+            assert worst(ours, truth) <= 1e-5, f"{name}: {worst(ours, truth):.3g}"
+        else:
+            assert mean(ours, truth) <= mean(theirs, truth) + 1e-3, f"{name}: {mean(ours, truth):.3g}"
+            assert worst(ours, truth) <= worst(theirs, truth) + 1e-3 + 2**-8, f"{name}: {worst(ours, truth):.3g}"
+
+
+@pytest.mark.parametrize("labels", ["some", "none"])
+@pytest.mark.parametrize("selection", ["soft", "gumbel", "top-k"])
+@pytest.mark.parametrize("kind", LOGITS)
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_from_logits(dtype: torch.dtype, shape: str, kind: str, selection: str, labels: str) -> None:
+    sizes = SHAPES[shape]
+    inputs = projection_inputs(*sizes, dtype=dtype)
+    inputs["logits"] = logits_of(kind, inputs["logits"].detach()).requires_grad_()
+    options = projection_options(selection, "rows", *sizes[:2], dtype=dtype)
+    if kind == "extreme" and selection == "gumbel":
+        # A sum of logit and noise near 1e4 has an error of 1e-3 in float32: only noise it can hold is comparable.
+        options["noise"] = options["noise"].detach().mul(4).round().requires_grad_()
+        inputs["logits"] = inputs["logits"].detach().round().requires_grad_()
+    if labels == "none":
+        options["oracle"] = torch.full_like(options["oracle"], -1)
+    exact_inputs, exact_options = in_float64(inputs), in_float64(options)
+    got = plan_projection(**inputs, **options)
+    want = plan_projection(**exact_inputs, **exact_options)
+    found, truths = gradients(got, leaves(inputs, options)), gradients(want, leaves(exact_inputs, exact_options))
+    eager, usual = None, None
+    if dtype != torch.float32:
+        eager = plan_projection_eager(**inputs, **options)
+        usual = gradients(eager, leaves(inputs, options))
+    check(got, found, want, truths, eager, usual)
+
+
+@pytest.mark.parametrize("selection", ["soft", "top-k"])
+@pytest.mark.parametrize("scale", [1.0, 1e3])
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_from_hidden(dtype: torch.dtype, shape: str, scale: float, selection: str) -> None:
+    num_sentences, num_actions, size, plan_size = SHAPES[shape]
+    inputs = hidden_inputs(num_sentences, num_actions, 24, size, plan_size, dtype=dtype)
+    # Whole numbers: products of theirs are the same in every precision, so large logits stay comparable.
+    for name in ("hidden", "head", "head_bias"):
+        values = (inputs[name].detach() * 2).round()
+        inputs[name] = (values * scale if name != "head" else values).requires_grad_()
+    options = projection_options(selection, "rows", num_sentences, num_actions, dtype=dtype)
+    exact_inputs, exact_options = in_float64(inputs), in_float64(options)
+    got = plan_projection_from_hidden(**inputs, **options)
+    want = plan_projection_from_hidden(**exact_inputs, **exact_options)
+    found, truths = gradients(got, leaves(inputs, options)), gradients(want, leaves(exact_inputs, exact_options))
+    eager, usual = None, None
+    if dtype != torch.float32:
+        values = dict(inputs)
+        logits = F.linear(values.pop("hidden"), values.pop("head"), values.pop("head_bias"))
+        eager = plan_projection_eager(logits, **values, **options)
+        usual = gradients(eager, leaves(inputs, options))
+    check(got, found, want, truths, eager, usual)
