@@ -149,9 +149,13 @@ def _register_triton(device: str) -> None:
     from . import triton_addition, triton_projection
 
     library = operators.define("planlm_interpreted" if device == "cpu" else "planlm")
-    for module in (triton_projection, triton_addition):
-        for name in module.OPERATORS:
-            library.impl(name, getattr(module, name), device.upper())
+    for implementation in (
+        triton_projection.plan_projection,
+        triton_projection.plan_projection_backward,
+        triton_addition.add_plan,
+        triton_addition.add_plan_backward,
+    ):
+        library.impl(implementation.__name__, implementation, device.upper())
 
 
 def _known(name: str | None, source: str) -> str | None:
