@@ -93,11 +93,12 @@ Tensor add_plan(const Tensor& x, const Tensor& plan, const Tensor& segment_ids, 
 
 std::tuple<Tensor, Tensor> add_plan_backward(const Tensor& grad, const Tensor& plan, const Tensor& segment_ids,
                                              const OptionalTensor& gate, std::array<bool, 2> needs) {
-  const Tensor gradient = with_adjacent_columns(grad), plans = with_adjacent_columns(plan);
+  // Without a gate the plan is only asked for its shape: it need not have values.
+  const Tensor gradient = with_adjacent_columns(grad), plans = needs[1] ? with_adjacent_columns(plan) : plan;
   const auto working = working_type(grad, plan);
   const Tensor gates = gate ? gate->to(working).contiguous() : Tensor();
   Tensor grad_plan, grad_gate;
-  if (needs[0]) grad_plan = at::empty(plan.sizes(), plan.options());
+  if (needs[0]) grad_plan = at::empty(plan.sizes(), plan.options(), at::MemoryFormat::Contiguous);
   if (needs[1] && gate) grad_gate = at::zeros(gate->sizes(), gates.options());
   const Tensor ids = segment_ids.contiguous();
   working == at::kDouble ? sum_segments<double>(gradient, plans, ids, gates, grad_plan, grad_gate)

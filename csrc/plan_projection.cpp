@@ -230,6 +230,27 @@ struct Backward {
   Tensor source, noise, codebook, head, head_bias;
 };
 
+// Sum over rows, in the working dtype; at::sum would first make a copy of a bf16 matrix in it.
+Tensor sum_of_rows(const Tensor& matrix, at::ScalarType working) {
+  const Tensor rows_of = with_adjacent_columns(matrix);
+  const int64_t num_columns = matrix.size(1), width = 512;
+  Tensor sum = at::empty({num_columns}, matrix.options().dtype(working));
+  const std::vector<int64_t> every(matrix.size(0), 0);
+  const auto run = [&](auto real) {
+    using R = decltype(real);
+    at::parallel_for(0, (num_columns + width - 1) / width, 1, [&](int64_t begin, int64_t end) {
+      Buffer<R> total(width);
+      for (int64_t i = begin; i < end; ++i) {
+        const int64_t first = i * width, count = std::min(width, num_columns - first);
+        rows<R>().sum_rows(total.data(), strip(rows_of, 0, first), rows_of.stride(0), every.data(), matrix.size(0), count);
+        std::copy_n(total.data(), count, sum.data_ptr<R>() + first);
+      }
+    });
+  };
+  working == at::kDouble ? run(double{}) : run(float{});
+  return sum;
+}
+
 // Gradients of logits (or of states, head and head bias), noise and codebook, where wanted.
 template <class R>
 Backward differentiate(Planner& planner, const Tensor& codebook, const Tensor& mixture_gradient,
@@ -321,7 +342,7 @@ Backward differentiate(Planner& planner, const Tensor& codebook, const Tensor& m
     const Tensor of_states = planner.source.narrow(0, tile.row, tile.rows);
     if (to_head) add_product(result.head, head_sum, logits_gradient, of_states);
     if (to_head_bias)
-      result.head_bias.narrow(0, tile.first, tile.count).add_(logits_gradient.sum(0, false, planner.working));
+      result.head_bias.narrow(0, tile.first, tile.count).add_(sum_of_rows(logits_gradient, planner.working));
     if (states_gradient.defined()) {
       Tensor sum = states_gradient.narrow(0, tile.row, tile.rows);
       multiply(sum, logits_gradient, planner.head.narrow(0, tile.first, tile.count), /*transposed=*/false,
@@ -386,7 +407,7 @@ std::vector<Tensor> plan_projection_backward(
       const Tensor mixed = with_oracle(mixture, actions, labels, share).to(actions.scalar_type());
       grad_weight = at::mm(gradient.t(), mixed);
     }
-    if (to_bias) grad_bias = gradient.sum(0, false, working);
+    if (to_bias) grad_bias = sum_of_rows(gradient, working);
     if (to_share && share.defined())
       grad_share = (mixture_gradient.to(working) * (of_oracle(actions, labels, working) - mixture))
                        .sum(1)

@@ -80,17 +80,18 @@ def plan_projection(
 
 
 def _actions_first(backend: Backend, num_rows: int, codebook: Tensor, weight: Tensor) -> bool:
-    """Whether `p (E W^T)` is cheaper than `(p E) W^T`, by products.
+    """Whether `p (E W^T)` is cheaper than `(p E) W^T`.
 
-    Its gradient of `E W^T` is summed over all sentences and then multiplied with E: rounded to half precision in
-    between it costs few actions more accuracy than `(p E) W^T` does. So the CPU takes float32, at a third of the speed,
-    and Triton the second form below 256 actions.
+    By products, of which a GPU has to save half: three more launches cost as much as 10^10 of them. The gradient of
+    `E W^T` is summed over all sentences and then multiplied with E; rounded to half precision in between it would cost
+    few actions more accuracy than `(p E) W^T` does. So the CPU takes float32 there, at a third of the speed, and Triton
+    the second form below 256 actions.
     """
     (num_actions, size), plan_size, half = codebook.shape, len(weight), codebook.dtype.itemsize == 2
-    if half and backend.name == "triton" and num_actions < 256:
+    if backend.name == "triton" and half and num_actions < 256:
         return False
-    slower = 3 if half and backend.name == "cpp" else 1
-    return slower * num_actions * plan_size * (size + num_rows) < num_rows * size * (num_actions + plan_size)
+    dearer = 2 if backend.name == "triton" else 3 if half else 1
+    return dearer * num_actions * plan_size * (size + num_rows) < num_rows * size * (num_actions + plan_size)
 
 
 def add_plan(backend: Backend, x: Tensor, plan: Tensor, segment_ids: Tensor, gate: Tensor | None) -> Tensor:

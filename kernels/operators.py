@@ -167,6 +167,8 @@ def _projection_backward(
 
 def _keep_addition(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     _, plan, segment_ids, gate = inputs
+    if gate is None:  # of the plan only shape and dtype are wanted: its memory is let go
+        plan = plan.new_empty(()).expand(plan.shape)
     ctx.save_for_backward(plan, segment_ids, gate)
 
 

@@ -1,0 +1,220 @@
+"""What is measured: one block, its shapes, the inputs that every measurement shares, and the providers compared.
+
+A block is the plan part of one training step of a language model: `plan_projection` once, `add_plan` in every layer,
+then backward from random gradients of every layer's output to logits, codebook, weight, bias and every layer's state.
+Soft selection, temperature 1, no oracle.
+
+Sizes: S sentences, K actions, A action-embedding size, L layers, D plan size (layers stacked), T tokens.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from planlm.kernels import add_plan, plan_projection
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Sizes of a block.
+
+    Attributes:
+        name: what tables call it.
+        num_sentences: S.
+        num_actions: K.
+        size: A.
+        num_layers: L.
+        width: D / L.
+        num_tokens: T.
+    """
+
+    name: str
+    num_sentences: int
+    num_actions: int
+    size: int
+    num_layers: int
+    width: int
+    num_tokens: int
+
+    @property
+    def plan_size(self) -> int:
+        """D."""
+        return self.num_layers * self.width
+
+
+SHAPES = {
+    shape.name: shape
+    for shape in (
+        Shape("gpt2", num_sentences=192, num_actions=1024, size=768, num_layers=10, width=768, num_tokens=4096),
+        Shape("smollm2", num_sentences=192, num_actions=1024, size=384, num_layers=28, width=576, num_tokens=4096),
+        Shape("large-K", num_sentences=512, num_actions=65536, size=384, num_layers=1, width=768, num_tokens=8192),
+        Shape("long", num_sentences=4096, num_actions=1024, size=768, num_layers=1, width=768, num_tokens=131072),
+    )
+}
+"""A batch of 32 windows of 128 tokens in two LMs; a codebook of 65,536 actions; 128 windows of 1,024 tokens."""
+
+DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class Block:
+    """Inputs of a block and the gradients that arrive at its outputs, all of one dtype and device.
+
+    Attributes:
+        shape (Shape): the sizes.
+        logits (Tensor): `[S, K]`.
+        codebook (Tensor): `[K, A]`.
+        weight (Tensor): `[D, A]`.
+        bias (Tensor): `[D]`.
+        states (tuple[Tensor, ...]): each layer's x, L times `[T, D / L]`.
+        segment_ids (Tensor): int64 `[T]`, sorted apart from -1.
+        upstream (tuple[Tensor, ...]): each layer's dy, L times `[T, D / L]`.
+    """
+
+    shape: Shape
+    logits: Tensor
+    codebook: Tensor
+    weight: Tensor
+    bias: Tensor
+    states: tuple[Tensor, ...]
+    segment_ids: Tensor
+    upstream: tuple[Tensor, ...]
+
+    def leaves(self) -> dict[str, Tensor]:
+        """The tensors that get a gradient, by name."""
+        plan = {"logits": self.logits, "codebook": self.codebook, "weight": self.weight, "bias": self.bias}
+        return plan | {f"x[{layer}]": state for layer, state in enumerate(self.states)}
+
+    def in_float64(self) -> Block:
+        """The same numbers in float64, as leaves of their own."""
+
+        def leaf(tensor: Tensor) -> Tensor:
+            return tensor.detach().double().requires_grad_()
+
+        return replace(
+            self,
+            logits=leaf(self.logits),
+            codebook=leaf(self.codebook),
+            weight=leaf(self.weight),
+            bias=leaf(self.bias),
+            states=tuple(map(leaf, self.states)),
+            upstream=tuple(dy.double() for dy in self.upstream),
+        )
+
+
+Provider = Callable[[Block], Sequence[Tensor]]
+"""The forward of a block: every layer's output."""
+
+
+def setup(shape: Shape, dtype: torch.dtype, device: torch.device, seed: int = 0) -> Block:
+    """The one set-up behind correctness, speed, memory and traffic: the same numbers on every device."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*size: int, scale: float = 1.0) -> Tensor:
+        if device.type == "meta":  # nothing to draw, and meta tensors cannot be copied to
+            return torch.empty(*size, dtype=dtype, device=device)
+        return torch.randn(*size, generator=generator).mul_(scale).to(device, dtype)
+
+    layers, state = range(shape.num_layers), (shape.num_tokens, shape.width)
+    return Block(
+        shape,
+        logits=normal(shape.num_sentences, shape.num_actions, scale=2.0).requires_grad_(),
+        codebook=normal(shape.num_actions, shape.size).requires_grad_(),
+        weight=normal(shape.plan_size, shape.size, scale=shape.size**-0.5).requires_grad_(),
+        bias=normal(shape.plan_size).requires_grad_(),
+        states=tuple(normal(*state).requires_grad_() for _ in layers),
+        segment_ids=_segment_ids(shape, generator).to(device),
+        upstream=tuple(normal(*state) for _ in layers),
+    )
+
+
+def forward_backward(provider: Provider, block: Block) -> tuple[Sequence[Tensor], tuple[Tensor, ...]]:
+    """Every layer's output, and the gradients of `block.leaves()` in their order."""
+    outputs = provider(block)
+    return outputs, torch.autograd.grad(outputs, list(block.leaves().values()), block.upstream)
+
+
+def token_level(block: Block) -> list[Tensor]:
+    """The mixture as the method's authors compute it: for every token, and again in every layer, of scores / 1.0."""
+    unplanned = (block.segment_ids < 0)[:, None]  # [T, 1]
+    scores = block.logits.index_select(0, block.segment_ids.clamp(min=0))  # [T, K]
+    outputs = []
+    parameters = zip(block.weight.split(block.shape.width), block.bias.split(block.shape.width), strict=True)
+    for state, (weight, bias) in zip(block.states, parameters, strict=True):
+        plan = F.linear((scores / 1.0).softmax(dim=1) @ block.codebook, weight, bias)  # [T, D / L]
+        outputs.append(state + plan.masked_fill_(unplanned, 0.0))
+    return outputs
+
+
+def strong_eager(block: Block) -> list[Tensor]:
+    """The block in plain PyTorch as well as it goes: softmax and mixture once a sentence, one stacked projection.
+
+    Kept is the fastest of what was tried on two cores, in float32 and bf16, on the shapes gpt2, smollm2 and long:
+    index_select (F.embedding up to 45 % slower, indexing with ids 1.2 to 5 times slower), split (slices of the stacked
+    plan 4 to 30 % slower: their backward fills and adds), adding the state in place (out of place 2 to 10 % slower),
+    one projection (one a layer 20 to 90 % slower where there are several), a gather a layer (one gather of all layers,
+    then split, 10 to 140 % slower). Padding with a row of zeros, for tokens without a plan, took as long as `cat`.
+    """
+    mixture = block.logits.softmax(dim=1) @ block.codebook  # [S, A]
+    projected = F.linear(mixture, block.weight, block.bias)  # [S, D]
+    rows = F.pad(projected, (0, 0, 1, 0))  # [1 + S, D]; the first row, of zeros, is that of id -1
+    picks = block.segment_ids + 1
+    plans = rows.split(block.shape.width, dim=1)
+    return [plan.index_select(0, picks).add_(state) for state, plan in zip(block.states, plans, strict=True)]
+
+
+def planlm(block: Block) -> list[Tensor]:
+    """`planlm.kernels` with the backend that it chooses."""
+    projected = plan_projection(block.logits, block.codebook, block.weight, block.bias).projected  # [S, D]
+    plans = projected.split(block.shape.width, dim=1)
+    return [add_plan(state, plan, block.segment_ids) for state, plan in zip(block.states, plans, strict=True)]
+
+
+PROVIDERS = ("token-level", "strong eager", "compiled", "planlm")
+
+
+def providers(names: Sequence[str], device: torch.device) -> dict[str, Provider]:
+    """The providers of these names that can run; `compiled` is compiled afresh, without the graphs of other shapes."""
+    found: dict[str, Provider] = {}
+    for name in names:
+        match name:
+            case "token-level":
+                found[name] = token_level
+            case "strong eager":
+                found[name] = strong_eager
+            case "compiled":
+                if why_not_compiled(device) is None:
+                    torch._dynamo.reset()
+                    found[name] = torch.compile(strong_eager, fullgraph=True, dynamic=False)
+            case "planlm":
+                found[name] = planlm
+    return found
+
+
+def why_not_compiled(device: torch.device) -> str | None:
+    """Why torch.compile cannot run on `device`; None where it can."""
+    if device.type == "cuda":
+        return None if importlib.util.find_spec("triton") else "torch.compile needs triton, which is not installed"
+    if os.environ.get("CXX") or any(map(shutil.which, ("c++", "g++", "clang++"))):
+        return None
+    return "torch.compile needs a C++ compiler, and none was found; set CXX or install g++"
+
+
+def _segment_ids(shape: Shape, generator: torch.Generator) -> Tensor:
+    """Sentences of log-normal lengths, each of at least one token, with one token in 64 that has no plan."""
+    num_planned = shape.num_tokens - shape.num_tokens // 64
+    ends = torch.randn(shape.num_sentences, generator=generator).mul(0.6).exp().cumsum(0)
+    spare = num_planned - shape.num_sentences
+    ends = (ends / ends[-1] * spare).round().long() + torch.arange(1, shape.num_sentences + 1)
+    planned = torch.randperm(shape.num_tokens, generator=generator)[:num_planned].sort().values
+    ids = torch.full((shape.num_tokens,), -1)
+    ids[planned] = torch.searchsorted(ends, torch.arange(num_planned), right=True)
+    return ids

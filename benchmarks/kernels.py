@@ -1,0 +1,111 @@
+"""`python -m benchmarks.kernels`: the fused operations on the CPU, against three ways of writing them in PyTorch."""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from benchmarks.arguments import add_arguments, check_arguments
+from benchmarks.cases import Row, measure
+from benchmarks.clock import Budget, note
+from benchmarks.correctness import WrongResultError
+from benchmarks.results import Bar, comparison, draw, judged, read_rows, table, write_rows
+from planlm.allocator import keep_memory
+from planlm.errors import InputError
+
+_CPU_SHAPES = ("gpt2", "smollm2", "large-K")
+
+BARS = (
+    Bar("median", "planlm", "floor", 1.3, _CPU_SHAPES),
+    Bar("median", "planlm", "strong eager", 1.0, _CPU_SHAPES),
+    Bar("median", "planlm", "compiled", 1.0, _CPU_SHAPES),
+    Bar("median", "planlm", "token-level", 0.05, ("gpt2",)),
+    Bar("memory", "planlm", "strong eager", 0.25, ("large-K",)),
+    Bar("memory", "planlm", "token-level", 0.05, ("gpt2",)),
+)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit status: 0, 1 (a wrong result, or a bar failed), 2 (bad usage)."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.kernels", description=__doc__)
+    add_arguments(parser)
+    parser.add_argument(
+        "--malloc",
+        choices=("default", "keep", "both"),
+        default="default",
+        help="keep: glibc's malloc keeps freed memory, as in `planlm train`; both: two runs, one after the other",
+    )
+    parser.add_argument("--bars", action="store_true", help="judge the medians; exit status 1 where one fails")
+    options = parser.parse_args(arguments)
+    try:
+        check_arguments(options)
+        rows = _both(options) if options.malloc == "both" else _measured(options)
+        report(options, rows)
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except WrongResultError as error:
+        print(f"wrong result: {error}", file=sys.stderr)
+        return 1
+    passed = True
+    for good, line in judged(rows, BARS) if options.bars else ():
+        print(line)
+        passed &= good
+    return 0 if passed else 1
+
+
+def report(options: argparse.Namespace, rows: Sequence[Row]) -> None:
+    """The table on stdout, and what else was asked for."""
+    print(table(rows))
+    if options.compare:
+        print(f"\n{comparison(rows, read_rows(options.compare))}")
+    if options.plot:
+        draw(rows, options.plot)
+        note(f"drew {options.plot}")
+
+
+def collect(options: argparse.Namespace, device: torch.device, malloc: str = "default") -> list[Row]:
+    """Measure, writing the rows out after every case: what is done stays when a run is cut off."""
+    rows: list[Row] = []
+    budget = Budget(options.repetitions, options.seconds)
+    for case in measure(options.shapes, options.dtypes, options.providers, device, budget, malloc):
+        rows += case
+        if options.out:
+            write_rows(options.out, rows)
+    return rows
+
+
+def _measured(options: argparse.Namespace) -> list[Row]:
+    if options.malloc == "keep" and not keep_memory():
+        raise InputError("--malloc keep: needs glibc, and this system has another C library")
+    return collect(options, torch.device("cpu"), options.malloc)
+
+
+def _both(options: argparse.Namespace) -> list[Row]:
+    """A process for each setting, since malloc cannot be told to go back."""
+    rows: list[Row] = []
+    for malloc in ("default", "keep"):
+        note(f"malloc {malloc}")
+        with tempfile.TemporaryDirectory() as folder:
+            out = Path(folder) / "rows.jsonl"
+            command = [sys.executable, "-m", "benchmarks.kernels", f"--malloc={malloc}", f"--out={out}"]
+            for flag in ("shapes", "dtypes", "providers"):
+                command.append(f"--{flag}={','.join(getattr(options, flag))}")
+            command += [f"--repetitions={options.repetitions}", f"--seconds={options.seconds}"]
+            done = subprocess.run(command, stdout=subprocess.DEVNULL, check=False)
+            if done.returncode != 0:
+                raise WrongResultError(f"the run with malloc {malloc} ended with status {done.returncode}")
+            rows += read_rows(out)
+        if options.out:
+            write_rows(options.out, rows)
+    return rows
+
+
+if __name__ == "__main__":
+    sys.exit(main())

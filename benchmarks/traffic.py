@@ -1,0 +1,337 @@
+"""`python -m benchmarks.traffic`: bytes moved and kernels launched on CUDA by one block, counted without a GPU.
+
+Everything runs on tensors without data. torch's operators are seen by a dispatch mode, Triton's launches by the
+backend's own observer. Each kernel reads every element of its inputs once and writes its outputs once; views and
+allocations are free. Of torch's operators only those below are more than one kernel, each rule in torch's favour: an
+`index_add_` costs no more than reading its source and its target and writing the target, a softmax reads once whatever
+its width, a product needs no workspace and no split. `compiled` is missing: what inductor fuses is not known without a
+GPU.
+
+Times are predictions, in bf16: of each kernel the longer of its bytes and its FLOPs at the rates of one H100, plus a
+stated cost a launch, summed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import sys
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry
+
+from benchmarks.arguments import check_names, names_in
+from benchmarks.blocks import DTYPES, SHAPES, Block, Provider, Shape, forward_backward, setup, strong_eager, token_level
+from benchmarks.cases import Row
+from benchmarks.floor import Rates, compulsory
+from planlm.errors import InputError
+from planlm.files import write_text
+
+if TYPE_CHECKING:
+    from planlm.kernels.triton_tiles import Launch
+
+H100 = Rates(flops=798e12, bytes=3.0e12)
+"""Measured on one H100 80GB HBM3: a bf16 product of 8192³, and a copy, bytes read and written."""
+
+LAUNCH_SECONDS = 3e-6
+"""What a launch costs beside its work: an assumption, about the gap between dependent kernels of one stream."""
+
+ALLOCATIONS = ("empty", "new_empty", "empty_like", "empty_strided", "new_empty_strided", "detach")
+"""Operators that launch nothing, apart from views."""
+
+FILLS = ("zeros", "zeros_like", "new_zeros", "zero_", "fill_", "ones_like", "full", "full_like", "new_full")
+"""Operators that only write."""
+
+BARS = {"compulsory": 1.5, "strong eager": 0.7, "token-level": 0.1}
+"""Limits of PlanLM's bytes over others'."""
+
+LAUNCHES_BAR = 0.5
+"""PlanLM's launches over strong eager's have to be below this."""
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """One launch.
+
+    Attributes:
+        name: the kernel, or torch's operator.
+        bytes: every tensor once.
+        flops: of matrix products.
+        tile_reads: of Triton's products, bytes that all programs ask for: what is beyond `bytes` has to come from L2.
+        triton: whether it is one of PlanLM's own.
+    """
+
+    name: str
+    bytes: int
+    flops: int = 0
+    tile_reads: int = 0
+    triton: bool = False
+
+
+class Counter(TorchDispatchMode):
+    """Collects the kernels that torch's operators launch; PlanLM's are taken apart by running their Triton side."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.kernels: list[Kernel] = []
+
+    def __torch_dispatch__(
+        self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if function.namespace == "planlm":
+            with self:
+                return _triton_side(function)(*args, **(kwargs or {}))
+        result = function(*args, **(kwargs or {}))
+        self.kernels += _of_operator(function, args, kwargs or {}, result)
+        return result
+
+    def of_triton(self, launch: Launch) -> bool:
+        """Note a launch of the Triton backend and do not run it."""
+        products = _products(launch)
+        moved = sum(map(_bytes, (*launch.reads, *launch.writes)))
+        tile_reads = sum(
+            left.itemsize * m * d * -(-n // launch.tiles.columns) + right.itemsize * d * n * -(-m // launch.tiles.rows)
+            for m, n, d, left, right in products
+        )
+        flops = sum(2 * m * n * d for m, n, d, *_ in products)
+        name = launch.kernel.__name__.removesuffix("_kernel")
+        self.kernels.append(Kernel(name, moved, flops, tile_reads, triton=True))
+        return False
+
+
+def count(provider: Provider, block: Block) -> list[Kernel]:
+    """Kernels of one forward and backward.
+
+    Args:
+        provider (Provider): the block's forward.
+        block (Block): inputs on the meta device.
+    """
+    from planlm.kernels.triton_tiles import observed
+
+    counter = Counter()
+    with observed(counter.of_triton, architecture=90), counter:
+        forward_backward(provider, block)
+    return counter.kernels
+
+
+def planlm_on_triton(block: Block) -> list[Tensor]:
+    """What `planlm.kernels` runs on CUDA: its public functions choose the reference for tensors without data."""
+    from planlm.kernels import fused, operators
+    from planlm.kernels.backend import Backend
+
+    operators.define("planlm")
+    backend = Backend("triton", "planlm")
+    projected = fused.plan_projection(
+        backend, block.logits, None, None, block.codebook, block.weight, block.bias, temperature=1.0, selection="soft",
+        oracle=None, oracle_weight=0.0, noise=None, top_k=None,
+    ).projected  # fmt: skip
+    plans = projected.split(block.shape.width, dim=1)
+    return [
+        fused.add_plan(backend, state, plan, block.segment_ids, None)
+        for state, plan in zip(block.states, plans, strict=True)
+    ]
+
+
+_ASSUMPTIONS = (
+    f"{H100.bytes / 1e12:g} TB/s, {H100.flops / 1e12:g} TFLOP/s in bf16, {1e6 * LAUNCH_SECONDS:g} µs a launch"
+)
+
+PROVIDERS: dict[str, Provider] = {
+    "token-level": token_level,
+    "strong eager": strong_eager,
+    "planlm": planlm_on_triton,
+}
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """What one provider moves and launches on a shape in a dtype; `predicted` is in seconds, None in float32."""
+
+    shape: str
+    dtype: str
+    provider: str
+    compulsory: int
+    bytes: int
+    launches: int
+    tile_reads: int
+    predicted: float | None
+    kernels: list[Kernel]
+
+
+def traffic(shape: Shape, dtype: str) -> list[Traffic]:
+    """Count every provider on one shape."""
+    block = setup(shape, DTYPES[dtype], torch.device("meta"))
+    least = compulsory(shape, DTYPES[dtype]).bytes
+    found = []
+    for name, provider in PROVIDERS.items():
+        kernels = count(provider, block)
+        sums = (sum(kernel.bytes for kernel in kernels), len(kernels), sum(kernel.tile_reads for kernel in kernels))
+        time = predicted(kernels) if dtype == "bf16" else None
+        found.append(Traffic(shape.name, dtype, name, least, *sums, time, kernels))
+    return found
+
+
+def predicted(kernels: Sequence[Kernel]) -> float:
+    """Seconds on one H100 in bf16: see the top of the file."""
+    return sum(max(kernel.bytes / H100.bytes, kernel.flops / H100.flops) + LAUNCH_SECONDS for kernel in kernels)
+
+
+def predictions(rows: Sequence[Row]) -> str:
+    """Predicted and measured time of bf16 rows that `benchmarks.gpu` measured."""
+    lines = [f"Predicted for one H100 ({_ASSUMPTIONS}), and measured on this device:"]
+    for row in rows:
+        if row["status"] == "ok" and row["dtype"] == "bf16" and row["provider"] in PROVIDERS:
+            block = setup(SHAPES[row["shape"]], DTYPES[row["dtype"]], torch.device("meta"))
+            expected = predicted(count(PROVIDERS[row["provider"]], block))
+            lines.append(
+                f"{row['shape']} {row['dtype']}: {row['provider']}: predicted {1e6 * expected:,.0f} µs, "
+                f"measured {1e6 * row['median']:,.0f} µs, {row['median'] / expected:.2f} times as long"
+            )
+    return "\n".join(lines)
+
+
+def table(found: Sequence[Traffic], parts: bool) -> str:
+    """One line a provider; with `parts` its kernels below it, those of one name together."""
+    heading = f"{'':<24}{'launches':>9}{'MB':>11}{'of least':>10}{'of strong':>11}{'of token':>10}{'H100 µs':>9}"
+    first = found[0]
+    strong, token = (next(one for one in found if one.provider == name) for name in ("strong eager", "token-level"))
+    lines = [f"{first.shape} {first.dtype}: at least {first.compulsory / 1e6:,.1f} MB", f"{heading}{'tiles MB':>10}"]
+    for one in found:
+        time = "–" if one.predicted is None else f"{1e6 * one.predicted:,.0f}"
+        lines.append(
+            f"{one.provider:<24}{one.launches:>9}{one.bytes / 1e6:>11,.1f}{one.bytes / one.compulsory:>10.2f}"
+            f"{one.bytes / strong.bytes:>11.3f}{one.bytes / token.bytes:>10.3f}{time:>9}"
+            + (f"{one.tile_reads / 1e6:>10,.1f}" if one.tile_reads else f"{'–':>10}")
+        )
+        names: dict[str, list[Kernel]] = defaultdict(list)
+        for kernel in one.kernels if parts else ():
+            names[kernel.name].append(kernel)
+        lines += [f"  {name:<22}{len(own):>9}{sum(k.bytes for k in own) / 1e6:>11,.1f}" for name, own in names.items()]
+    return "\n".join(lines)
+
+
+def judged(found: Sequence[Traffic]) -> Iterator[tuple[bool, str]]:
+    """Every bar on one shape: whether it passes, and a line that says so."""
+    by_name = {one.provider: one for one in found}
+    ours, case = by_name["planlm"], f"{found[0].shape} {found[0].dtype}"
+    for other, limit in BARS.items():
+        base = ours.compulsory if other == "compulsory" else by_name[other].bytes
+        passed = ours.bytes <= limit * base
+        least = "" if other == "compulsory" else f" (compulsory bytes alone are {ours.compulsory / base:.3f})"
+        text = f"{case}: bytes {ours.bytes / base:.3f} × {other}, at most {limit:g}{least}"
+        yield passed, f"{'PASS' if passed else 'FAIL'}  {text}"
+    value = ours.launches / by_name["strong eager"].launches
+    passed = value < LAUNCHES_BAR
+    yield passed, f"{'PASS' if passed else 'FAIL'}  {case}: launches {value:.3f} × strong eager, below {LAUNCHES_BAR:g}"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit status: 0, 1 (a bar failed), 2 (bad usage)."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.traffic", description=__doc__.split("\n\n")[0])
+    parser.add_argument("--shapes", type=names_in, default=["gpt2", "large-K", "long"], help=f"of {', '.join(SHAPES)}")
+    parser.add_argument("--dtypes", type=names_in, default=["bf16", "float32"], help=f"of {', '.join(DTYPES)}")
+    parser.add_argument("--parts", action="store_true", help="list every provider's kernels")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write what was counted, kernel by kernel")
+    options = parser.parse_args(arguments)
+    try:
+        check_names(options, {"shapes": SHAPES, "dtypes": DTYPES})
+        if importlib.util.find_spec("triton") is None:
+            raise InputError("counting PlanLM's launches needs triton: pip install 'planlm[compiled]'")
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    cases = [traffic(SHAPES[shape], dtype) for shape in options.shapes for dtype in options.dtypes]
+    print(f"One block, forward and backward, on CUDA (sm_90). H100 µs are predictions: {_ASSUMPTIONS}.")
+    print("Tiles: what the programs of PlanLM's products ask for; beyond the bytes counted it has to come from L2.\n")
+    print("\n\n".join(table(found, options.parts) for found in cases), end="\n\n")
+    if options.json:
+        write_text(options.json, json.dumps([asdict(one) for found in cases for one in found], indent=1) + "\n")
+    verdicts = [verdict for found in cases for verdict in judged(found)]
+    print("\n".join(line for _, line in verdicts))
+    return 0 if all(passed for passed, _ in verdicts) else 1
+
+
+def _triton_side(function: Any) -> Any:
+    """The Triton backend's implementation of an operator `planlm::name`."""
+    from planlm.kernels import triton_addition, triton_projection
+
+    name = function._schema.name.removeprefix("planlm::")
+    module = triton_addition if name in triton_addition.OPERATORS else triton_projection
+    return getattr(module, name)
+
+
+def _of_operator(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> Iterator[Kernel]:
+    """The kernels that CUDA runs for one of torch's operators."""
+    name = function._schema.name.removeprefix("aten::")
+    if name in ALLOCATIONS or function.is_view:
+        return
+    reads, writes = (
+        sum(_bytes(tensor) for tensor in tree_leaves(tensors) if isinstance(tensor, Tensor))
+        for tensors in ((args, kwargs), result)
+    )
+    if writes == 0:
+        return
+    formula = flop_registry.get(function.overloadpacket)
+    flops = formula(*args, **kwargs, out_val=result) if formula else 0
+    match name:
+        case "constant_pad_nd" if max(args[1]) <= 0:  # cuts off
+            yield Kernel(name, 2 * writes)
+        case "constant_pad_nd":  # the whole result is filled, then the input copied into it
+            yield Kernel("constant_pad_nd: fill", writes)
+            yield Kernel("constant_pad_nd: copy", 2 * reads)
+        case "copy_":
+            yield Kernel(name, _bytes(args[1]) + writes)
+        case _ if name in FILLS:
+            yield Kernel(name, writes)
+        case "select_backward" | "slice_backward":  # zeros, then a copy of the gradient
+            yield Kernel(f"{name}: fill", writes)
+            yield Kernel(f"{name}: copy", 2 * reads)
+        case _:
+            yield Kernel(name, reads + writes, flops)
+
+
+def _products(launch: Launch) -> list[tuple[int, int, int, Tensor, Tensor]]:
+    """A Triton launch's matrix products `[m, d] @ [d, n]` with their operands, as its tiles divide them."""
+    given = launch.arguments
+    s, a = given.get("num_rows", 0), given.get("size", 0)
+    k, d = given.get("num_columns", 0), given.get("plan_size", 0)
+    upstream, mixture, weight = given.get("grad_projected"), given.get("mixture"), given.get("weight")
+    found: list[tuple[int, int, int, Tensor | None, Tensor | None]] = []
+    match launch.kernel.__name__:
+        case "mixture_fwd_kernel":
+            found = [(s, a, k, given["logits"], given["codebook"])]
+        case "projection_fwd_kernel":
+            found = [(s, d, a, mixture, weight)]
+        case "projection_bwd_kernel":
+            found = [(s, a, d, upstream, weight)]
+            if given["grad_weight"] is not None:
+                found.append((d, a, s, upstream, mixture))
+        case "mixture_bwd_kernel":
+            if given["grad_codebook"] is not None:
+                found.append((k, a, s, given["logits"], given["grad_mixture"]))
+            if given["grad_logits"] is not None:
+                found.append((s, k, a, given["grad_mixture"], given["codebook"]))
+    return [(m, n, e, left, right) for m, n, e, left, right in found if left is not None and right is not None]
+
+
+def _bytes(item: Tensor | int) -> int:
+    """Bytes of a tensor's distinct elements: an expanded dimension counts once."""
+    if isinstance(item, int):
+        return item
+    elements = 1
+    for size, stride in zip(item.shape, item.stride(), strict=True):
+        elements *= size if stride != 0 or size == 0 else 1
+    return elements * item.itemsize
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,95 @@
+"""Rows, table, comparison, bars and chart."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks import cases, gpu, kernels
+from benchmarks.blocks import SHAPES, Shape
+from benchmarks.floor import Rates
+from benchmarks.results import Bar, comparison, judged, read_rows, table, write_rows
+
+COMMON = {
+    "shape": "gpt2", "dtype": "float32", "malloc": "default", "status": "ok", "flops": 10**9, "bytes": 10**8,
+    "flops_per_s": 1e11, "bytes_per_s": 1e10, "floor": 0.02, "repetitions": 5, "roofline": 0.5, "gb_per_s": 5.0,
+    "tflop_per_s": 0.05, "process_memory": None, "device": "a processor", "driver": None, "threads": 2,
+    "torch": "2", "triton": None, "planlm": "0", "backend": "cpp", "commit": "abc", "date": "2026-01-01T00:00:00+00:00",
+}  # fmt: skip
+
+
+def row(provider: str, milliseconds: float, memory: int = 1000, **changes: Any) -> dict[str, Any]:
+    """A result whose p20 and p80 are 10 % from its median."""
+    median = milliseconds / 1e3
+    times = {"median": median, "p20": 0.9 * median, "p80": 1.1 * median, "min": 0.9 * median, "ratio": median / 0.02}
+    return COMMON | times | {"provider": provider, "memory": memory} | changes
+
+
+def test_rows_come_back_as_they_were_written(tmp_path: Path) -> None:
+    rows = [row("planlm", 25), row("token-level", 900, status="out of memory")]
+    write_rows(tmp_path / "rows.jsonl", rows)
+    assert read_rows(tmp_path / "rows.jsonl") == rows
+
+
+def test_only_changes_beyond_the_spread_are_flagged() -> None:
+    earlier = [row(name, 100) for name in ("A", "B", "C")] + [row("D", 100, device="another")]
+    text = comparison([row("A", 70), row("B", 110), row("C", 130), row("D", 500)], earlier)
+    verdicts = [line.split()[2:5] for line in text.splitlines()[2:]]
+    assert verdicts == [["A", "0.700", "faster"], ["B", "1.100", "same"], ["C", "1.300", "SLOWER"]]
+
+
+def test_bars_are_judged_by_medians_and_skip_what_is_not_there() -> None:
+    rows = [row("planlm", 25, memory=10), row("strong eager", 24, memory=100)]
+    bars = [
+        Bar("median", "planlm", "floor", 1.3, ("gpt2",)),
+        Bar("median", "planlm", "strong eager", 1.0, ("gpt2",)),
+        Bar("memory", "planlm", "strong eager", 0.25, ("gpt2",)),
+        Bar("median", "planlm", "token-level", 0.05, ("gpt2",)),
+        Bar("median", "planlm", "floor", 1.0, ("long",)),
+    ]
+    verdicts = list(judged(rows, bars))
+    assert [passed for passed, _ in verdicts] == [True, False, True]
+    assert verdicts[0][1] == "PASS  gpt2 float32: median 1.25 [1.12, 1.38] × floor, at most 1.3"
+    assert verdicts[1][1].startswith("FAIL  gpt2 float32: median 1.04 [0.852, 1.27] × strong eager")
+
+
+def test_the_table_has_a_line_for_every_row() -> None:
+    text = table([row("planlm", 25), row("token-level", 0, status="out of memory")])
+    assert "gpt2 float32: floor 20.00 ms = 1.00 GFLOP at 0.1 TFLOP/s + 100 MB at 10 GB/s" in text
+    assert [line.split()[:2] for line in text.splitlines()[-2:]] == [["planlm", "25.00"], ["token-level", "out"]]
+
+
+def test_the_command_measures_writes_draws_and_compares(
+    tiny: Shape, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(SHAPES, "tiny", tiny)
+    monkeypatch.setattr(cases, "measure_rates", lambda *_: Rates(1e9, 1e9))
+    monkeypatch.setattr(cases, "refuse_beyond_memory", lambda: None)
+    out, plot = tmp_path / "rows.jsonl", tmp_path / "chart.png"
+    command = ["--shapes", "tiny", "--providers", "token-level,strong eager,planlm", "--repetitions", "3"]
+    assert kernels.main([*command, "--out", str(out), "--plot", str(plot)]) == 0
+    rows = read_rows(out)
+    assert [(r["dtype"], r["provider"]) for r in rows[2:4]] == [("float32", "planlm"), ("bf16", "token-level")]
+    for measured in rows:
+        assert measured["min"] <= measured["p20"] <= measured["median"] <= measured["p80"]
+        assert measured["memory"] > 0 and measured["repetitions"] == 3
+    assert plot.read_bytes().startswith(b"\x89PNG")
+    capsys.readouterr()
+    assert kernels.main([*command, "--compare", str(out)]) == 0
+    assert "New over old median" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("arguments", [["--shapes", "gpt3"], ["--compare", "missing.jsonl"], ["--repetitions", "1"]])
+def test_bad_usage_is_one_line(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert kernels.main(arguments) == 2
+    assert len(capsys.readouterr().err.splitlines()) == 1
+
+
+def test_without_a_cuda_device_the_gpu_benchmark_says_so(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    assert gpu.main([]) == 0
+    assert capsys.readouterr().out == "no CUDA device: nothing was measured\n"
