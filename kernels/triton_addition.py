@@ -10,7 +10,7 @@ is needed and the order of every sum is fixed.
 Sizes: T tokens, S sentences, D plan size. Optional tensors are None at compile time.
 """
 
-# mypy: disable-error-code="no-untyped-def, no-untyped-call, misc"
+# mypy: disable-error-code="no-untyped-def, untyped-decorator"
 
 from __future__ import annotations
 
@@ -21,7 +21,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .triton_numerics import rounded
 from .triton_tiles import Tiles, choose_tiles, launch, with_unit_columns
+
+OPERATORS = ("add_plan", "add_plan_backward")
+"""What this backend implements here; `operators` has the schemas."""
 
 _SEGMENTS = 4
 """Segments of one backward program. They share its search, and their part of the gate's gradient is one row: a quarter
@@ -44,7 +48,7 @@ def add_plan_fwd_kernel(
     row = tl.load(plan + segments[:, None] * plan_stride + places[None, :], mask=planned, other=0.0).to(tl.float32)
     if gate is not None:
         row *= tl.load(gate + places, mask=places < size, other=0.0).to(tl.float32)[None, :]
-    added = (state.to(tl.float32) + row).to(state.dtype)
+    added = rounded(state.to(tl.float32) + row, state.dtype)
     tl.store(out + wide * size + places[None, :], tl.where(planned, added, state), mask=inside)
 
 
@@ -69,7 +73,7 @@ def add_plan_bwd_kernel(
     grad, plan, segment_ids, gate, grad_plan, gate_parts, num_tokens, num_segments, size, grad_stride, plan_stride,
     SEGMENTS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """Gradient of SEGMENTS plans and their part of the gate's, `[S / SEGMENTS, D]`. Grid: groups of segments, D tiles."""
+    """Gradient of SEGMENTS plans and their part of the gate's, `[S / SEGMENTS, D]`. Grid: groups of segments, D."""
     places = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     first = tl.program_id(0) * SEGMENTS
     token = _token_before(segment_ids, first, num_tokens, 128)
@@ -86,13 +90,13 @@ def add_plan_bwd_kernel(
             highest = tl.max(ids, 0)
             # The next segment may begin in this window: it starts with it again.
             token = tl.where(highest <= segment, token + ROWS, token)
-        wide = segment.to(tl.int64)
+        wide = tl.zeros((), tl.int64) + segment
         if gate_parts is not None:
             part += sums * tl.load(plan + wide * plan_stride + places, mask=places < size, other=0.0).to(tl.float32)
         if grad_plan is not None:
             if gate is not None:
                 sums *= tl.load(gate + places, mask=places < size, other=0.0).to(tl.float32)
-            tl.store(grad_plan + wide * size + places, sums, mask=places < size)
+            tl.store(grad_plan + wide * size + places, rounded(sums, grad_plan.dtype.element_ty), mask=places < size)
     if gate_parts is not None:
         tl.store(gate_parts + tl.program_id(0).to(tl.int64) * size + places, part, mask=places < size)
 
@@ -108,7 +112,7 @@ def gate_bwd_kernel(
         rows = part + tl.arange(0, ROWS)
         inside = (rows < num_parts)[:, None] & (places < size)[None, :]
         sums += tl.load(gate_parts + rows.to(tl.int64)[:, None] * size + places[None, :], mask=inside, other=0.0)
-    tl.store(grad_gate + places, tl.sum(sums, 0), mask=places < size)
+    tl.store(grad_gate + places, rounded(tl.sum(sums, 0), grad_gate.dtype.element_ty), mask=places < size)
 
 
 def add_plan(x: Tensor, plan: Tensor, segment_ids: Tensor, gate: Tensor | None) -> Tensor:
@@ -141,25 +145,25 @@ def add_plan(x: Tensor, plan: Tensor, segment_ids: Tensor, gate: Tensor | None) 
             x_stride=x.stride(0), plan_stride=plan.stride(0),
         )  # fmt: skip
 
-    run(choose_tiles("add_plan_fwd", x, (size,), run))
+    run(choose_tiles("add_plan_fwd", (size,), x, plan, trial=run))
     return out
 
 
 def add_plan_backward(
-    grad: Tensor, plan: Tensor, segment_ids: Tensor, gate: Tensor | None, needs_plan: bool, needs_gate: bool
+    grad: Tensor, plan: Tensor, segment_ids: Tensor, gate: Tensor | None, needs: list[bool]
 ) -> tuple[Tensor, Tensor]:
     """Gradients of plan and gate; that of x is `grad` itself.
 
     Args:
         grad (Tensor): gradient of the result, `[T, D]`.
         plan, segment_ids, gate: as in the forward.
-        needs_plan, needs_gate (bool): which gradients to compute.
+        needs (list[bool]): whether to compute the gradient of plan, and that of gate.
 
     Returns:
         tuple[Tensor, Tensor]: `[S, D]` in plan's dtype and `[D]` in gate's; an empty tensor for one that is not needed.
     """
     num_segments, size = plan.shape
-    wants_gate = needs_gate and gate is not None
+    needs_plan, wants_gate = needs[0], needs[1] and gate is not None
     num_parts = triton.cdiv(num_segments, _SEGMENTS)
     like = partial(torch.empty, device=plan.device)
     grad_plan = like(num_segments, size, dtype=plan.dtype) if needs_plan else plan.new_empty(0)
@@ -182,9 +186,9 @@ def add_plan_backward(
             grad_stride=grad.stride(0), plan_stride=plan.stride(0), SEGMENTS=_SEGMENTS,
         )  # fmt: skip
 
-    run(choose_tiles("add_plan_bwd", grad, (size,), run))
+    run(choose_tiles("add_plan_bwd", (size,), grad, plan, trial=run))
     if gate_parts is not None:
-        tiles = choose_tiles("gate_bwd", grad, (size,))
+        tiles = choose_tiles("gate_bwd", (size,), grad)
         launch(
             gate_bwd_kernel,
             (triton.cdiv(size, tiles.columns),),

@@ -1,17 +1,18 @@
 """Device code of `plan_projection`: the backward kernels. `triton_forward` has the formulas and what names mean.
 
-    dM = grad_projected weight        grad_weight = grad_projected^T mixed        grad_bias = sum_s grad_projected
-    grad_scores = p ((1 - w) (dM codebook^T - dM . mixture) + grad_log_normalizer) / temperature
-    grad_logits = grad_scores + grad_oracle_nll (softmax(logits) - one-hot oracle)
-    grad_codebook = ((1 - w) p + w one-hot oracle)^T dM
+dM = grad_projected weight        grad_weight = grad_projected^T mixed        grad_bias = sum_s grad_projected
+grad_scores = p ((1 - w) (dM codebook^T - dM . mixture) + grad_log_normalizer) / temperature
+grad_logits = grad_scores + grad_oracle_nll (softmax(logits) - one-hot oracle)
+grad_codebook = ((1 - w) p + w one-hot oracle)^T dM
 """
 
-# mypy: disable-error-code="no-untyped-def, no-untyped-call, misc"
+# mypy: disable-error-code="no-untyped-def, untyped-decorator"
 
 import triton
 import triton.language as tl
 
 from .triton_forward import HALF_SCALE, load_mixed, load_oracle, load_scores
+from .triton_numerics import add_product, exponential, rounded
 
 
 @triton.jit
@@ -49,7 +50,7 @@ def projection_bwd_kernel(
             inside = (rows < num_rows)[:, None] & (columns < plan_size)[None, :]
             at = grad_projected + rows.to(tl.int64)[:, None] * grad_projected_stride + columns[None, :]
             sums += tl.sum(tl.load(at, mask=inside, other=0.0).to(tl.float32), 0)
-        tl.store(grad_bias + columns, sums, mask=columns < plan_size)
+        tl.store(grad_bias + columns, rounded(sums, grad_bias.dtype.element_ty), mask=columns < plan_size)
 
 
 @triton.jit
@@ -76,8 +77,8 @@ def _grad_mixture_tile(
             )
             at = weight + columns.to(tl.int64)[:, None] * weight_stride + places[None, :]
             factors = tl.load(at, mask=(columns < plan_size)[:, None] & (places < size)[None, :], other=0.0)
-            result = tl.dot(upstream, factors, result, input_precision="tf32x3")
-        gradient = result.to(grad_mixture.dtype.element_ty)
+            result = add_product(upstream, factors, result)
+        gradient = rounded(result, grad_mixture.dtype.element_ty)
         tl.store(grad_mixture + wide * size + places[None, :], gradient, mask=inside)
     # From the rounded gradient, as mixture_bwd's product with the codebook is: the two are subtracted there.
     gradient = gradient.to(tl.float32)
@@ -109,8 +110,9 @@ def _grad_weight_tile(
         at = grad_projected + rows.to(tl.int64)[None, :] * grad_projected_stride + columns[:, None]
         upstream = tl.load(at, mask=inside, other=0.0)
         mixed = load_mixed(mixture, codebook, oracle, oracle_weight, rows, places, codebook_stride, num_rows, size)
-        result = tl.dot(upstream, mixed.to(upstream.dtype), result, input_precision="tf32x3")
+        result = add_product(upstream, rounded(mixed, upstream.dtype), result)
     written = (columns < plan_size)[:, None] & (places < size)[None, :]
+    result = rounded(result, grad_weight.dtype.element_ty)
     tl.store(grad_weight + columns.to(tl.int64)[:, None] * size + places[None, :], result, mask=written)
 
 
@@ -168,7 +170,7 @@ def _grad_codebook_tile(
         )  # fmt: skip
         peak = tl.load(statistics + rows, mask=rows < num_rows, other=0.0)
         log_total = tl.load(statistics + num_rows + rows, mask=rows < num_rows, other=0.0)
-        weights = tl.exp((scores - peak[None, :]) * inverse_temperature - log_total[None, :])  # [ROWS, DEPTH]
+        weights = exponential(scores - peak[None, :], inverse_temperature) * tl.exp(-log_total)[None, :]
         if oracle_weight is not None:
             label, share = load_oracle(oracle, oracle_weight, rows, num_rows)
             chosen = tl.where(label[None, :] == first_column + actions[:, None], share[None, :], 0.0)
@@ -176,9 +178,10 @@ def _grad_codebook_tile(
         inside = (rows < num_rows)[:, None] & (places < size)[None, :]
         at = grad_mixture + rows.to(tl.int64)[:, None] * grad_mixture_stride + places[None, :]
         upstream = tl.load(at, mask=inside, other=0.0)
-        result = tl.dot((weights * scale).to(upstream.dtype), upstream, result, input_precision="tf32x3")
+        result = add_product(rounded(weights * scale, upstream.dtype), upstream, result)
     written = (actions < num_columns)[:, None] & (places < size)[None, :]
-    tl.store(grad_codebook + actions.to(tl.int64)[:, None] * size + places[None, :], result / scale, mask=written)
+    result = rounded(result / scale, grad_codebook.dtype.element_ty)
+    tl.store(grad_codebook + actions.to(tl.int64)[:, None] * size + places[None, :], result, mask=written)
 
 
 @triton.jit
@@ -190,16 +193,17 @@ def _grad_scores_tile(
     grad_logits_stride, grad_noise_stride, TOP_K: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
-    tiles = tl.cdiv(num_columns, COLUMNS)
+    # Of ROWS by DEPTH, like the scores' tiles elsewhere: everything at its end is elementwise and in registers.
+    tiles = tl.cdiv(num_columns, DEPTH)
     rows = program // tiles * ROWS + tl.arange(0, ROWS)
-    columns = program % tiles * COLUMNS + tl.arange(0, COLUMNS)
+    columns = program % tiles * DEPTH + tl.arange(0, DEPTH)
     in_rows = rows < num_rows
     label, share = load_oracle(oracle, oracle_weight, rows, num_rows)
-    arriving = tl.zeros((ROWS, COLUMNS), tl.float32)
+    arriving = tl.zeros((ROWS, DEPTH), tl.float32)
     if grad_mixture is not None:
         arriving = _grad_probabilities(
             grad_mixture, codebook, delta_parts, rows, columns, grad_mixture_stride, codebook_stride,
-            num_rows, num_columns, size, num_parts, DEPTH,
+            num_rows, num_columns, size, num_parts, COLUMNS,
         ) * (1.0 - share)[:, None]  # fmt: skip
     if grad_log_normalizer is not None:
         at = grad_log_normalizer + rows.to(tl.int64) * grad_log_normalizer_stride
@@ -210,12 +214,13 @@ def _grad_scores_tile(
     )  # fmt: skip
     peak = tl.load(statistics + rows, mask=in_rows, other=0.0)
     log_total = tl.load(statistics + num_rows + rows, mask=in_rows, other=0.0)
-    shares = tl.exp((scores - peak[:, None]) * inverse_temperature - log_total[:, None])
+    shares = exponential(scores - peak[:, None], inverse_temperature) * tl.exp(-log_total)[:, None]
     gradient = shares * arriving * inverse_temperature
     written = in_rows[:, None] & (columns < num_columns)[None, :]
     wide = rows.to(tl.int64)[:, None]
     if grad_noise is not None:
-        tl.store(grad_noise + wide * grad_noise_stride + columns[None, :], gradient, mask=written)
+        at = grad_noise + wide * grad_noise_stride + columns[None, :]
+        tl.store(at, rounded(gradient, grad_noise.dtype.element_ty), mask=written)
     if grad_logits is not None:
         if grad_oracle_nll is not None:
             labelled = in_rows & (label >= 0)
@@ -223,28 +228,29 @@ def _grad_scores_tile(
             upstream = tl.load(at_nll, mask=labelled, other=0.0).to(tl.float32)
             raw_peak = tl.load(statistics + 2 * num_rows + rows, mask=in_rows, other=0.0)
             raw_log_total = tl.load(statistics + 3 * num_rows + rows, mask=in_rows, other=0.0)
-            likelihood = tl.exp(raw - raw_peak[:, None] - raw_log_total[:, None])
+            likelihood = exponential(raw - raw_peak[:, None], 1.0) * tl.exp(-raw_log_total)[:, None]
             hit = label[:, None] == first_column + columns[None, :]
             gradient += upstream[:, None] * (likelihood - tl.where(hit, 1.0, 0.0))
-        tl.store(grad_logits + wide * grad_logits_stride + columns[None, :], gradient, mask=written)
+        at = grad_logits + wide * grad_logits_stride + columns[None, :]
+        tl.store(at, rounded(gradient, grad_logits.dtype.element_ty), mask=written)
 
 
 @triton.jit
 def _grad_probabilities(
     grad_mixture, codebook, delta_parts, rows, columns, grad_mixture_stride, codebook_stride,
-    num_rows, num_columns, size, num_parts, DEPTH: tl.constexpr,
+    num_rows, num_columns, size, num_parts, STEP: tl.constexpr,
 ):  # fmt: skip
     # grad_mixture codebook^T, less its mean under the probabilities: what a softmax passes on.
     result = tl.zeros((rows.shape[0], columns.shape[0]), tl.float32)
-    for place in range(0, size, DEPTH):
-        places = place + tl.arange(0, DEPTH)
+    for place in range(0, size, STEP):
+        places = place + tl.arange(0, STEP)
         row_mask = (rows < num_rows)[:, None] & (places < size)[None, :]
         at_rows = grad_mixture + rows.to(tl.int64)[:, None] * grad_mixture_stride + places[None, :]
         upstream = tl.load(at_rows, mask=row_mask, other=0.0)
         column_mask = (places < size)[:, None] & (columns < num_columns)[None, :]
         at_columns = codebook + columns.to(tl.int64)[None, :] * codebook_stride + places[:, None]
         actions = tl.load(at_columns, mask=column_mask, other=0.0)
-        result = tl.dot(upstream, actions, result, input_precision="tf32x3")
+        result = add_product(upstream, actions, result)
     delta = tl.zeros((rows.shape[0],), tl.float32)
     for first in range(0, num_parts, 16):
         part = first + tl.arange(0, 16)

@@ -16,10 +16,12 @@ Sizes: S sentences, K actions, A action-embedding size, D plan size. In a kernel
 that a program writes and DEPTH what each step of its loop sums over. Optional tensors are None at compile time.
 """
 
-# mypy: disable-error-code="no-untyped-def, no-untyped-call, misc"
+# mypy: disable-error-code="no-untyped-def, untyped-decorator"
 
 import triton
 import triton.language as tl
+
+from .triton_numerics import add_product, exponential, rounded
 
 PARTS = tl.constexpr(6)
 """Rows of `parts`: largest score, sum, largest logit, sum of those, the oracle's logit, index of the largest score
@@ -85,36 +87,38 @@ def _add_mass(peak, total, other_peak, other_total, inverse_temperature):
     # Two sums of exponentials, each relative to its own peak, as one. Nothing seen yet: peak -inf, total 0.
     top = tl.maximum(peak, other_peak)
     shift = tl.where(top == -float("inf"), 0.0, top)
-    kept = tl.exp((peak - shift) * inverse_temperature)
-    added = tl.exp((other_peak - shift) * inverse_temperature)
+    kept = exponential(peak - shift, inverse_temperature)
+    added = exponential(other_peak - shift, inverse_temperature)
     return top, total * kept + other_total * added
 
 
 @triton.jit
 def mixture_fwd_kernel(
-    logits, head_bias, noise, statistics, cut, oracle, codebook, partial, parts,
+    logits, head_bias, noise, statistics, cut, oracle, codebook, partial, earlier, parts,
     num_rows, num_columns, size, first_column, columns_per_split, inverse_temperature,
     logits_stride, noise_stride, codebook_stride,
-    TOP_K: tl.constexpr, RAW: tl.constexpr, RESUME: tl.constexpr,
+    TOP_K: tl.constexpr, RAW: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
     """Mean action embedding and statistics of some rows over one range of actions.
 
-    Grid: tiles of A, tiles of S, ranges of K. Writes `partial [ranges, S, A]` and `parts [ranges, PARTS, S]`; with
-    RESUME goes on from what stands there, and with RAW keeps statistics of the logits beside those of the scores.
+    Grid: tiles of A, tiles of S, ranges of K. Writes `partial [ranges, S, A]` and `parts [ranges, PARTS, S]`; given
+    `earlier`, the parts of the actions before, goes on from those and from the means that stand in `partial`. `parts`
+    must be another tensor: tiles of A other than the first still read when that one writes. With RAW keeps statistics
+    of the logits beside those of the scores.
     """
     rows = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
     places = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     start = tl.program_id(2) * columns_per_split
     end = tl.minimum(start + columns_per_split, num_columns)
-    parts += tl.program_id(2) * PARTS * num_rows + rows
-    peak, total, raw_peak, raw_total, best = _first_state(parts, rows, num_rows, RESUME)
+    offsets = tl.program_id(2) * PARTS * num_rows + rows
+    peak, total, raw_peak, raw_total, best = _first_state(earlier, offsets, rows, num_rows)
     if codebook is not None:
         scale: tl.constexpr = HALF_SCALE if codebook.dtype.element_ty == tl.float16 else 1.0
         partial += (tl.program_id(2) * num_rows + rows.to(tl.int64))[:, None] * size + places[None, :]
         written = (rows < num_rows)[:, None] & (places < size)[None, :]
         mean = tl.zeros((ROWS, COLUMNS), tl.float32)
-        if RESUME:
+        if earlier is not None:
             mean = tl.load(partial, mask=written, other=0.0) * (total * scale)[:, None]
     for column in range(start, end, DEPTH):
         columns = column + tl.arange(0, DEPTH)
@@ -127,49 +131,50 @@ def mixture_fwd_kernel(
         best = tl.where(highest > peak, (first_column + at).to(tl.float32), best)
         top = tl.maximum(peak, highest)
         shift = tl.where(top == -float("inf"), 0.0, top)
-        faded = tl.exp((peak - shift) * inverse_temperature)
-        mass = tl.exp((scores - shift[:, None]) * inverse_temperature)
+        faded = exponential(peak - shift, inverse_temperature)
+        mass = exponential(scores - shift[:, None], inverse_temperature)
         total, peak = total * faded + tl.sum(mass, 1), top
         if RAW:
             raw_highest = tl.max(raw, 1)
-            raw_mass = tl.exp(raw - tl.where(raw_highest == -float("inf"), 0.0, raw_highest)[:, None])
+            raw_mass = exponential(raw - tl.where(raw_highest == -float("inf"), 0.0, raw_highest)[:, None], 1.0)
             raw_peak, raw_total = _add_mass(raw_peak, raw_total, raw_highest, tl.sum(raw_mass, 1), 1.0)
         if codebook is not None:
             inside = (columns < end)[:, None] & (places < size)[None, :]
             at_actions = codebook + columns.to(tl.int64)[:, None] * codebook_stride + places[None, :]
             actions = tl.load(at_actions, mask=inside, other=0.0)
-            weights = (mass * scale).to(actions.dtype)
-            mean = tl.dot(weights, actions, mean * faded[:, None], input_precision="tf32x3")
+            weights = rounded(mass * scale, actions.dtype)
+            mean = add_product(weights, actions, mean * faded[:, None])
     if codebook is not None:
         tl.store(partial, mean / tl.where(total == 0, 1.0, total * scale)[:, None], mask=written)
     if tl.program_id(0) == 0:
         state = (peak, total, raw_peak, raw_total, best)
         _store_state(
-            state, parts, logits, head_bias, oracle, rows, start, end, logits_stride, num_rows, first_column, RESUME
-        )
+            state, earlier, parts, offsets, logits, head_bias, oracle, rows, start, end, logits_stride, num_rows,
+            first_column,
+        )  # fmt: skip
 
 
 @triton.jit
-def _first_state(parts, rows, num_rows, RESUME: tl.constexpr):
+def _first_state(earlier, offsets, rows, num_rows):
     zeros = tl.zeros(rows.shape, tl.float32)
     peak, total, raw_peak, raw_total, best = zeros - float("inf"), zeros, zeros - float("inf"), zeros, zeros
-    if RESUME:
+    if earlier is not None:
         inside = rows < num_rows
-        peak = tl.load(parts, mask=inside, other=-float("inf"))
-        total = tl.load(parts + num_rows, mask=inside, other=0.0)
-        raw_peak = tl.load(parts + 2 * num_rows, mask=inside, other=-float("inf"))
-        raw_total = tl.load(parts + 3 * num_rows, mask=inside, other=0.0)
-        best = tl.load(parts + 5 * num_rows, mask=inside, other=0.0)
+        peak = tl.load(earlier + offsets, mask=inside, other=-float("inf"))
+        total = tl.load(earlier + offsets + num_rows, mask=inside, other=0.0)
+        raw_peak = tl.load(earlier + offsets + 2 * num_rows, mask=inside, other=-float("inf"))
+        raw_total = tl.load(earlier + offsets + 3 * num_rows, mask=inside, other=0.0)
+        best = tl.load(earlier + offsets + 5 * num_rows, mask=inside, other=0.0)
     return peak, total, raw_peak, raw_total, best
 
 
 @triton.jit
 def _store_state(
-    state, parts, logits, head_bias, oracle, rows, start, end, logits_stride, num_rows, first_column,
-    RESUME: tl.constexpr,
+    state, earlier, parts, offsets, logits, head_bias, oracle, rows, start, end, logits_stride, num_rows, first_column
 ):  # fmt: skip
     peak, total, raw_peak, raw_total, best = state
     inside = rows < num_rows
+    parts += offsets
     tl.store(parts, peak, mask=inside)
     tl.store(parts + num_rows, total, mask=inside)
     tl.store(parts + 2 * num_rows, raw_peak, mask=inside)
@@ -182,8 +187,9 @@ def _store_state(
         picked = tl.load(logits + rows.to(tl.int64) * logits_stride + column, mask=here, other=0.0).to(tl.float32)
         if head_bias is not None:
             picked += tl.load(head_bias + column, mask=here, other=0.0).to(tl.float32)
-        # The other ranges add nothing to it.
-        tl.store(parts + 4 * num_rows, picked, mask=here if RESUME else inside)
+        if earlier is not None:  # 0 unless it was there, and then 0 now
+            picked += tl.load(earlier + offsets + 4 * num_rows, mask=inside, other=0.0)
+        tl.store(parts + 4 * num_rows, picked, mask=inside)
 
 
 @triton.jit
@@ -215,7 +221,7 @@ def combine_fwd_kernel(
         at = parts + split * PARTS * num_rows + rows
         range_peak = tl.load(at, mask=rows < num_rows, other=0.0)
         range_total = tl.load(at + num_rows, mask=rows < num_rows, other=0.0)
-        share = range_total * tl.exp((range_peak - shift) * inverse_temperature) / total
+        share = range_total * exponential(range_peak - shift, inverse_temperature) / tl.where(total == 0, 1.0, total)
         offsets = (split * num_rows + rows.to(tl.int64))[:, None] * size + places[None, :]
         mean += share[:, None] * tl.load(partial + offsets, mask=inside, other=0.0)
     tl.store(mixture + rows.to(tl.int64)[:, None] * size + places[None, :], mean, mask=inside)
@@ -241,7 +247,7 @@ def _store_statistics(
         highest = tl.maximum(highest, range_peak)
         if oracle is not None:
             picked += tl.load(at + 4 * num_rows, mask=inside, other=0.0)
-    log_total, raw_log_total = tl.log(total), tl.log(raw_total)
+    log_total, raw_log_total = tl.log(tl.where(inside, total, 1.0)), tl.log(tl.where(inside, raw_total, 1.0))
     statistics += rows
     tl.store(statistics, peak, mask=inside)
     tl.store(statistics + num_rows, log_total, mask=inside)
@@ -288,10 +294,11 @@ def projection_fwd_kernel(
                 inside = (places < size)[:, None] & (columns < plan_size)[None, :]
                 at = weight + columns.to(tl.int64)[None, :] * weight_stride + places[:, None]
                 factors = tl.load(at, mask=inside, other=0.0)
-                result = tl.dot(mixed.to(factors.dtype), factors, result, input_precision="tf32x3")
+                result = add_product(rounded(mixed, factors.dtype), factors, result)
         if bias is not None:
             result += tl.load(bias + columns, mask=columns < plan_size, other=0.0).to(tl.float32)[None, :]
         written = (rows < num_rows)[:, None] & (columns < plan_size)[None, :]
+        result = rounded(result, projected.dtype.element_ty)
         tl.store(projected + rows.to(tl.int64)[:, None] * plan_size + columns[None, :], result, mask=written)
     if tl.program_id(0) == 0:
         _store_statistics(

@@ -1,13 +1,22 @@
 """How the Triton kernels are launched: tile sizes per architecture and dtype, opt-in tuning, one door for launches.
 
-**Where the sizes come from.** A product's accumulator is float32: a tile of 128 by 128 takes 64 registers of each of 256
-threads (8 warps), which leaves room for the softmax of a 128 by 64 tile of logits (32 registers, twice over) below the
-255 a thread can have; 128 by 256 would need 128 + 64 and spills. wgmma (sm_90) needs 64 rows per group of four warps,
-tcgen05 (sm_100) tiles of 64 or 128 rows, so no tile has fewer. DEPTH 64 makes one row of a half-precision operand 128
-bytes, the widest swizzle of shared memory; three stages of both operands are 3 * 2 * 128 * 64 * 2 = 96 KB, within 163
-KB (sm_80) and 227 KB (sm_90, sm_100); sm_120 has 99 KB and gets two. float32 products are three tf32 products each
-("tf32x3", which keeps 1e-5): their operands are split in registers, twice the bytes each, so tiles are 64 by 64 by 32.
-Elementwise kernels read rows of 128 elements or more, 16 bytes a thread.
+**Where the sizes come from.** benchmarks/compile_report shows registers and shared memory of every one.
+
+- Products sum in float32: a 128 by 128 tile takes 64 registers of each of 256 threads (8 warps). In mixture_fwd the
+  tile of scores, its exponentials, noise and addresses come on top, about five registers an entry, so that DEPTH is 32
+  there (16 entries a thread) and 64 elsewhere. 64 half-precision values are 128 bytes, the widest swizzle of shared
+  memory.
+- wgmma (sm_90) multiplies 64 rows per group of four warps and tcgen05 (sm_100) 64 or 128 rows, reading operands from
+  shared memory. mma.sync (sm_80, sm_120) keeps them in registers: tiles of mixture_fwd and projection_fwd, which
+  compute an operand, have 64 rows or half the DEPTH there.
+- Three stages of both operands are at most 3 * 2 * 128 * 64 * 2 = 96 KB, where a block has 163 KB (sm_80), 227 KB
+  (sm_90, sm_100) or 99 KB (sm_120, hence two stages where a product's operand is float32 on its way there). sm_86 and
+  sm_89 have 99 KB too and use sm_80's tables, which stay below.
+- A float32 product is three tf32 products ("tf32x3", which keeps 1e-5) of operands that are split in registers, at
+  twice the bytes each: 64 by 64, and DEPTH 16 in mixture_fwd and where mma.sync holds a computed operand as well.
+- Rows that do not start at multiples of 16 elements are read one element at a time, with an address each ("ragged"), so
+  that the tiles are small and there is nothing to pipeline.
+- Kernels without a product read 256 or 512 bytes of a row at a time, 16 bytes a thread.
 
 **Tuning.** With PLANLM_TUNE=1 the first call measures the candidates and keeps the winner in a JSON file under
 PLANLM_CACHE (default ~/.cache/planlm), by device, Triton's version, kernel, dtype and the sizes of the model rounded up
@@ -20,7 +29,7 @@ import contextlib
 import json
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
@@ -30,9 +39,11 @@ import torch
 import triton
 from torch import Tensor
 
+from . import environment
+
 INTERPRETED = bool(triton.knobs.runtime.interpret)
 ARCHITECTURES = (80, 90, 100, 120)
-_PROCESSORS = {0: 4, 80: 108, 90: 132, 100: 148, 120: 170}
+_PROCESSORS = {0: 8, 80: 108, 90: 132, 100: 148, 120: 170}
 """Multiprocessors of the largest device of each architecture: a constant, so that sums do not depend on the device."""
 
 
@@ -73,27 +84,68 @@ class Launch:
     arguments: dict[str, Any]
 
 
-_SMALL = Tiles(16, 16, 16)
-_HALF = Tiles(128, 128, 64, num_warps=8)
-_HALF_NARROW = Tiles(64, 128, 64)
-_FULL = Tiles(64, 64, 32)
-_TABLE: dict[tuple[int, str], dict[str, tuple[Tiles, ...]]] = {}
-"""By architecture (0: the interpreter) and kind of operand: each kernel's candidates, the default first."""
+_WIDE, _FLAT = Tiles(128, 128, 64, 8, 3), Tiles(64, 128, 64, 8, 3)
+_SHALLOW, _FLAT_SHALLOW = Tiles(128, 128, 16, 8, 3), Tiles(64, 128, 32, 8, 3)
+_HALF: dict[int, dict[str, tuple[Tiles, ...]]] = {
+    80: {
+        "mixture_fwd": (_FLAT_SHALLOW, _SHALLOW),
+        "projection_fwd": (_FLAT,),
+        "projection_bwd": (_WIDE, _FLAT),
+        "mixture_bwd": (_WIDE, Tiles(128, 128, 32, 8, 3)),
+    },
+    90: {
+        "mixture_fwd": (Tiles(128, 128, 32, 8, 3), Tiles(64, 256, 32, 8, 3), _FLAT_SHALLOW),
+        "projection_fwd": (_WIDE, _FLAT),
+        "projection_bwd": (_WIDE, _FLAT),
+        "mixture_bwd": (_WIDE, _FLAT),
+    },
+    100: {
+        "mixture_fwd": (Tiles(128, 128, 32, 8, 2), _SHALLOW, _FLAT_SHALLOW),
+        "projection_fwd": (_WIDE, _FLAT),
+        "projection_bwd": (_WIDE, _FLAT),
+        "mixture_bwd": (Tiles(128, 128, 64, 8, 2), _FLAT),
+    },
+    120: {
+        "mixture_fwd": (_FLAT_SHALLOW, _SHALLOW),
+        "projection_fwd": (Tiles(64, 128, 64, 8, 2), Tiles(128, 64, 64, 8, 2)),
+        "projection_bwd": (_WIDE, _FLAT),
+        "mixture_bwd": (_WIDE, _FLAT),
+    },
+}
+_SQUARE, _SQUARE_SHALLOW = Tiles(64, 64, 32, 4, 2), Tiles(64, 64, 16, 4, 2)
+_FULL: dict[int, dict[str, tuple[Tiles, ...]]] = {
+    architecture: {
+        "mixture_fwd": (_SQUARE_SHALLOW,),
+        "projection_fwd": (_SQUARE_SHALLOW if architecture in (80, 120) else _SQUARE,),
+        "projection_bwd": (_SQUARE,),
+        "mixture_bwd": (_SQUARE,),
+    }
+    for architecture in ARCHITECTURES
+}
+RAGGED = Tiles(64, 64, 16, 8, 1)
+_ELEMENTWISE = {
+    "combine_fwd": (Tiles(16, 128),),
+    "add_plan_fwd": (Tiles(16, 256), Tiles(8, 256)),
+    "add_plan_bwd": (Tiles(16, 128), Tiles(16, 64)),
+    "gate_bwd": (Tiles(32, 64),),
+}
 
 
 def candidates(kernel: str, kind: str, architecture: int) -> tuple[Tiles, ...]:
-    """Configurations of a kernel ("mixture_fwd") for operands that are "half" or "full"; the default comes first."""
+    """Configurations of a kernel ("mixture_fwd") for a kind of operands; the default comes first."""
     if architecture == 0:
-        return (_SMALL,)
-    memory_bound = {
-        "combine_fwd": (Tiles(16, 128),),
-        "add_plan_fwd": (Tiles(16, 256), Tiles(8, 256)),
-        "add_plan_bwd": (Tiles(16, 128),),
-        "gate_bwd": (Tiles(32, 64),),
-    }
-    if kernel in memory_bound:
-        return memory_bound[kernel]
-    return (_HALF, _HALF_NARROW) if kind == "half" else (_FULL,)
+        return (Tiles(16, 16, 16),)  # the interpreter: small, so that small tests have several of every kind
+    if kernel in _ELEMENTWISE:
+        return _ELEMENTWISE[kernel]
+    return (RAGGED,) if kind == "ragged" else (_HALF if kind == "half" else _FULL)[architecture][kernel]
+
+
+def kind_of(operand: Tensor, matrices: Iterable[Tensor | None]) -> str:
+    """Which table a kernel's product needs: "half" or "full" precision, or "ragged" where rows are not aligned."""
+    for matrix in matrices:
+        if matrix is not None and matrix.numel() > 0 and (matrix.stride(0) % 16 or matrix.data_ptr() % 16):
+            return "ragged"
+    return "full" if operand.dtype == torch.float32 else "half"
 
 
 _observer: Callable[[Launch], bool] | None = None
@@ -125,7 +177,7 @@ def launch(
     writes: Sequence[Tensor | int | None],
     **arguments: Any,
 ) -> None:
-    """Launch a kernel on its tensors' device: the only place where one is.
+    """Launch a kernel on its tensors' device: the only place where one is. An empty grid is none.
 
     Args:
         kernel (Any): the Triton kernel.
@@ -135,6 +187,8 @@ def launch(
             bytes of a part of one; None is left out.
         **arguments (Any): the kernel's other arguments, by name.
     """
+    if 0 in grid:
+        return
     touched = [tuple(item for item in items if item is not None) for items in (reads, writes)]
     request = Launch(kernel, grid, tiles, touched[0], touched[1], arguments)
     if _observer is not None and not _observer(request):
@@ -171,32 +225,37 @@ def with_unit_columns(matrix: Tensor) -> Tensor:
 
 
 def choose_tiles(
-    kernel: str, operand: Tensor, sizes: tuple[int, ...], trial: Callable[[Tiles], object] | None = None
+    kernel: str,
+    sizes: tuple[int, ...],
+    operand: Tensor,
+    *matrices: Tensor | None,
+    trial: Callable[[Tiles], object] | None = None,
 ) -> Tiles:
     """The configuration to launch a kernel with: the table's, or the measured one with PLANLM_TUNE=1.
 
     Args:
         kernel (str): its name without "_kernel".
-        operand (Tensor): its dtype and device decide.
         sizes (tuple[int, ...]): K, A, D, as far as the kernel knows them; never S or T.
+        operand (Tensor): of its product: dtype and device decide.
+        *matrices (Tensor | None): the other matrices that it reads or writes: alignment decides.
         trial (Callable[[Tiles], object] | None): one complete run, repeatable; None: not to be measured.
     """
-    kind = "full" if operand.dtype == torch.float32 else "half"
+    kind = kind_of(operand, (operand, *matrices))
     options = candidates(kernel, kind, architecture_of(operand.device))
-    if trial is None or len(options) == 1 or _observer is not None or os.environ.get("PLANLM_TUNE") != "1":
+    if trial is None or len(options) == 1 or _observer is not None or not environment.tune():
         return options[0]
     rounded = "x".join(str(triton.next_power_of_2(size)) for size in sizes)
     device = torch.cuda.get_device_name(operand.device)
-    key = f"{device} | triton {triton.__version__} | {kernel} | {operand.dtype} | {rounded}"
+    key = f"{device} | triton {triton.__version__} | {kernel} | {kind} | {operand.dtype} | {rounded}"
     winners = _winners()
-    if key not in winners:
+    if winners.get(key) not in options:  # never measured, or with other tables
         winners[key] = min(options, key=lambda tiles: float(triton.testing.do_bench(lambda: trial(tiles))))
         _save(winners)
     return winners[key]
 
 
 def _cache_file() -> Path:
-    return Path(os.environ.get("PLANLM_CACHE") or Path.home() / ".cache" / "planlm") / "tiles.json"
+    return environment.cache() / "tiles.json"
 
 
 @cache

@@ -1,0 +1,521 @@
+"""The Triton kernels in Triton's interpreter: values and every gradient against the reference in float64.
+
+Tiles are 16 by 16 there, so that tensors of 20 to 70 rows have several in every dimension. What tensor cores round and
+what the compiler makes of the kernels, benchmarks/compile_report and a GPU have to show. Run by test_triton.py, or with
+
+    TRITON_INTERPRET=1 python -m pytest tests/kernels/interpreted.py
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from planlm.kernels import reference, triton_addition, triton_projection, triton_tiles
+
+from .cases import (
+    assert_close,
+    gradients,
+    hidden_inputs,
+    in_float64,
+    leaves,
+    projection_inputs,
+    projection_options,
+    random,
+    relative_error,
+    upstream,
+)
+from .naive import plan_projection_eager
+
+SPLIT = (5, 70, 17, 20)
+"""S, K, A and D for which the actions are split over programs."""
+TILED = (20, 40, 33, 18)
+"""At least two tiles in every dimension."""
+SHAPES = [(1, 1, 1, 1), (5, 7, 3, 4), (16, 32, 16, 16), SPLIT, TILED]
+GRADIENTS = ("source", "head", "head_bias", "codebook", "weight", "bias", "noise", "oracle_weight")
+HALVES = [torch.bfloat16, torch.float16]
+
+
+@pytest.fixture(autouse=True)
+def _poison() -> Iterator[None]:
+    """Every tensor that is allocated without values starts as NaN."""
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def arguments(inputs: dict[str, Tensor], options: dict[str, Any]) -> list[Any]:
+    """The backend's positional arguments."""
+    share = options.get("oracle_weight")
+    source = inputs["hidden"] if "hidden" in inputs else inputs["logits"]
+    if isinstance(share, float):
+        share = torch.full((len(source),), share)
+    named = {**inputs, **options, "source": source, "oracle_weight": share}
+    order = (*GRADIENTS[:7], "oracle", "oracle_weight")
+    values = [named.get(name) for name in order]
+    detached = [value.detach() if isinstance(value, Tensor) else value for value in values]
+    return [*detached, options.get("temperature", 1.0), options.get("top_k") or 0]
+
+
+def backward(
+    given: list[Any], outputs: tuple[Tensor, ...], ups: list[Tensor | None], *needed: str
+) -> dict[str, Tensor]:
+    """The backend's gradients by name; all of them unless some are named."""
+    *tensors, temperature, top_k = given
+    present = [tensor is not None for index, tensor in enumerate(tensors) if index != 7]
+    needs = [here and (not needed or name in needed) for here, name in zip(present, GRADIENTS, strict=True)]
+    found = triton_projection.plan_projection_backward(*ups, *tensors, *outputs[4:], temperature, top_k, needs)
+    assert all(gradient.numel() == 0 for gradient, need in zip(found, needs, strict=True) if not need)
+    return {name: gradient for name, gradient, need in zip(GRADIENTS, found, needs, strict=True) if need}
+
+
+def run(inputs: dict[str, Tensor], options: dict[str, Any]) -> tuple[tuple[Tensor, ...], dict[str, Tensor]]:
+    """Outputs and all gradients of the random upstream gradients of `cases.upstream`."""
+    given = arguments(inputs, options)
+    outputs = triton_projection.plan_projection(*given)
+    return outputs, backward(given, outputs, upstream(outputs[:3]))
+
+
+def exact(inputs: dict[str, Tensor], options: dict[str, Any]) -> tuple[reference.PlanProjection, dict[str, Tensor]]:
+    """The same of the reference in float64, gradients by the backend's names."""
+    inputs, options = in_float64(inputs), in_float64(options)
+    function = reference.plan_projection_from_hidden if "hidden" in inputs else reference.plan_projection
+    outputs = function(**inputs, **options)
+    found = gradients(outputs, leaves(inputs, options))
+    return outputs, {"source" if name in ("logits", "hidden") else name: value for name, value in found.items()}
+
+
+def check(inputs: dict[str, Tensor], options: dict[str, Any], tolerance: float = 1e-5) -> None:
+    """Outputs and gradients within `tolerance` of the reference."""
+    outputs, found = run(inputs, options)
+    want, wanted = exact(inputs, options)
+    for name, got, value in zip(want._fields, outputs, want, strict=False):
+        assert_close(name, got, value, tolerance)
+    for name, value in wanted.items():
+        assert_close(f"gradient of {name}", found[name], value, tolerance)
+
+
+@pytest.mark.parametrize("mixing", ["unlabelled", "rows"])
+@pytest.mark.parametrize("selection", ["soft", "gumbel", "top-k"])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_agrees_with_the_reference(shape: tuple[int, ...], selection: str, mixing: str) -> None:
+    inputs = projection_inputs(*shape, dtype=torch.float32)
+    check(inputs, projection_options(selection, mixing, *shape[:2], dtype=torch.float32))
+
+
+@pytest.mark.parametrize("selection", ["soft", "gumbel", "top-k"])
+@pytest.mark.parametrize("shape", [(1, 1, 1, 1), SPLIT, (20, 40, 17, 18)], ids=str)
+def test_agrees_with_the_reference_from_hidden(shape: tuple[int, ...], selection: str) -> None:
+    inputs = hidden_inputs(*shape[:2], 6, *shape[2:], dtype=torch.float32)
+    check(inputs, projection_options(selection, "rows", *shape[:2], dtype=torch.float32))
+
+
+@pytest.mark.parametrize("selection", ["soft", "gumbel"])
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+def test_half_precision_is_no_worse_than_eager(dtype: torch.dtype, selection: str) -> None:
+    inputs = projection_inputs(*TILED, dtype=dtype)
+    options = projection_options(selection, "rows", *TILED[:2], dtype=dtype)
+    outputs, found = run(inputs, options)
+    want, wanted = exact(inputs, options)
+    eager = plan_projection_eager(**inputs, **options)
+    for name, got, usual, value in zip(want._fields, outputs, eager, want, strict=False):
+        assert relative_error(got, value) <= relative_error(usual, value) + 1e-3, name
+    usual = gradients(eager, leaves(inputs, options))
+    usual["source"] = usual.pop("logits")
+    for name, value in wanted.items():
+        assert found[name].dtype == dtype
+        assert relative_error(found[name], value) <= relative_error(usual[name], value) + 1e-3, f"gradient of {name}"
+
+
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+def test_half_precision_from_hidden(dtype: torch.dtype) -> None:
+    inputs = hidden_inputs(9, 70, 24, 17, 20, dtype=dtype)
+    options = projection_options("soft", "rows", 9, 70, dtype=dtype)
+    outputs, found = run(inputs, options)
+    want, wanted = exact(inputs, options)
+    for name, got, value in zip(("log_normalizer", "oracle_nll"), outputs[1:3], want[1:], strict=True):
+        assert_close(name, got, value, 1e-5)  # the logits are never rounded
+    in_half = {name: value.detach().to(dtype).requires_grad_() for name, value in inputs.items()}
+    logits = in_half["hidden"] @ in_half["head"].T + in_half["head_bias"]
+    rest = {name: in_half[name] for name in ("codebook", "weight", "bias")}
+    usual = gradients(plan_projection_eager(logits, **rest, **options), leaves(in_half, options))
+    usual["source"] = usual.pop("hidden")
+    for name, value in wanted.items():
+        assert relative_error(found[name], value) <= relative_error(usual[name], value) + 1e-3, f"gradient of {name}"
+
+
+def test_small_probabilities_in_float16() -> None:
+    # 6e-6 each: a tenth of float16's smallest normal number.
+    inputs = projection_inputs(2, 64, 3, 2, dtype=torch.float16)
+    inputs["logits"] = torch.full((2, 64), -12.0, dtype=torch.float16).index_fill(1, torch.tensor([0]), 0.0)
+    inputs["weight"] = (100 * inputs["weight"].detach()).requires_grad_()
+    options = {"temperature": 1.0, "selection": "soft"}
+    found, wanted = run(inputs, options)[1], exact(inputs, options)[1]
+    assert_close("gradient of codebook", found["codebook"][1:], wanted["codebook"][1:], 2e-3)
+
+
+@pytest.mark.parametrize("kind", ["random signs", "one-hot", "all equal"])
+@pytest.mark.parametrize("selection", ["soft", "top-k"])
+def test_extreme_logits(kind: str, selection: str) -> None:
+    num_sentences, num_actions, *_ = SPLIT
+    signs = torch.randint(2, (num_sentences, num_actions), generator=torch.Generator().manual_seed(5)) * 2.0 - 1
+    logits = {
+        "random signs": 1e4 * signs,
+        "one-hot": 1e4 * torch.eye(num_actions)[[3, 0, 69, 3, 41]],
+        "all equal": torch.full((num_sentences, num_actions), -1e4),
+    }[kind]
+    inputs = {**projection_inputs(*SPLIT, dtype=torch.float32), "logits": logits.requires_grad_()}
+    check(inputs, projection_options(selection, "rows", num_sentences, num_actions, dtype=torch.float32))
+
+
+def test_top_k_keeps_the_lower_of_equal_actions_across_chunks() -> None:
+    inputs = hidden_inputs(5, 70, 6, 17, 20, dtype=torch.float32)
+    with torch.no_grad():
+        inputs["head"][1::2] = inputs["head"][0]
+        inputs["head_bias"][1::2] = inputs["head_bias"][0]
+    options = {"temperature": 0.7, "selection": "top-k", "top_k": 40}
+    # Equal rows have equal products in every precision, so the ties are the reference's too.
+    check(inputs, options)
+    outputs = triton_projection.plan_projection(*arguments(inputs, options))
+    logits = inputs["hidden"] @ inputs["head"].T + inputs["head_bias"]
+    assert torch.equal(outputs[6], logits.argsort(dim=1, descending=True, stable=True)[:, 39])
+
+
+def test_masked_logits() -> None:
+    inputs = projection_inputs(*SPLIT, dtype=torch.float32)
+    with torch.no_grad():
+        inputs["logits"][:, 5:] = -torch.inf
+    check(inputs, {"temperature": 0.7, "selection": "soft", "oracle": torch.tensor([0, 1, -1, 4, 2])})
+
+
+def test_rows_without_an_oracle_action() -> None:
+    inputs, options = projection_inputs(*TILED, dtype=torch.float32), projection_options("soft", "rows", *TILED[:2])
+    options["oracle"] = torch.full((20,), -7)
+    options["oracle_weight"] = options["oracle_weight"].detach().float().requires_grad_()
+    check(inputs, options)
+    outputs, found = run(inputs, options)
+    assert not outputs[2].any()
+    assert not found["oracle_weight"].any()
+
+
+def test_statistics() -> None:
+    inputs = projection_inputs(*SPLIT, dtype=torch.float32)
+    options = projection_options("gumbel", "labelled", *SPLIT[:2], dtype=torch.float32)
+    *_, best, mixture, statistics, cut = triton_projection.plan_projection(*arguments(inputs, options))
+    logits, actions = inputs["logits"].detach(), inputs["codebook"].detach()
+    scores = logits + options["noise"].detach()
+    assert torch.equal(best, scores.argmax(1))
+    assert_close("mixture", mixture, (scores / 0.7).softmax(1) @ actions, 1e-5)
+    assert torch.equal(statistics[0], scores.amax(1))
+    assert torch.equal(statistics[2], logits.amax(1))
+    assert_close("log of the sum", statistics[1], ((scores - scores.amax(1)[:, None]) / 0.7).logsumexp(1), 1e-5)
+    assert_close("log of the raw sum", statistics[3], (logits - logits.amax(1)[:, None]).logsumexp(1), 1e-5)
+    assert bool((statistics[4] == -torch.inf).all())
+    assert bool((cut == 69).all())
+
+
+def test_the_lowest_of_equal_actions_is_best() -> None:
+    inputs = projection_inputs(*SPLIT, dtype=torch.float32)
+    logits = torch.zeros(5, 70)
+    logits[1, [33, 40, 69]] = 2.0
+    best = triton_projection.plan_projection(*arguments({**inputs, "logits": logits}, {}))[3]
+    assert best.tolist() == [0, 33, 0, 0, 0]
+
+
+def test_statistics_alone() -> None:
+    inputs = projection_inputs(*TILED, dtype=torch.float32)
+    options = projection_options("soft", "labelled", *TILED[:2], dtype=torch.float32)
+    whole = run(inputs, options)[0]
+    given = arguments(inputs, options)
+    given[3:6] = None, None, None
+    outputs = triton_projection.plan_projection(*given)
+    assert outputs[0].shape == outputs[4].shape == (20, 0)
+    for got, want in zip((*outputs[1:4], outputs[5][:4]), (*whole[1:4], whole[5][:4]), strict=True):
+        assert_close("statistics", got.float(), want.float(), 1e-6)
+    wanted = gradients(reference.plan_projection(**inputs, **options)[1:], {"logits": inputs["logits"]})
+    found = backward(given, outputs, [None, *upstream(outputs[1:3])])
+    assert_close("gradient", found["source"], wanted["logits"], 1e-5)
+
+
+def test_associated_the_other_way() -> None:
+    inputs = projection_inputs(*TILED, dtype=torch.float32)
+    options = projection_options("soft", "rows", *TILED[:2], dtype=torch.float32)
+    outputs, found = run(inputs, options)
+    with torch.no_grad():
+        rows = inputs["codebook"] @ inputs["weight"].T
+    given = arguments(inputs, options)
+    given[3:5] = rows, None
+    others = triton_projection.plan_projection(*given)
+    assert_close("projected", others[0], outputs[0], 1e-5)
+    again = backward(given, others, upstream(others[:3]))
+    for name in ("source", "bias", "oracle_weight"):
+        assert_close(f"gradient of {name}", again[name], found[name], 1e-5)
+    with torch.no_grad():
+        assert_close("gradient of codebook", again["codebook"] @ inputs["weight"], found["codebook"], 1e-5)
+
+
+@pytest.mark.parametrize("from_hidden", [False, True], ids=["logits", "hidden"])
+def test_no_sentence(from_hidden: bool) -> None:
+    make = hidden_inputs if from_hidden else projection_inputs
+    inputs = make(0, 7, dtype=torch.float32)
+    outputs, found = run(inputs, projection_options("gumbel", "rows", 0, 7, dtype=torch.float32))
+    assert outputs[0].shape == (0, 4)
+    for name, gradient in found.items():
+        assert not gradient.any(), name
+
+
+def test_each_gradient_alone_is_the_same() -> None:
+    inputs = hidden_inputs(*SPLIT[:2], 6, *SPLIT[2:], dtype=torch.float32)
+    options = projection_options("gumbel", "rows", *SPLIT[:2], dtype=torch.float32)
+    given = arguments(inputs, options)
+    outputs = triton_projection.plan_projection(*given)
+    whole = backward(given, outputs, upstream(outputs[:3]))
+    for name, want in whole.items():
+        got = backward(given, outputs, upstream(outputs[:3]), name)
+        assert torch.equal(got[name], want), name
+
+
+@pytest.mark.parametrize("arriving", [(0,), (1,), (2,), (1, 2)], ids=str)
+def test_outputs_without_a_gradient(arriving: tuple[int, ...]) -> None:
+    inputs = projection_inputs(*SPLIT, dtype=torch.float32)
+    options = projection_options("gumbel", "rows", *SPLIT[:2], dtype=torch.float32)
+    given = arguments(inputs, options)
+    outputs = triton_projection.plan_projection(*given)
+    ups = [up if index in arriving else None for index, up in enumerate(upstream(outputs[:3]))]
+    zeros = [up if index in arriving else 0 * up for index, up in enumerate(upstream(outputs[:3]))]
+    want = backward(given, outputs, zeros)
+    for name, got in backward(given, outputs, ups).items():
+        assert_close(f"gradient of {name}", got, want[name], 1e-6)
+
+
+def test_strides_do_not_matter() -> None:
+    inputs = projection_inputs(*SPLIT, dtype=torch.float32)
+    options = projection_options("gumbel", "rows", *SPLIT[:2], dtype=torch.float32)
+    outputs, found = run(inputs, options)
+    strided = {
+        "logits": torch.cat([inputs["logits"].detach()] * 2, dim=1)[:, :70],
+        "codebook": inputs["codebook"].detach().T.contiguous().T,
+        "weight": torch.zeros(40, 34)[::2, ::2].copy_(inputs["weight"].detach()),
+        "bias": torch.stack([inputs["bias"].detach()] * 2, dim=1)[:, 1],
+    }
+    strided_options = dict(options)
+    for name in ("noise", "oracle_weight", "oracle"):
+        strided_options[name] = torch.stack([options[name].detach()] * 2, dim=-1)[..., 0]
+    others, again = run(strided, strided_options)
+    for got, want in zip(others, outputs, strict=True):
+        assert torch.equal(got, want)
+    for name, want in found.items():
+        assert torch.equal(again[name], want), name
+    given = arguments(inputs, options)
+    one = torch.ones(())  # what `.sum().backward()` sends
+    expanded = backward(given, outputs, [one.expand(5, 20), one.expand(5), one.expand(5)])
+    full = backward(given, outputs, [torch.ones(5, 20), torch.ones(5), torch.ones(5)])
+    for name, want in full.items():
+        assert torch.equal(expanded[name], want), name
+
+
+def test_the_same_bits_every_time() -> None:
+    inputs = projection_inputs(*SPLIT, dtype=torch.float32)
+    options = projection_options("soft", "rows", *SPLIT[:2], dtype=torch.float32)
+    (first, found), (second, again) = run(inputs, options), run(inputs, options)
+    assert all(torch.equal(one, other) for one, other in zip(first, second, strict=True))
+    assert all(torch.equal(found[name], again[name]) for name in found)
+
+
+class _Largest(TorchDispatchMode):
+    """Elements of the largest tensor that any operation returns, less the interpreter's copies of whole storages."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.elements = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = function(*args, **(kwargs or {}))
+        for value in result if isinstance(result, (tuple, list)) else (result,):
+            if isinstance(value, Tensor) and value.dtype != torch.uint8:
+                self.elements = max(self.elements, value.numel())
+        return result
+
+
+@pytest.mark.parametrize("selection", ["soft", "top-k"])
+def test_from_hidden_allocates_nothing_of_the_logits_size(selection: str) -> None:
+    num_sentences, num_actions = 16, 520
+    inputs = hidden_inputs(num_sentences, num_actions, 2, 2, 2, dtype=torch.float32)
+    options = projection_options(selection, "rows", num_sentences, num_actions, dtype=torch.float32)
+    if selection == "top-k":
+        options["top_k"] = 9
+    with _Largest() as largest:
+        run(inputs, options)
+    assert largest.elements < num_sentences * num_actions // 3
+
+
+def test_launches() -> None:
+    seen: list[str] = []
+
+    def note(request: triton_tiles.Launch) -> bool:
+        assert request.writes
+        seen.append(request.kernel.fn.__name__)
+        return False
+
+    def empty(*shape: int) -> Tensor:
+        return torch.empty(*shape, dtype=torch.bfloat16, device="meta")
+
+    for architecture in triton_tiles.ARCHITECTURES:
+        seen.clear()
+        ids = torch.empty(4096, dtype=torch.int64, device="meta")
+        given = (empty(4096, 1024), None, None, empty(1024, 768), empty(768, 768), empty(768), None, None, None)
+        with triton_tiles.observed(note, architecture):
+            outputs = triton_projection.plan_projection(*given, 1.0, 0)
+            needs = [tensor is not None for tensor in given[:7]] + [False]
+            triton_projection.plan_projection_backward(outputs[0], None, None, *given, *outputs[4:], 1.0, 0, needs)
+            triton_addition.add_plan(empty(4096, 768), outputs[0], ids, None)
+            triton_addition.add_plan_backward(empty(4096, 768), outputs[0], ids, None, [True, False])
+        assert seen == [
+            "mixture_fwd_kernel", "projection_fwd_kernel", "projection_bwd_kernel", "mixture_bwd_kernel",
+            "add_plan_fwd_kernel", "add_plan_bwd_kernel",
+        ]  # fmt: skip
+
+
+def sorted_ids(num_tokens: int, num_segments: int) -> Tensor:
+    """Ids that never fall, a fifth of them -1, some segments without a token."""
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(max(num_segments, 1), (num_tokens,), generator=generator).sort().values
+    return ids.masked_fill(torch.rand(num_tokens, generator=generator) < 0.2, -1)
+
+
+def check_addition(inputs: dict[str, Tensor], ids: Tensor, tolerance: float) -> None:
+    """`add_plan` and its gradients within `tolerance` of the reference."""
+    x, plan, gate = inputs["x"].detach(), inputs["plan"].detach(), inputs.get("gate")
+    gate = None if gate is None else gate.detach()
+    got = triton_addition.add_plan(x, plan, ids, gate)
+    assert got.dtype == x.dtype
+    precise = in_float64(inputs)
+    want = reference.add_plan(segment_ids=ids, **precise)
+    assert_close("result", got, want, tolerance)
+    (up,) = upstream([got])
+    grad_plan, grad_gate = triton_addition.add_plan_backward(up, plan, ids, gate, [True, gate is not None])
+    wanted = gradients([want], precise)
+    assert grad_plan.dtype == plan.dtype
+    assert_close("gradient of plan", grad_plan, wanted["plan"], tolerance)
+    if gate is not None:
+        assert grad_gate.dtype == gate.dtype
+        assert_close("gradient of gate", grad_gate, wanted["gate"], tolerance)
+
+
+@pytest.mark.parametrize("gated", [True, False], ids=["gate", "no gate"])
+@pytest.mark.parametrize(
+    "shape", [(1, 1, 1), (40, 3, 17), (130, 9, 20), (40, 1, 16), (3, 9, 2), (0, 4, 3), (0, 0, 3), (6, 0, 3)], ids=str
+)
+def test_add_plan(shape: tuple[int, int, int], gated: bool) -> None:
+    num_tokens, num_segments, size = shape
+    generator = torch.Generator().manual_seed(1)
+    inputs = {
+        "x": random(num_tokens, size, generator=generator, dtype=torch.float32),
+        "plan": random(num_segments, size, generator=generator, dtype=torch.float32),
+    }
+    if gated:
+        inputs["gate"] = random(size, generator=generator, dtype=torch.float32)
+    ids = sorted_ids(num_tokens, num_segments) if num_segments > 0 else torch.full((num_tokens,), -1)
+    check_addition(inputs, ids, 1e-5)
+
+
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+def test_add_plan_in_half_precision(dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(1)
+    inputs = {name: random(*shape, generator=generator, dtype=dtype) for name, shape in
+              {"x": (130, 20), "plan": (9, 20), "gate": (20,)}.items()}  # fmt: skip
+    # One rounding, to the nearest.
+    check_addition(inputs, sorted_ids(130, 9), torch.finfo(dtype).eps / 2)
+
+
+@pytest.mark.parametrize(
+    "ids",
+    [
+        [-1] * 100,
+        [-1] * 50 + [3] + [-1] * 49,
+        [0] + [-1] * 98 + [6],
+        [-1, -1] + [2] * 40 + [-1] * 30 + [2] * 3 + [5] * 25,
+        [6] * 100,
+        [0] * 100,
+        [index // 16 for index in range(100)],
+    ],
+    ids=["all holes", "one token", "ends", "holes within", "last", "first", "windows"],
+)
+def test_segments_are_found(ids: list[int]) -> None:
+    generator = torch.Generator().manual_seed(1)
+    inputs = {name: random(*shape, generator=generator, dtype=torch.float32) for name, shape in
+              {"x": (100, 3), "plan": (7, 3), "gate": (3,)}.items()}  # fmt: skip
+    check_addition(inputs, torch.tensor(ids), 1e-5)
+
+
+def test_segments_are_found_among_many_tokens() -> None:
+    ids = torch.arange(4000) // 900
+    ids[::3] = -1
+    ids[800:2000] = -1
+    up = torch.arange(4000, dtype=torch.float32)[:, None] % 17
+    grad_plan, _ = triton_addition.add_plan_backward(up, torch.zeros(5, 1), ids, None, [True, False])
+    want = torch.zeros(5, 1, dtype=torch.float64).index_add_(0, ids[ids >= 0], up[ids >= 0].double())
+    assert_close("gradient of plan", grad_plan, want, 1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, *HALVES], ids=str)
+def test_no_plan_changes_no_bit(dtype: torch.dtype) -> None:
+    special = torch.tensor([0.0, -0.0, torch.inf, -torch.inf, torch.finfo(dtype).tiny, -1.5], dtype=dtype)
+    x, plan = special.expand(5, -1).contiguous(), torch.randn(2, 6).to(dtype)
+    integers = torch.int32 if dtype == torch.float32 else torch.int16
+    got = triton_addition.add_plan(x, plan, torch.tensor([-1, 0, -1, 1, -1]), torch.zeros(6, dtype=dtype))
+    assert torch.equal(got[::2].view(integers), x[::2].view(integers))
+
+
+def test_add_plan_of_a_column_slice_and_other_strides() -> None:
+    generator = torch.Generator().manual_seed(0)
+    stacked, x = torch.randn(4, 51, generator=generator), torch.randn(30, 17, generator=generator)
+    part, ids, gate = stacked[:, 17:34], sorted_ids(30, 4), torch.randn(17, generator=generator)
+    want = triton_addition.add_plan(x, part.contiguous(), ids, gate)
+    doubled = torch.stack([x, x], dim=-1)[..., 0]
+    assert torch.equal(triton_addition.add_plan(doubled, part, ids, gate), want)
+    grads = triton_addition.add_plan_backward(x, part.contiguous(), ids, gate, [True, True])
+    for got, value in zip(
+        triton_addition.add_plan_backward(doubled, part, ids, gate, [True, True]), grads, strict=True
+    ):
+        assert torch.equal(got, value)
+    assert torch.equal(triton_addition.add_plan_backward(x, part, ids, gate, [False, True])[1], grads[1])
+    one = torch.ones(()).expand(30, 17)
+    expanded = triton_addition.add_plan_backward(one, part, ids, None, [True, False])[0]
+    assert torch.equal(
+        expanded, triton_addition.add_plan_backward(torch.ones(30, 17), part, ids, None, [True, False])[0]
+    )
+
+
+def test_tuning_keeps_the_fastest_whatever_the_number_of_rows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    slow, fast = triton_tiles.Tiles(64, 64, 32), triton_tiles.Tiles(128, 64, 32)
+    trials: list[triton_tiles.Tiles] = []
+
+    def measure(trial: Any) -> float:
+        trial()
+        return -trials[-1].rows
+
+    monkeypatch.setenv("PLANLM_TUNE", "1")
+    monkeypatch.setenv("PLANLM_CACHE", str(tmp_path))
+    monkeypatch.setattr(triton_tiles, "candidates", lambda *_: (slow, fast))
+    monkeypatch.setattr(triton_tiles.triton.testing, "do_bench", measure)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "a device")
+    (tmp_path / "tiles.json").write_text('{"damaged')
+    triton_tiles._winners.cache_clear()
+    for num_rows in (16, 160):
+        chosen = triton_tiles.choose_tiles("mixture_fwd", (1000, 48), torch.zeros(num_rows, 48), trial=trials.append)
+        assert chosen == fast
+    assert trials == [slow, fast]
+    assert capsys.readouterr().err.count("\n") == 1
+    triton_tiles._winners.cache_clear()
+    assert triton_tiles.choose_tiles("mixture_fwd", (1001, 40), torch.zeros(3, 48), trial=trials.append) == fast
+    assert len(trials) == 2
+    triton_tiles._winners.cache_clear()

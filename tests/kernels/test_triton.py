@@ -1,0 +1,36 @@
+"""The Triton kernels in Triton's interpreter, in a process that has `TRITON_INTERPRET` from its start."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
+ROOT = Path(__file__).parents[2]
+
+
+def test_in_the_interpreter() -> None:
+    tests = Path(__file__).with_name("interpreted.py")
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(tests)]
+    done = subprocess.run(command, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-20000:] + done.stderr[-2000:]
+
+
+def test_the_compile_report_reaches_every_kernel() -> None:
+    code = """
+from benchmarks import compile_report
+
+jobs = compile_report.jobs([90])
+assert not list(compile_report.forgotten(jobs))
+assert list(compile_report.forgotten(jobs[:1]))
+row = compile_report.compile_job(next(job for job in jobs if job.kernel == "projection_fwd_kernel"))
+assert row.has_product and not list(row.violations()), row
+"""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
