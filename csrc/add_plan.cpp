@@ -84,7 +84,7 @@ at::ScalarType working_type(const Tensor& a, const Tensor& b) {
 
 Tensor add_plan(const Tensor& x, const Tensor& plan, const Tensor& segment_ids, const OptionalTensor& gate) {
   const Tensor states = with_adjacent_columns(x), plans = with_adjacent_columns(plan), ids = segment_ids.contiguous();
-  Tensor out = at::empty(x.sizes(), x.options());
+  Tensor out = empty(x.sizes(), x.options());
   const auto working = working_type(x, plan);
   const Tensor gates = gate ? gate->to(working).contiguous() : Tensor();
   working == at::kDouble ? add<double>(states, plans, ids, gates, out) : add<float>(states, plans, ids, gates, out);
@@ -98,7 +98,7 @@ std::tuple<Tensor, Tensor> add_plan_backward(const Tensor& grad, const Tensor& p
   const auto working = working_type(grad, plan);
   const Tensor gates = gate ? gate->to(working).contiguous() : Tensor();
   Tensor grad_plan, grad_gate;
-  if (needs[0]) grad_plan = at::empty(plan.sizes(), plan.options(), at::MemoryFormat::Contiguous);
+  if (needs[0]) grad_plan = empty(plan.sizes(), plan.options());
   if (needs[1] && gate) grad_gate = at::zeros(gate->sizes(), gates.options());
   const Tensor ids = segment_ids.contiguous();
   working == at::kDouble ? sum_segments<double>(gradient, plans, ids, gates, grad_plan, grad_gate)

@@ -6,6 +6,10 @@
 
 #include <memory>
 
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
 #include "rows.h"
 
 // Broken promises of the Python side, which has checked the user's arguments: never seen unless there is a bug.
@@ -35,6 +39,19 @@ inline Tensor given(const OptionalTensor& tensor) { return tensor ? *tensor : Te
 
 inline Tensor with_adjacent_columns(const Tensor& matrix) {
   return !matrix.defined() || matrix.size(1) <= 1 || matrix.stride(1) == 1 ? matrix : matrix.contiguous();
+}
+
+// An uninitialised tensor. Where the system only offers huge pages to those who ask, large ones ask: glibc returns their
+// memory with every release, and touching it anew 4 KiB at a time costs more than the arithmetic on it.
+inline Tensor empty(at::IntArrayRef sizes, const at::TensorOptions& options) {
+  Tensor tensor = at::empty(sizes, options);
+#if defined(__linux__)
+  constexpr uintptr_t page = uintptr_t(2) << 20;
+  const auto begin = (reinterpret_cast<uintptr_t>(tensor.data_ptr()) + page - 1) / page * page;
+  const auto end = (reinterpret_cast<uintptr_t>(tensor.data_ptr()) + tensor.nbytes()) / page * page;
+  if (end > begin) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);  // advice: failing is no harm
+#endif
+  return tensor;
 }
 
 // Room for `count` values, begun on a cache line (vectors across two are half as fast) and ended a whole vector later,

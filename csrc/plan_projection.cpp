@@ -94,7 +94,7 @@ struct Planner {
 
  private:
   Tensor projected(const Tile& tile) {
-    if (!room.defined()) room = at::empty({row_step * action_step}, source.options().dtype(working));
+    if (!room.defined()) room = empty({row_step * action_step}, source.options().dtype(working));
     Tensor logits = room.narrow(0, 0, tile.rows * tile.count).view({tile.rows, tile.count});
     if (head_bias.defined()) logits.copy_(head_bias.narrow(0, tile.first, tile.count).expand_as(logits));
     multiply(logits, source.narrow(0, tile.row, tile.rows), head.narrow(0, tile.first, tile.count),
@@ -155,9 +155,9 @@ Forward mix(Planner& planner, const Tensor& codebook, const Tensor& oracle) {
   const auto real = planner.source.options().dtype(planner.working);
   const auto whole = planner.source.options().dtype(at::kLong);
   const int64_t size = codebook.defined() ? codebook.size(1) : 0;
-  Forward result{at::empty({num_rows}, real),      at::zeros({num_rows}, real),
-                 at::empty({num_rows}, whole),     at::zeros({num_rows, size}, real),
-                 at::empty({5, num_rows}, real),   at::full({num_rows}, planner.num_actions - 1, whole)};
+  Forward result{empty({num_rows}, real),      at::zeros({num_rows}, real),
+                 empty({num_rows}, whole),     at::zeros({num_rows, size}, real),
+                 empty({5, num_rows}, real),   at::full({num_rows}, planner.num_actions - 1, whole)};
   result.statistics.select(0, 4).fill_(-std::numeric_limits<double>::infinity());
   if (planner.top_k > 0 && num_rows > 0) find_largest<R>(planner, result.statistics, result.cut);
 
@@ -167,7 +167,7 @@ Forward mix(Planner& planner, const Tensor& codebook, const Tensor& oracle) {
   const bool separate = planner.separate() && oracle.defined();
   R* mixture = result.mixture.template data_ptr<R>();
   Tensor weights_room;
-  if (codebook.defined()) weights_room = at::empty({planner.row_step * planner.action_step}, codebook.options());
+  if (codebook.defined()) weights_room = empty({planner.row_step * planner.action_step}, codebook.options());
   planner.each_tile([&](const Tile& tile, const Tensor& logits) {
     Tensor weights;
     if (codebook.defined())
@@ -234,7 +234,7 @@ struct Backward {
 Tensor sum_of_rows(const Tensor& matrix, at::ScalarType working) {
   const Tensor rows_of = with_adjacent_columns(matrix);
   const int64_t num_columns = matrix.size(1), width = 512;
-  Tensor sum = at::empty({num_columns}, matrix.options().dtype(working));
+  Tensor sum = empty({num_columns}, matrix.options().dtype(working));
   const std::vector<int64_t> every(matrix.size(0), 0);
   const auto run = [&](auto real) {
     using R = decltype(real);
@@ -264,13 +264,13 @@ Backward differentiate(Planner& planner, const Tensor& codebook, const Tensor& m
   Backward result;
   const auto zeros_like = [](const Tensor& tensor) { return at::zeros(tensor.sizes(), tensor.options()); };
   const auto real = planner.source.options().dtype(planner.working);
-  if (to_noise) result.noise = at::empty(planner.noise.sizes(), planner.noise.options());
+  if (to_noise) result.noise = empty(planner.noise.sizes(), planner.noise.options());
   Tensor states_gradient;
   if (hidden && to_source) states_gradient = at::zeros(planner.source.sizes(), real);
-  if (!hidden && to_source) result.source = at::empty(planner.source.sizes(), planner.source.options());
+  if (!hidden && to_source) result.source = empty(planner.source.sizes(), planner.source.options());
   if (to_head) result.head = zeros_like(planner.head);
   if (to_head_bias) result.head_bias = at::zeros({num_actions}, real);
-  if (to_codebook) result.codebook = mixes && num_rows > 0 ? at::empty(codebook.sizes(), codebook.options()) : zeros_like(codebook);
+  if (to_codebook) result.codebook = mixes && num_rows > 0 ? empty(codebook.sizes(), codebook.options()) : zeros_like(codebook);
 
   const bool to_scores = to_logits || to_noise, weighs = mixes && to_codebook;
   Tensor offset = at::zeros({num_rows}, real);
@@ -290,7 +290,7 @@ Backward differentiate(Planner& planner, const Tensor& codebook, const Tensor& m
 
   const int64_t tile_size = planner.row_step * planner.action_step;
   const auto room = [&](bool wanted, const Tensor& like) {
-    return wanted ? at::empty({tile_size}, like.options()) : Tensor();
+    return wanted ? empty({tile_size}, like.options()) : Tensor();
   };
   const Tensor product_room = room(mixes && to_scores, offset), weights_room = room(weighs, codebook);
   const Tensor logits_room = room(hidden && to_logits, planner.source);
@@ -405,7 +405,8 @@ std::vector<Tensor> plan_projection_backward(
     mixture_gradient = weight ? at::mm(gradient, *weight) : with_adjacent_columns(gradient);  // [S, A]
     if (to_weight) {
       const Tensor mixed = with_oracle(mixture, actions, labels, share).to(actions.scalar_type());
-      grad_weight = at::mm(gradient.t(), mixed);
+      grad_weight = empty(weight->sizes(), weight->options());
+      at::mm_out(grad_weight, gradient.t(), mixed);
     }
     if (to_bias) grad_bias = sum_of_rows(gradient, working);
     if (to_share && share.defined())
@@ -429,7 +430,7 @@ std::vector<Tensor> plan_projection_backward(
   }
   // Each gradient in its tensor's dtype; zeros where none arrives, nothing where none is wanted.
   const auto finished = [&](bool wanted, const Tensor& found, const OptionalTensor& like) {
-    if (!wanted || !like) return at::empty({0}, source.options());
+    if (!wanted || !like) return empty({0}, source.options());
     return found.defined() ? found.to(like->scalar_type()) : at::zeros(like->sizes(), like->options());
   };
   return {finished(to_source, grad_source, source),      finished(to_head, grad_head, head),

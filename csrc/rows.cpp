@@ -8,6 +8,10 @@
 namespace planlm {
 
 #if defined(__x86_64__)
+namespace avx512_bf16 {
+template <class R>
+const Rows<R>& table();
+}
 namespace avx512 {
 template <class R>
 const Rows<R>& table();
@@ -26,6 +30,7 @@ template <class R>
 static const Rows<R>& chosen() {
 #if defined(__x86_64__)
   const std::string capability = at::get_cpu_capability();
+  if (capability == "AVX512" && __builtin_cpu_supports("avx512bf16")) return avx512_bf16::table<R>();
   if (capability == "AVX512") return avx512::table<R>();
   if (capability == "AVX2") return avx2::table<R>();
 #endif

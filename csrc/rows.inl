@@ -61,10 +61,10 @@ INLINE void put(void* to, V value) {
 // Past the caches, to an address that is a multiple of the vector's size.
 template <class V>
 INLINE void stream(void* to, V value) {
-#if STREAM_BYTES == 64
+#if LEVEL >= 512
   if constexpr (sizeof(V) == 64) return _mm512_stream_si512(static_cast<__m512i*>(to), (__m512i)value);
 #endif
-#if STREAM_BYTES >= 32
+#if LEVEL >= 256
   if constexpr (sizeof(V) % 32 == 0) {
     for (size_t i = 0; i < sizeof(V) / 32; ++i)
       _mm256_stream_si256(static_cast<__m256i*>(to) + i, take<__m256i>(reinterpret_cast<const char*>(&value) + 32 * i));
@@ -75,9 +75,30 @@ INLINE void stream(void* to, V value) {
 }
 
 inline void fence() {
-#if STREAM_BYTES >= 32
+#if LEVEL >= 256
   _mm_sfence();
 #endif
+}
+
+// bf16 values as the upper halves of 32-bit words, and the nearest bf16 values, ties to even.
+template <class L>
+INLINE typename L::Bits widen(const char* from) {
+#if LEVEL >= 512
+  if constexpr (L::width == 16)
+    return (typename L::Bits)_mm512_slli_epi32(_mm512_cvtepu16_epi32(take<__m256i>(from)), 16);
+#endif
+  return __builtin_convertvector(take<typename L::Half>(from), typename L::Bits) << 16;
+}
+
+template <class L, class Single>
+INLINE typename L::Half narrow(Single value) {
+#if LEVEL >= 516
+  if constexpr (L::width == 16) return (typename L::Half)_mm512_cvtneps_pbh((__m512)value);
+#endif
+  const auto bits = (typename L::Bits)value;
+  const auto is_nan = (bits & 0x7fffffffu) > 0x7f800000u;
+  const auto rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+  return __builtin_convertvector(is_nan ? (bits >> 16) | 0x40u : rounded, typename L::Half);
 }
 
 // Full vectors of `kind` read as, and written from, vectors of R.
@@ -86,7 +107,7 @@ INLINE typename Lanes<R>::Vector read(const char* from) {
   using L = Lanes<R>;
   using V = typename L::Vector;
   if constexpr (kind == Kind::bf16) {
-    const auto bits = __builtin_convertvector(take<typename L::Half>(from), typename L::Bits) << 16;
+    const auto bits = widen<L>(from);
     if constexpr (sizeof(R) == 4)
       return (V)bits;
     else
@@ -116,14 +137,10 @@ template <class R, Kind kind, bool streamed = false>
 INLINE void write(char* to, typename Lanes<R>::Vector value) {
   using L = Lanes<R>;
   if constexpr (kind == Kind::bf16) {
-    typename L::Bits bits;
     if constexpr (sizeof(R) == 4)
-      bits = (typename L::Bits)value;
+      leave<streamed>(to, narrow<L>(value));
     else
-      bits = (typename L::Bits)__builtin_convertvector(value, typename L::Narrow);
-    const auto is_nan = (bits & 0x7fffffffu) > 0x7f800000u;
-    const auto rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;  // to the nearest, ties to even
-    leave<streamed>(to, __builtin_convertvector(is_nan ? (bits >> 16) | 0x40u : rounded, typename L::Half));
+      leave<streamed>(to, narrow<L>(__builtin_convertvector(value, typename L::Narrow)));
   } else if constexpr (kind == Kind::f32) {
     if constexpr (sizeof(R) == 4)
       leave<streamed>(to, value);
@@ -203,17 +220,6 @@ INLINE R max_of(typename Lanes<R>::Vector v) {
 }
 
 template <class R>
-INLINE R max_of(const R* values, int64_t padded) {
-  using V = typename Lanes<R>::Vector;
-  V largest = V{} - std::numeric_limits<R>::infinity();
-  for (int64_t i = 0; i < padded; i += Lanes<R>::width) {
-    const V v = take<V>(values + i);
-    largest = v > largest ? v : largest;  // a NaN is never larger; it shows in the sum
-  }
-  return max_of<R>(largest);
-}
-
-template <class R>
 INLINE R sum_of_exp(const R* values, int64_t padded, R largest, R factor) {
   using V = typename Lanes<R>::Vector;
   V total = {};
@@ -228,17 +234,39 @@ INLINE R exp_of(R x) {
   return Lanes<R>::exp(v + x)[0];
 }
 
+// Scores of a strip, -inf beyond its end up to a whole vector; returns the largest. A NaN is never larger.
 template <class R>
-void scores(const Scores<R>& row, R* out) {
+INLINE R load_scores(const Scores<R>& row, R* out) {
   using V = typename Lanes<R>::Vector;
   constexpr R lowest = -std::numeric_limits<R>::infinity();
-  each<R>(row.logits, row.count, [&](int64_t i, V v, int64_t) INLINE_LAMBDA { put(out + i, v); });
+  V largest = V{} + lowest;
+  each<R>(row.logits, row.count, [&](int64_t i, V v, int64_t used) INLINE_LAMBDA {
+    for (int64_t j = used; j < Lanes<R>::width; ++j) v[j] = lowest;
+    largest = v > largest ? v : largest;
+    put(out + i, v);
+  });
+  if (!row.noise && !row.top_k) return max_of<R>(largest);
   if (row.noise)
     each<R>(row.noise, row.count, [&](int64_t i, V v, int64_t) INLINE_LAMBDA { put(out + i, take<V>(out + i) + v); });
   if (row.top_k)
     for (int64_t i = 0; i < row.count; ++i)  // written so that a NaN is kept
       if (out[i] < row.threshold || (out[i] == row.threshold && row.first + i > row.cut)) out[i] = lowest;
-  for (int64_t i = row.count; i % Lanes<R>::width != 0; ++i) out[i] = lowest;
+  R most = lowest;
+  for (int64_t i = 0; i < row.count; ++i) most = out[i] > most ? out[i] : most;
+  return most;
+}
+
+template <class R>
+void scores(const Scores<R>& row, R* out) {
+  load_scores(row, out);
+}
+
+template <class R>
+INLINE Scores<R> logits_of(const Scores<R>& row) {
+  Scores<R> plain = row;
+  plain.noise = {};
+  plain.top_k = false;
+  return plain;
 }
 
 template <class R>
@@ -249,21 +277,16 @@ R advance(const Scores<R>& row, RowState<R>& state, bool separate, int64_t oracl
   const int64_t padded = (row.count + width - 1) / width * width;
   const bool holds_oracle = oracle >= row.first && oracle < row.first + row.count;
   if (separate || holds_oracle) {
-    Scores<R> plain = row;
-    plain.noise = {};
-    plain.top_k = false;
-    scores(plain, buffer);
+    const R largest = load_scores(logits_of(row), buffer), before = state.logit_max;
     if (holds_oracle) state.logit_of_oracle = buffer[oracle - row.first];
     if (separate) {
-      const R largest = max_of(buffer, padded), before = state.logit_max;
       const R best = largest > before ? largest : before;
       state.logit_sum = state.logit_sum * (largest > before ? exp_of<R>(before - best) : R(1)) +
                         sum_of_exp(buffer, padded, best == lowest ? R(0) : best, R(1));
       state.logit_max = best;
     }
   }
-  scores(row, buffer);
-  const R largest = max_of(buffer, padded), before = state.score_max;
+  const R largest = load_scores(row, buffer), before = state.score_max;
   if (largest > before) {
     state.score_max = largest;
     for (int64_t i = 0;; ++i)
@@ -274,58 +297,95 @@ R advance(const Scores<R>& row, RowState<R>& state, bool separate, int64_t oracl
   }
   // Nothing but -inf so far: exp(0 - 0) would count it. A NaN still reaches the sum.
   const R shift = state.score_max == lowest ? R(0) : state.score_max;
-  V total = {};
-  for (int64_t i = 0; i < padded; i += width) {
-    const V weight = Lanes<R>::exp((take<V>(buffer + i) - shift) * row.inverse_temperature);
-    total += weight;
-    put(buffer + i, weight);
+  R total;
+  if (weights) {
+    V sum = {};
+    fill<R>(weights, row.count, [&](int64_t i) INLINE_LAMBDA {
+      const V weight = Lanes<R>::exp((take<V>(buffer + i) - shift) * row.inverse_temperature);
+      sum += weight;
+      return weight;
+    });
+    total = sum_of<R>(sum);
+  } else {
+    total = sum_of_exp(buffer, padded, shift, row.inverse_temperature);
   }
-  if (weights) fill<R>(weights, row.count, [&](int64_t i) INLINE_LAMBDA { return take<V>(buffer + i); });
   const R rescale = largest > before ? exp_of<R>((before - largest) * row.inverse_temperature) : R(1);
-  state.score_sum = state.score_sum * rescale + sum_of<R>(total);
+  state.score_sum = state.score_sum * rescale + total;
   return rescale;
 }
+
+// One vector of the gradients; `used` lanes of it are in the strip.
+template <class R, Kind kind, Kind weights_kind>
+struct Differentiate {
+  using L = Lanes<R>;
+  using V = typename L::Vector;
+  const Scores<R>& row;
+  const RowGradient<R>& g;
+  Strip product, logits, noise, weights;
+  const R* scores;  // null: the logits
+  const int64_t at = g.oracle >= row.first && g.oracle < row.first + row.count ? g.oracle - row.first : -1;
+  const bool labelled = g.oracle >= 0 && g.nll != R(0);
+  const R own = labelled && !g.separate ? g.nll : R(0);  // the logits' own probabilities are those of the scores
+  const R kept = (R(1) - g.share) * row.inverse_temperature;
+  const R offset = g.offset * row.inverse_temperature + own;
+
+  static INLINE char* place(Strip strip, int64_t i, Kind of) { return static_cast<char*>(strip.data) + i * bytes(of); }
+
+  template <Kind of, bool whole>
+  static INLINE void leave_at(Strip strip, int64_t i, V value, int64_t used) {
+    if constexpr (whole)
+      write<R, of>(place(strip, i, of), value);
+    else
+      write_some<R, of>(place(strip, i, of), value, used);
+  }
+
+  template <bool whole>
+  INLINE void step(int64_t i, int64_t used) const {
+    constexpr Kind real = sizeof(R) == 4 ? Kind::f32 : Kind::f64;
+    const auto read_at = [&](Strip strip, auto of) INLINE_LAMBDA {
+      return whole ? read<R, of()>(place(strip, i, of())) : read_some<R, of()>(place(strip, i, of()), used);
+    };
+    const V raw = read_at(row.logits, std::integral_constant<Kind, kind>{});
+    const V score = scores ? take<V>(scores + i) : raw;
+    const V p = L::exp((score - g.score_max) * row.inverse_temperature - g.score_log_sum);
+    const bool here = at >= i && at < i + L::width;
+    if (weights) {
+      V v = p * (R(1) - g.share);
+      if (here) v[at - i] += g.share;
+      leave_at<weights_kind, whole>(weights, i, v, used);
+    }
+    if (!logits && !noise) return;
+    V gradient = p * offset;
+    if (product) gradient = p * (read_at(product, std::integral_constant<Kind, real>{}) * kept + offset);
+    if (noise)
+      with_kind(noise.kind, [&](auto of) INLINE_LAMBDA { leave_at<of(), whole>(noise, i, gradient, used); });
+    if (!logits) return;
+    if (labelled && g.separate) gradient += g.nll * L::exp((raw - g.logit_max) - g.logit_log_sum);
+    if (labelled && here) gradient[at - i] -= g.nll;
+    // Of the logits' kind, or, where a head made those, of the head's.
+    with_kind(logits.kind, [&](auto of) INLINE_LAMBDA { leave_at<of(), whole>(logits, i, gradient, used); });
+  }
+
+  INLINE void all() const {
+    int64_t i = 0;
+    for (; i + L::width <= row.count; i += L::width) step<true>(i, L::width);
+    if (i < row.count) step<false>(i, row.count - i);
+  }
+};
 
 template <class R>
 void differentiate(const Scores<R>& row, const RowGradient<R>& g, Strip product, Strip logits, Strip noise,
                    Strip weights, R* buffer) {
-  using V = typename Lanes<R>::Vector;
-  constexpr int64_t width = Lanes<R>::width;
-  const int64_t padded = (row.count + width - 1) / width * width;
-  const int64_t at = g.oracle >= row.first && g.oracle < row.first + row.count ? g.oracle - row.first : -1;
-  scores(row, buffer);
-  for (int64_t i = 0; i < padded; i += width)
-    put(buffer + i,
-        Lanes<R>::exp((take<V>(buffer + i) - g.score_max) * row.inverse_temperature - g.score_log_sum));
-  // `buffer` holds the probabilities from here on.
-  if (weights) {
-    fill<R>(weights, row.count, [&](int64_t i) INLINE_LAMBDA {
-      V v = take<V>(buffer + i) * (R(1) - g.share);
-      if (at >= i && at < i + width) v[at - i] += g.share;
-      return v;
-    });
+  const R* scores = nullptr;
+  if (row.noise || row.top_k) {
+    load_scores(row, buffer);
+    scores = buffer;
   }
-  if (!logits && !noise) return;
-  const R kept = (R(1) - g.share) * row.inverse_temperature, offset = g.offset * row.inverse_temperature;
-  const bool labelled = g.oracle >= 0 && g.nll != R(0);
-  const R own = labelled && !g.separate ? g.nll : R(0);  // the logits' own probabilities are those of the scores
-  if (product) {
-    each<R>(product, row.count, [&](int64_t i, V v, int64_t) INLINE_LAMBDA {
-      put(buffer + i, take<V>(buffer + i) * (v * kept + (offset + own)));
+  with_kind(row.logits.kind, [&](auto kind) INLINE_LAMBDA {
+    with_kind(weights ? weights.kind : kind(), [&](auto weights_kind) INLINE_LAMBDA {
+      Differentiate<R, kind(), weights_kind()>{row, g, product, logits, noise, weights, scores}.all();
     });
-  } else {
-    for (int64_t i = 0; i < padded; i += width) put(buffer + i, take<V>(buffer + i) * (offset + own));
-  }
-  // `buffer` holds the gradient of the scores, and with `own` that of the logits but for the oracle's entry.
-  if (noise) fill<R>(noise, row.count, [&](int64_t i) INLINE_LAMBDA { return take<V>(buffer + i); });
-  if (!logits) return;
-  if (labelled && g.separate) {
-    each<R>(row.logits, row.count, [&](int64_t i, V v, int64_t) INLINE_LAMBDA {
-      put(buffer + i, take<V>(buffer + i) + g.nll * Lanes<R>::exp((v - g.logit_max) - g.logit_log_sum));
-    });
-  }
-  if (labelled && at >= 0) buffer[at] -= g.nll;
-  fill<R>(logits, row.count, [&](int64_t i) INLINE_LAMBDA { return take<V>(buffer + i); });
+  });
 }
 
 template <class R>

@@ -15,7 +15,7 @@
 #pragma GCC target("avx2,fma,bmi2")
 #endif
 
-#define STREAM_BYTES 32  // the longest vector that can be written past the caches
+#define LEVEL 256  // of the instructions: 256 AVX2, 512 AVX-512, 516 AVX-512 with bf16
 #define INLINE inline __attribute__((always_inline))
 #define INLINE_LAMBDA __attribute__((always_inline))
 

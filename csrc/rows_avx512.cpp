@@ -15,7 +15,7 @@
 #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,fma,bmi2")
 #endif
 
-#define STREAM_BYTES 64  // the longest vector that can be written past the caches
+#define LEVEL 512  // of the instructions: 256 AVX2, 512 AVX-512, 516 AVX-512 with bf16
 #define INLINE inline __attribute__((always_inline))
 #define INLINE_LAMBDA __attribute__((always_inline))
 

@@ -6,7 +6,7 @@
 #include <limits>
 #include <type_traits>
 
-#define STREAM_BYTES 0  // the longest vector that can be written past the caches
+#define LEVEL 0  // of the instructions: 256 AVX2, 512 AVX-512, 516 AVX-512 with bf16
 #define INLINE inline __attribute__((always_inline))
 #define INLINE_LAMBDA __attribute__((always_inline))
 
