@@ -18,9 +18,7 @@ void add(const Tensor& x, const Tensor& plan, const Tensor& ids, const Tensor& g
   const int64_t* rows_of = ids.const_data_ptr<int64_t>();
   const R* gates = gate.defined() ? gate.const_data_ptr<R>() : nullptr;
   const int64_t columns = x.size(1), row_bytes = columns * x.element_size();
-  // A result larger than the second-level caches is written past them: reading a line only to overwrite it is a third of
-  // the traffic.
-  const bool stream = out.numel() * out.element_size() > (int64_t(4) << 20);
+  const bool stream = worth_streaming(out);
   at::parallel_for(0, x.size(0), grain(columns), [&](int64_t begin, int64_t end) {
     for (int64_t t = begin; t < end; ++t) {
       if (rows_of[t] < 0)  // bit for bit

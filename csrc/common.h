@@ -54,6 +54,10 @@ inline Tensor empty(at::IntArrayRef sizes, const at::TensorOptions& options) {
   return tensor;
 }
 
+// A result larger than the second-level caches is written past them: reading a line only to overwrite it is a third of
+// the traffic.
+inline bool worth_streaming(const Tensor& result) { return result.nbytes() > (size_t(4) << 20); }
+
 // Room for `count` values, begun on a cache line (vectors across two are half as fast) and ended a whole vector later,
 // so that the loops may write a full one at a strip's end.
 template <class R>

@@ -288,6 +288,7 @@ Backward differentiate(Planner& planner, const Tensor& codebook, const Tensor& m
   const R* stats = statistics.const_data_ptr<R>();
   const bool separate = planner.separate();
 
+  const bool stream = result.source.defined() && worth_streaming(result.source);
   const int64_t tile_size = planner.row_step * planner.action_step;
   const auto room = [&](bool wanted, const Tensor& like) {
     return wanted ? empty({tile_size}, like.options()) : Tensor();
@@ -323,8 +324,9 @@ Backward differentiate(Planner& planner, const Tensor& codebook, const Tensor& m
                                 : strip(to_source ? result.source : Tensor(), s, tile.first);
         rows<R>().differentiate(planner.scores<R>(tile, logits, row, statistics, cut), gradient, strip(product, row),
                                 to, to_noise ? strip(result.noise, s, tile.first) : Strip{}, strip(weights, row),
-                                buffer.data());
+                                buffer.data(), stream);
       }
+      if (stream) rows<R>().fence();
     });
     // A sum over rows: the strip of `whole` is left^T right, directly where one product gives it.
     const auto add_product = [&](const Tensor& whole, Tensor& sum, const Tensor& left, const Tensor& right) {

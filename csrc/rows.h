@@ -48,7 +48,7 @@ template <class R>
 struct RowGradient {
   R score_max, score_log_sum, logit_max, logit_log_sum;
   R share;                 // of the oracle action in the mixture
-  R offset;                // gradient of log_normalizer, and what `product` lacks
+  R offset;                // gradient of log_normalizer less the softmax's own inner product
   R nll;                   // gradient of the oracle's cross-entropy
   int64_t oracle;          // negative: none
   bool separate;
@@ -60,9 +60,10 @@ struct Rows {
   // Returns what everything accumulated before has to be multiplied with. `buffer` holds `count` + 32 values.
   R (*advance)(const Scores<R>&, RowState<R>&, bool separate, int64_t oracle, Strip weights, R* buffer);
   // Writes the gradients of logits and noise and the weights of the actions in the mixture, each where wanted.
-  // `product`: gradient of the mixture times (the strip's action embeddings less the mixture).
+  // `product`: gradient of the mixture times the strip's action embeddings. `stream`: the gradient of the logits goes
+  // past the caches, where it is aligned for that.
   void (*differentiate)(const Scores<R>&, const RowGradient<R>&, Strip product, Strip logits, Strip noise,
-                        Strip weights, R* buffer);
+                        Strip weights, R* buffer, bool stream);
   // The scores themselves.
   void (*scores)(const Scores<R>&, R* out);
   // total = sum of those of `num_rows` strips, `step` elements apart, whose id is not negative; in their order.

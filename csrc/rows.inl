@@ -334,6 +334,7 @@ struct Differentiate {
   const RowGradient<R>& g;
   Strip product, logits, noise, weights;
   const R* scores;  // null: the logits
+  bool stream;      // the gradient of the logits past the caches
   const int64_t at = g.oracle >= row.first && g.oracle < row.first + row.count ? g.oracle - row.first : -1;
   const bool labelled = g.oracle >= 0 && g.nll != R(0);
   const R own = labelled && !g.separate ? g.nll : R(0);  // the logits' own probabilities are those of the scores
@@ -375,7 +376,12 @@ struct Differentiate {
     if (labelled && g.separate) gradient += g.nll * L::exp2(((raw - g.logit_max) - g.logit_log_sum) * log2e<R>);
     if (labelled && here) gradient[at - i] -= g.nll;
     // Of the logits' kind, or, where a head made those, of the head's.
-    with_kind(logits.kind, [&](auto of) INLINE_LAMBDA { leave_at<of(), whole>(logits, i, gradient, used); });
+    with_kind(logits.kind, [&](auto of) INLINE_LAMBDA {
+      if constexpr (whole) {
+        if (stream) return write<R, of(), true>(place(logits, i, of()), gradient);
+      }
+      leave_at<of(), whole>(logits, i, gradient, used);
+    });
   }
 
   INLINE void all() const {
@@ -387,15 +393,16 @@ struct Differentiate {
 
 template <class R>
 void differentiate(const Scores<R>& row, const RowGradient<R>& g, Strip product, Strip logits, Strip noise,
-                   Strip weights, R* buffer) {
+                   Strip weights, R* buffer, bool stream) {
   const R* scores = nullptr;
+  stream = stream && reinterpret_cast<uintptr_t>(logits.data) % 64 == 0;
   if (row.noise || row.top_k) {
     load_scores(row, buffer);
     scores = buffer;
   }
   with_kind(row.logits.kind, [&](auto kind) INLINE_LAMBDA {
     with_kind(weights ? weights.kind : kind(), [&](auto weights_kind) INLINE_LAMBDA {
-      Differentiate<R, kind(), weights_kind()>{row, g, product, logits, noise, weights, scores}.all();
+      Differentiate<R, kind(), weights_kind()>{row, g, product, logits, noise, weights, scores, stream}.all();
     });
   });
 }
@@ -500,16 +507,44 @@ inline void pack(const void* from, int64_t step, void* to, int64_t depth, int64_
     for (int64_t n = 0; n < width; ++n) out[n] = uint32_t(row[n]) | uint32_t(row[n + step]) << 16;
 }
 
+// Eight words of each, in turns, from word `o` on.
+#if defined(__clang__)
+#define ZIP(a, b, o)                                                                                           \
+  __builtin_shufflevector(a, b, o, o + 16, o + 1, o + 17, o + 2, o + 18, o + 3, o + 19, o + 4, o + 20, o + 5, \
+                          o + 21, o + 6, o + 22, o + 7, o + 23)
+#else
+#define ZIP(a, b, o)                                                                                                \
+  __builtin_shuffle(a, b, (Lanes<float>::Bits){o, o + 16, o + 1, o + 17, o + 2, o + 18, o + 3, o + 19, o + 4, o + 20, \
+                                               o + 5, o + 21, o + 6, o + 22, o + 7, o + 23})
+#endif
+
+// 16 rows of 16 words, `step` bytes apart, written as 16 columns, `width` words apart: four times the first half of the
+// rows is dealt out between the second.
+INLINE void transpose(const char* from, int64_t step, uint32_t* to, int64_t width) {
+  using Bits = Lanes<float>::Bits;
+  Bits now[16], next[16];
+  for (int i = 0; i < 16; ++i) now[i] = take<Bits>(from + i * step);
+  for (int round = 0; round < 4; ++round) {
+    for (int i = 0; i < 8; ++i) {
+      next[2 * i] = ZIP(now[i], now[i + 8], 0);
+      next[2 * i + 1] = ZIP(now[i], now[i + 8], 8);
+    }
+    for (int i = 0; i < 16; ++i) now[i] = next[i];
+  }
+  for (int i = 0; i < 16; ++i) put(to + i * width, now[i]);
+}
+
 inline void pack_transposed(const void* from, int64_t step, void* to, int64_t depth, int64_t width) {
   const auto* row = static_cast<const char*>(from);
   auto* out = static_cast<uint32_t*>(to);
-  constexpr int64_t block = 16;
-  // A block is 16 cache lines read and, with 16 rows, as many written: both stay in the first-level cache.
-  for (int64_t k = 0; k < depth / 2; k += block)
-    for (int64_t n = 0; n < width; n += block)
-      for (int64_t i = n; i < n + block && i < width; ++i)
-        for (int64_t j = k; j < k + block && j < depth / 2; ++j)
-          out[j * width + i] = take<uint32_t>(row + i * step * 2 + j * 4);
+  const int64_t pairs = depth / 2;
+  for (int64_t n = 0; n < width; n += 16)
+    for (int64_t k = 0; k < pairs; k += 16)
+      if (n + 16 <= width && k + 16 <= pairs)
+        transpose(row + n * step * 2 + k * 4, step * 2, out + k * width + n, width);
+      else
+        for (int64_t i = n; i < n + 16 && i < width; ++i)
+          for (int64_t j = k; j < k + 16 && j < pairs; ++j) out[j * width + i] = take<uint32_t>(row + i * step * 2 + j * 4);
 }
 
 template <class R>
