@@ -39,7 +39,7 @@ def add_plan(x: Tensor, plan: Tensor, segment_ids: Tensor, gate: Tensor | None =
     check_add_plan(x, plan, segment_ids, gate)
     backend = choose("add_plan", x.device, working_dtype(x, plan, gate))
     with full_precision(x.device):
-        x, plan, gate = map(first_derivative_only, (x, plan, gate))
+        x, plan, gate = first_derivative_only(x), first_derivative_only(plan), first_derivative_only(gate)
         if backend is None:
             return reference.add_plan(x, plan, segment_ids, gate)
         return fused.add_plan(backend, x, plan, segment_ids, gate)

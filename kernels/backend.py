@@ -142,7 +142,8 @@ def _find_triton(device: str, index: int | None) -> str | None:
         return f"triton has no {device} implementation"
     elif torch.cuda.get_device_capability(index) < (8, 0):
         return f"triton needs a GPU of compute capability 8.0, and {torch.cuda.get_device_name(index)} has less"
-    return _register_triton(device)
+    _register_triton(device)
+    return None
 
 
 def _register_triton(device: str) -> None:

@@ -96,9 +96,7 @@ def _is_sound(library: Path) -> bool:
     """Whether the library is there as it was written: loading a torn one would kill the process."""
     digest = library.with_suffix(".sha256")
     return (
-        library.exists()
-        and digest.exists()
-        and digest.read_text() == hashlib.sha256(library.read_bytes()).hexdigest()
+        library.exists() and digest.exists() and digest.read_text() == hashlib.sha256(library.read_bytes()).hexdigest()
     )
 
 

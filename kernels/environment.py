@@ -6,7 +6,7 @@
 | `PLANLM_CACHE` | folder for compiled operators, tuned tiles and what else is made once | `~/.cache/planlm` |
 | `PLANLM_TUNE` | 1: measure the Triton kernels' tiles at first use and keep the best | off: the tables |
 | `CXX` | C++ compiler | c++ |
-| `ATEN_CPU_CAPABILITY` | torch's own: avx512, avx2 or default; lowers the C++ operators' instruction set too | what is there |
+| `ATEN_CPU_CAPABILITY` | torch's own: avx512, avx2 or default; the C++ operators follow it | what is there |
 """
 
 from __future__ import annotations

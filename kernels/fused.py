@@ -42,7 +42,12 @@ def plan_projection(
     result = torch.promote_types(codebook.dtype, weight.dtype)
     working = working_dtype(source, head, head_bias, codebook, weight, bias, noise, oracle_weight)
     if working == torch.float64:
-        source, head, codebook, weight = (_to(working, value) for value in (source, head, codebook, weight))
+        source, head, codebook, weight = (
+            source.to(working),
+            _to(working, head),
+            codebook.to(working),
+            weight.to(working),
+        )
     else:
         matrices = backend.matrices(result)
         codebook, weight = codebook.to(matrices), weight.to(matrices)
@@ -62,8 +67,9 @@ def plan_projection(
         if _actions_first(backend, len(source), codebook, weight):
             if backend.name == "cpp" and working == torch.float32:
                 codebook, weight = codebook.float(), weight.float()
-            codebook, weight = F.linear(codebook, weight), None
-        projected, log_normalizer, oracle_nll, *_ = run(codebook, weight, bias, share)
+            projected, log_normalizer, oracle_nll, *_ = run(F.linear(codebook, weight), None, bias, share)
+        else:
+            projected, log_normalizer, oracle_nll, *_ = run(codebook, weight, bias, share)
         return PlanProjection(projected.to(result), log_normalizer, oracle_nll)
 
     soft_gradient = selection in STEPPED and torch.is_grad_enabled()

@@ -1,9 +1,9 @@
 """The operations as `torch.library` operators: schemas, shapes without data, and gradients, the same for every backend.
 
-`planlm::` holds the C++ implementation for the CPU (csrc/) and the Triton one for CUDA; `planlm_interpreted::` the Triton
-one on CPU tensors, through Triton's interpreter, which is how it is tested where there is no GPU. A backend implements
-four functions, `plan_projection`, `plan_projection_backward`, `add_plan` and `add_plan_backward`; docs/kernels.md has
-their contract.
+`planlm::` holds the C++ implementation for the CPU (csrc/) and the Triton one for CUDA; `planlm_interpreted::` the
+Triton one on CPU tensors, through Triton's interpreter, which is how it is tested where there is no GPU. A backend
+implements four functions, `plan_projection`, `plan_projection_backward`, `add_plan` and `add_plan_backward`;
+docs/kernels.md has their contract.
 """
 
 from __future__ import annotations

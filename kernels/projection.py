@@ -84,10 +84,11 @@ def plan_projection(
     inputs = (logits, _autocast(codebook), _autocast(weight), bias)
     backend = choose("plan_projection", logits.device, working_dtype(*inputs, noise, oracle_weight))
     with full_precision(logits.device):
-        logits, codebook, weight, bias = map(first_derivative_only, inputs)
+        source, actions, projection, offset = (first_derivative_only(value) for value in inputs)
+        assert source is not None and actions is not None and projection is not None
         if backend is None:
-            return reference.plan_projection(logits, codebook, weight, bias, **_guarded(options))
-        return fused.plan_projection(backend, logits, None, None, codebook, weight, bias, **_guarded(options))
+            return reference.plan_projection(source, actions, projection, offset, **_guarded(options))
+        return fused.plan_projection(backend, source, None, None, actions, projection, offset, **_guarded(options))
 
 
 def plan_projection_from_hidden(
@@ -137,10 +138,12 @@ def plan_projection_from_hidden(
     inputs = (_autocast(hidden), _autocast(head), head_bias, _autocast(codebook), _autocast(weight), bias)
     backend = choose("plan_projection_from_hidden", hidden.device, working_dtype(*inputs, noise, oracle_weight))
     with full_precision(hidden.device):
-        guarded = tuple(map(first_derivative_only, inputs))
+        states, output, shift, actions, projection, offset = (first_derivative_only(value) for value in inputs)
+        assert states is not None and output is not None and actions is not None and projection is not None
+        given = (states, output, shift, actions, projection, offset)
         if backend is None:
-            return reference.plan_projection_from_hidden(*guarded, **_guarded(options))
-        return fused.plan_projection(backend, *guarded, **_guarded(options))
+            return reference.plan_projection_from_hidden(*given, **_guarded(options))
+        return fused.plan_projection(backend, *given, **_guarded(options))
 
 
 def _guarded(options: PlanOptions) -> PlanOptions:

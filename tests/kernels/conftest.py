@@ -9,7 +9,6 @@ import pytest
 
 from planlm.kernels import cpp, use_backend
 
-
 # Triton runs on a CPU in its interpreter only, which a process has from its start or not at all (test_triton.py).
 BACKENDS = ["triton"] if os.environ.get("TRITON_INTERPRET") == "1" else ["reference", "cpp"]
 

@@ -17,7 +17,15 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from planlm.kernels import reference, triton_addition, triton_projection, triton_tiles
+from planlm.kernels import (
+    add_plan,
+    plan_projection,
+    reference,
+    triton_addition,
+    triton_projection,
+    triton_tiles,
+    use_backend,
+)
 
 from .cases import (
     assert_close,
@@ -326,6 +334,32 @@ def test_the_same_bits_every_time() -> None:
     (first, found), (second, again) = run(inputs, options), run(inputs, options)
     assert all(torch.equal(one, other) for one, other in zip(first, second, strict=True))
     assert all(torch.equal(found[name], again[name]) for name in found)
+
+
+@pytest.mark.parametrize("from_hidden", [False, True], ids=["logits", "hidden"])
+def test_opcheck(from_hidden: bool) -> None:
+    make = hidden_inputs if from_hidden else projection_inputs
+    inputs = make(dtype=torch.float32)
+    options = projection_options("gumbel", "rows", dtype=torch.float32)
+    with use_backend("triton"):
+        got = plan_projection(**projection_inputs(dtype=torch.float32), **options)  # defines the operators
+    assert got.projected.shape == (5, 4)
+    source, head, head_bias = (*inputs.values(),)[:3] if from_hidden else (inputs["logits"], None, None)
+    torch.library.opcheck(
+        torch.ops.planlm_interpreted.plan_projection.default,
+        (source, head, head_bias, inputs["codebook"], inputs["weight"], inputs["bias"], options["noise"],
+         options["oracle"], options["oracle_weight"], 0.7, 3),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("gated", [True, False])
+def test_opcheck_addition(gated: bool) -> None:
+    x, plan = torch.randn(6, 4, requires_grad=True), torch.randn(3, 8, requires_grad=True)[:, 2:6]
+    gate = torch.randn(4, requires_grad=True) if gated else None
+    ids = torch.tensor([0, -1, 0, 1, 2, 2])
+    with use_backend("triton"):
+        add_plan(x, plan, ids, gate)
+    torch.library.opcheck(torch.ops.planlm_interpreted.add_plan.default, (x, plan, ids, gate))
 
 
 class _Largest(TorchDispatchMode):

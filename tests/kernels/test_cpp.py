@@ -83,9 +83,7 @@ def test_equal_scores_in_different_tiles_keep_the_first(function) -> None:
         projected = function(**inputs, selection="top-k", top_k=top_k).projected
         want = (inputs["weight"] @ wanted + inputs["bias"]).expand(1100, -1)
         torch.testing.assert_close(projected, want)
-    assert torch.equal(
-        function(**inputs, selection="hard").projected, function(**inputs, selection="fixed").projected
-    )
+    assert torch.equal(function(**inputs, selection="hard").projected, function(**inputs, selection="fixed").projected)
 
 
 def test_actions_masked_with_minus_infinity_count_nothing() -> None:
@@ -93,9 +91,7 @@ def test_actions_masked_with_minus_infinity_count_nothing() -> None:
     kept = inputs["logits"].detach().clone()
     kept[:, :1024] = -torch.inf  # a whole tile, the first
     masked = plan_projection(**{**inputs, "logits": kept})
-    some = plan_projection(
-        kept[:, 1024:], *(inputs["codebook"][1024:], inputs["weight"], inputs["bias"])
-    )
+    some = plan_projection(kept[:, 1024:], *(inputs["codebook"][1024:], inputs["weight"], inputs["bias"]))
     for name, got, want in zip(masked._fields, masked, some, strict=True):
         assert_close(name, got, want, 1e-12)
     kept[3] = -torch.inf
@@ -129,7 +125,8 @@ for dtype in (torch.float32, torch.bfloat16):
     for name in truths:
         slack = 1e-5 if dtype == torch.float32 else relative_error(usual[name], truths[name]) + 1e-3
         assert_close(name, found[name], truths[name], slack)
-    x, plan, ids = torch.randn(9, 37, dtype=dtype), torch.randn(3, 37, dtype=dtype), torch.tensor([-1, 0, 0, 1, -1, 1, 1, 2, 2])
+    x, plan = torch.randn(9, 37, dtype=dtype), torch.randn(3, 37, dtype=dtype)
+    ids = torch.tensor([-1, 0, 0, 1, -1, 1, 1, 2, 2])
     with use_backend("cpp"):
         ours = add_plan(x, plan, ids)
     with use_backend("reference"):
@@ -219,9 +216,7 @@ def test_opcheck_projection(kind: str) -> None:
 def test_opcheck_addition(gated: bool) -> None:
     x, plan = torch.randn(6, 4, requires_grad=True), torch.randn(3, 8, requires_grad=True)[:, 2:6]
     gate = torch.randn(4, requires_grad=True) if gated else None
-    torch.library.opcheck(
-        torch.ops.planlm.add_plan.default, (x, plan, torch.tensor([0, -1, 0, 1, 2, 2]), gate)
-    )
+    torch.library.opcheck(torch.ops.planlm.add_plan.default, (x, plan, torch.tensor([0, -1, 0, 1, 2, 2]), gate))
 
 
 @pytest.mark.parametrize("wanted", list(itertools.combinations(["logits", "codebook", "weight", "bias"], 2)), ids=str)
@@ -248,7 +243,8 @@ def test_repeats_bit_for_bit() -> None:
 SMALL = """
 #include <torch/library.h>
 TORCH_LIBRARY_IMPL(planlm, CPU, library) {
-  library.impl("add_plan", [](const at::Tensor& x, const at::Tensor&, const at::Tensor&, const std::optional<at::Tensor>&) {
+  using at::Tensor;
+  library.impl("add_plan", [](const Tensor& x, const Tensor&, const Tensor&, const std::optional<Tensor>&) {
     return x.clone();
   });
 }

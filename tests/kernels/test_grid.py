@@ -54,7 +54,7 @@ def worst(got: Tensor, want: Tensor) -> float:
 
 
 def mean(got: Tensor, want: Tensor) -> float:
-    """Root mean square of the difference over that of the values wanted, or over 1 / the square root of their number."""
+    """Root of the summed squares of the difference over that of the values wanted, or over 1."""
     return ((got.double() - want.double()).norm() / want.double().norm().clamp(min=1.0)).item()
 
 
