@@ -5,12 +5,13 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/installed
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 
-.PHONY: help install quickstart test lint clean
+.PHONY: help install quickstart test lint bench clean
 
 help:
 	@echo "make quickstart   the whole path on real text and real pre-trained weights, in minutes"
 	@echo "make test         all tests"
 	@echo "make lint         ruff and mypy"
+	@echo "make bench        the kernels against eager PyTorch, torch.compile and the floor; writes bench/"
 	@echo "make install      only set up $(VENV)"
 	@echo "make clean        remove $(VENV) and what the quickstart wrote"
 
@@ -46,5 +47,9 @@ lint: $(INSTALLED)
 	@ln -s $(CURDIR)/planlm/* build/types/planlm/ && ln -s $(CURDIR)/kernels build/types/planlm/kernels
 	@cd build/types && $(CURDIR)/$(BIN)/python -m mypy --config-file $(CURDIR)/pyproject.toml -p planlm
 
+bench: $(INSTALLED)
+	@mkdir -p bench
+	@$(BIN)/python -m benchmarks.kernels --malloc both --bars --out bench/kernels.jsonl --plot bench/kernels.png
+
 clean:
-	rm -rf $(VENV) quickstart build .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) quickstart bench build .mypy_cache .pytest_cache .ruff_cache
