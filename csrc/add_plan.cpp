@@ -13,6 +13,24 @@ namespace {
 // Memory is the limit: a thread is worth waking for about 32 KiB of it.
 int64_t grain(int64_t columns) { return std::max<int64_t>(1, 8192 / std::max<int64_t>(1, columns)); }
 
+// What the loops below rely on, at every call: a tensor's values can change without its version (numpy, compiled code).
+// The words are those of kernels/checks.py.
+void check_ids(const Tensor& ids, int64_t num_segments) {
+  const int64_t* values = ids.const_data_ptr<int64_t>();
+  int64_t last = -1;
+  for (int64_t t = 0; t < ids.size(0); ++t) {
+    const int64_t id = values[t];
+    if (id == -1) continue;
+    if (id < 0 || id >= num_segments) {
+      const auto [lowest, highest] = std::minmax_element(values, values + ids.size(0));
+      TORCH_CHECK_VALUE(false, "segment_ids: got ids from ", *lowest, " to ", *highest,
+                        ", needs -1 (no plan) or a row of plan, below ", num_segments);
+    }
+    TORCH_CHECK_VALUE(id >= last, "segment_ids: got ", last, " before ", id, ", needs ids that never fall, apart from -1");
+    last = id;
+  }
+}
+
 template <class R>
 void add(const Tensor& x, const Tensor& plan, const Tensor& ids, const Tensor& gate, Tensor& out) {
   const int64_t* rows_of = ids.const_data_ptr<int64_t>();
@@ -52,8 +70,7 @@ void sum_segments(const Tensor& gradient, const Tensor& plan, const Tensor& ids,
   const auto run = [&](int64_t first, int64_t count, int64_t begin, int64_t end, R* for_gate) {
     Buffer<R> total(count), row(for_gate ? count : 0);
     for (int64_t s = begin; s < end; ++s) {
-      rows<R>().sum_rows(total.data(), strip(gradient, starts[s], first), gradient.stride(0), rows_of + starts[s],
-                         starts[s + 1] - starts[s], count);
+      sum_rows(total.data(), gradient, starts[s], starts[s + 1], first, count, rows_of + starts[s]);
       if (grad_plan.defined())
         rows<R>().store(total.data(), gates ? gates + first : nullptr, strip(grad_plan, s, first), count);
       if (for_gate) {
@@ -82,6 +99,7 @@ at::ScalarType working_type(const Tensor& a, const Tensor& b) {
 
 Tensor add_plan(const Tensor& x, const Tensor& plan, const Tensor& segment_ids, const OptionalTensor& gate) {
   const Tensor states = with_adjacent_columns(x), plans = with_adjacent_columns(plan), ids = segment_ids.contiguous();
+  check_ids(ids, plan.size(0));
   Tensor out = empty(x.sizes(), x.options());
   const auto working = working_type(x, plan);
   const Tensor gates = gate ? gate->to(working).contiguous() : Tensor();
@@ -99,6 +117,7 @@ std::tuple<Tensor, Tensor> add_plan_backward(const Tensor& grad, const Tensor& p
   if (needs[0]) grad_plan = empty(plan.sizes(), plan.options());
   if (needs[1] && gate) grad_gate = at::zeros(gate->sizes(), gates.options());
   const Tensor ids = segment_ids.contiguous();
+  check_ids(ids, plan.size(0));
   working == at::kDouble ? sum_segments<double>(gradient, plans, ids, gates, grad_plan, grad_gate)
                          : sum_segments<float>(gradient, plans, ids, gates, grad_plan, grad_gate);
   if (!grad_plan.defined()) grad_plan = at::empty({0}, grad.options());

@@ -112,35 +112,42 @@ void find_largest(Planner& planner, Tensor& statistics, Tensor& cut) {
     return a.first != b.first ? a.first > b.first : a.second < b.second;
   };
   const int64_t kept = planner.top_k, slack = std::max<int64_t>(64, kept / 4);
-  std::vector<std::vector<Candidate>> found(planner.num_rows);
-  planner.each_tile([&](const Tile& tile, const Tensor& logits) {
-    at::parallel_for(0, tile.rows, 1, [&](int64_t begin, int64_t end) {
-      Buffer<R> buffer(tile.count);
-      for (int64_t row = begin; row < end; ++row) {
-        auto& best = found[tile.row + row];
-        R least = -std::numeric_limits<R>::infinity();
-        const auto prune = [&] {
-          std::nth_element(best.begin(), best.begin() + (kept - 1), best.end(), larger);
-          best.resize(kept);
-          least = best.back().first;
-        };
-        if (int64_t(best.size()) >= kept) prune();
-        rows<R>().scores(planner.scores<R>(tile, logits, row, {}, {}), buffer.data());
-        for (int64_t i = 0; i < tile.count; ++i) {
-          const R score = std::isnan(buffer[i]) ? std::numeric_limits<R>::infinity() : buffer[i];
-          if (int64_t(best.size()) >= kept && score <= least) continue;
-          best.emplace_back(score, tile.first + i);
-          if (int64_t(best.size()) >= kept + slack) prune();
-        }
-      }
-    });
-  });
+  // Candidates of all rows at once could outgrow the logits: half of those at most, and as many passes as that takes.
+  const int64_t group = std::max<int64_t>(1, planner.num_rows * planner.num_actions / (8 * (kept + slack)));
   R* threshold = statistics.data_ptr<R>() + 4 * planner.num_rows;
-  for (int64_t row = 0; row < planner.num_rows; ++row) {
-    auto& best = found[row];
-    std::nth_element(best.begin(), best.begin() + (kept - 1), best.end(), larger);
-    threshold[row] = best[kept - 1].first;
-    cut.data_ptr<int64_t>()[row] = best[kept - 1].second;
+  for (int64_t from = 0; from < planner.num_rows; from += group) {
+    const int64_t to = std::min(planner.num_rows, from + group);
+    std::vector<std::vector<Candidate>> found(to - from);
+    for (auto& best : found) best.reserve(std::min(kept + slack, planner.num_actions));
+    planner.each_tile([&](const Tile& tile, const Tensor& logits) {
+      const int64_t first = std::max(from, tile.row), last = std::min(to, tile.row + tile.rows);
+      at::parallel_for(first, std::max(first, last), 1, [&](int64_t begin, int64_t end) {
+        Buffer<R> buffer(tile.count);
+        for (int64_t row = begin; row < end; ++row) {
+          auto& best = found[row - from];
+          R least = -std::numeric_limits<R>::infinity();
+          const auto prune = [&] {
+            std::nth_element(best.begin(), best.begin() + (kept - 1), best.end(), larger);
+            best.resize(kept);
+            least = best.back().first;
+          };
+          if (int64_t(best.size()) >= kept) prune();
+          rows<R>().scores(planner.scores<R>(tile, logits, row - tile.row, {}, {}), buffer.data());
+          for (int64_t i = 0; i < tile.count; ++i) {
+            const R score = std::isnan(buffer[i]) ? std::numeric_limits<R>::infinity() : buffer[i];
+            if (int64_t(best.size()) >= kept && score <= least) continue;
+            best.emplace_back(score, tile.first + i);
+            if (int64_t(best.size()) >= kept + slack) prune();
+          }
+        }
+      });
+    });
+    for (int64_t row = from; row < to; ++row) {
+      auto& best = found[row - from];
+      std::nth_element(best.begin(), best.begin() + (kept - 1), best.end(), larger);
+      threshold[row] = best[kept - 1].first;
+      cut.data_ptr<int64_t>()[row] = best[kept - 1].second;
+    }
   }
 }
 
@@ -242,7 +249,7 @@ Tensor sum_of_rows(const Tensor& matrix, at::ScalarType working) {
       Buffer<R> total(width);
       for (int64_t i = begin; i < end; ++i) {
         const int64_t first = i * width, count = std::min(width, num_columns - first);
-        rows<R>().sum_rows(total.data(), strip(rows_of, 0, first), rows_of.stride(0), every.data(), matrix.size(0), count);
+        sum_rows(total.data(), rows_of, 0, matrix.size(0), first, count, every.data());
         std::copy_n(total.data(), count, sum.data_ptr<R>() + first);
       }
     });
@@ -355,6 +362,17 @@ Backward differentiate(Planner& planner, const Tensor& codebook, const Tensor& m
   return result;
 }
 
+// At every call, as compiled code comes here unchecked; in the words of kernels/checks.py.
+Tensor checked(const OptionalTensor& oracle, int64_t num_actions) {
+  if (!oracle) return {};
+  const Tensor labels = oracle->contiguous();
+  const int64_t* values = labels.const_data_ptr<int64_t>();
+  for (int64_t s = 0; s < labels.size(0); ++s)
+    TORCH_CHECK_VALUE(values[s] < num_actions, "oracle: got action ", values[s], ", needs actions below ", num_actions,
+                      " (K); negative means none");
+  return labels;
+}
+
 at::ScalarType working_type(const Tensor& source) {
   return source.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
 }
@@ -366,8 +384,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> plan_projecti
     const OptionalTensor& weight, const OptionalTensor& bias, const OptionalTensor& noise, const OptionalTensor& oracle,
     const OptionalTensor& oracle_weight, double temperature, int64_t top_k) {
   const auto working = working_type(source);
-  const Tensor actions = given(codebook), labels = oracle ? oracle->contiguous() : Tensor();
   Planner planner(source, head, head_bias, noise, working, temperature, top_k);
+  const Tensor actions = given(codebook), labels = checked(oracle, planner.num_actions);
   const Forward mixed = working == at::kDouble ? mix<double>(planner, actions, labels)
                                                : mix<float>(planner, actions, labels);
   Tensor projected = mixed.mixture;
@@ -397,9 +415,9 @@ std::vector<Tensor> plan_projection_backward(
     double temperature, int64_t top_k, std::array<bool, 8> needs) {
   const auto working = working_type(source);
   const auto [to_source, to_head, to_head_bias, to_codebook, to_weight, to_bias, to_noise, to_share] = needs;
-  const Tensor actions = given(codebook), labels = oracle ? oracle->contiguous() : Tensor();
-  const Tensor share = shares(labels, given(oracle_weight), working);
   Planner planner(source, head, head_bias, noise, working, temperature, top_k);
+  const Tensor actions = given(codebook), labels = checked(oracle, planner.num_actions);
+  const Tensor share = shares(labels, given(oracle_weight), working);
 
   Tensor mixture_gradient, grad_weight, grad_bias, grad_share;
   const Tensor gradient = actions.defined() ? given(grad_projected) : Tensor();

@@ -3,7 +3,11 @@
 
 #include <ATen/native/CPUBlas.h>
 
+#include <ATen/Context.h>
+
 #include <algorithm>
+#include <atomic>
+#include <exception>
 
 namespace planlm {
 namespace {
@@ -36,6 +40,19 @@ void multiply_bf16(Tensor& out, const Tensor& a, const Tensor& b, bool transpose
   });
 }
 
+// oneDNN's own settings (ONEDNN_MAX_CPU_ISA, torch.backends.mkldnn) may forbid what the processor has: it then refuses
+// to make a kernel, before anything is written.
+bool tried_bf16(Tensor& out, const Tensor& a, const Tensor& b, bool transposed, bool add) {
+  static std::atomic<bool> refused{false};
+  if (refused || !at::globalContext().userEnabledMkldnn()) return false;
+  try {
+    multiply_bf16(out, a, b, transposed, add);
+  } catch (const std::exception&) {
+    refused = true;
+  }
+  return !refused;
+}
+
 }  // namespace
 
 void multiply(Tensor& out, const Tensor& a, const Tensor& b, bool transposed, bool add) {
@@ -45,8 +62,8 @@ void multiply(Tensor& out, const Tensor& a, const Tensor& b, bool transposed, bo
   if (a.size(1) == 0) {
     if (!add) out.zero_();
   } else if (a.scalar_type() == at::kBFloat16 && working == at::kFloat && a.size(1) % 2 == 0 && a.stride(1) == 1 &&
-             b.stride(1) == 1) {
-    multiply_bf16(out, a, b, transposed, add);
+             b.stride(1) == 1 && tried_bf16(out, a, b, transposed, add)) {
+    return;
   } else if (add) {
     at::addmm_out(out, out, a.to(working), right.to(working));
   } else {

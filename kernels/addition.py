@@ -11,7 +11,7 @@ from torch import Tensor
 
 from . import fused, reference
 from .backend import choose, full_precision
-from .checks import check_add_plan
+from .checks import check_add_plan, check_segment_ids
 from .derivatives import first_derivative_only
 from .reference import working_dtype
 
@@ -38,6 +38,8 @@ def add_plan(x: Tensor, plan: Tensor, segment_ids: Tensor, gate: Tensor | None =
     """
     check_add_plan(x, plan, segment_ids, gate)
     backend = choose("add_plan", x.device, working_dtype(x, plan, gate))
+    if backend is None or backend.name != "cpp":
+        check_segment_ids(segment_ids, len(plan))
     with full_precision(x.device):
         x, plan, gate = first_derivative_only(x), first_derivative_only(plan), first_derivative_only(gate)
         if backend is None:

@@ -52,6 +52,7 @@ class Backend:
 
 # A plain module variable: torch.compile can trace and guard it, which it cannot with a ContextVar.
 _forced: str | None = None
+_blocks: list[tuple[object, str]] = []
 
 
 @contextmanager
@@ -65,11 +66,15 @@ def use_backend(name: str) -> Iterator[None]:
         ValueError: for another name, here; inside the block, for a call that the backend cannot run.
     """
     global _forced
-    outer, _forced = _forced, _known(name, "use_backend")
+    _known(name, "use_backend")
+    block = (object(), name)
+    _blocks.append(block)
+    _forced = name
     try:
         yield
     finally:
-        _forced = outer
+        _blocks.remove(block)  # blocks of several threads end in any order
+        _forced = _blocks[-1][1] if _blocks else None
 
 
 def choose(operation: str, device: torch.device, working: torch.dtype) -> Backend | None:

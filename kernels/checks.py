@@ -7,7 +7,6 @@ Shapes, dtypes, devices and options are checked always. Values inside tensors (i
 from __future__ import annotations
 
 import math
-import weakref
 from typing import NoReturn, TypedDict, Unpack
 
 import torch
@@ -94,7 +93,16 @@ def check_add_plan(x: Tensor, plan: Tensor, segment_ids: Tensor, gate: Tensor | 
         _floating("gate", gate, "[D]", 1, x.device)
         _shape("gate", gate, (size,), "[D], with x's D")
     _indices("segment_ids", segment_ids, num_tokens, "[T], with x's T", x.device)
-    if not _readable(segment_ids) or num_tokens == 0 or _sorted_before(segment_ids, num_sentences):
+
+
+def check_segment_ids(segment_ids: Tensor, num_sentences: int) -> None:
+    """Refuse ids out of range or order, where they can be read. The C++ operator does so itself, at less cost.
+
+    Raises:
+        ValueError: names the argument, what it got and what it needs.
+    """
+    num_tokens = len(segment_ids)
+    if not _readable(segment_ids) or num_tokens == 0:
         return
     lowest, highest = (int(bound) for bound in segment_ids.aminmax())
     if lowest < -1 or highest >= num_sentences:
@@ -109,25 +117,6 @@ def check_add_plan(x: Tensor, plan: Tensor, segment_ids: Tensor, gate: Tensor | 
             f"{planned[at]} before {planned[at + 1]}",
             "ids that never fall, apart from -1",
         )
-    _remember_sorted(segment_ids, num_sentences)
-
-
-# The ids that were found right last, at which version and for how many sentences: one tensor serves all layers of a
-# model, and each look at it costs as much as a twentieth of the addition.
-_last_sorted: tuple[weakref.ref[Tensor], int, int] | None = None
-
-
-def _sorted_before(ids: Tensor, num_sentences: int) -> bool:
-    if _last_sorted is None or ids.is_inference():
-        return False
-    seen, version, sentences = _last_sorted
-    return seen() is ids and version == ids._version and sentences == num_sentences
-
-
-def _remember_sorted(ids: Tensor, num_sentences: int) -> None:
-    global _last_sorted
-    if not ids.is_inference():  # those have no version
-        _last_sorted = (weakref.ref(ids), ids._version, num_sentences)
 
 
 def _check_projection(
@@ -236,7 +225,7 @@ def _shape(name: str, tensor: Tensor, shape: tuple[int, ...], wanted: str) -> No
 
 def _readable(tensor: Tensor) -> bool:
     """Whether values can be read without waiting for a device or breaking a graph that is being compiled."""
-    return tensor.device.type == "cpu" and not torch.compiler.is_compiling()
+    return tensor.device.type == "cpu" and not torch.compiler.is_compiling() and type(tensor).__name__ != "FakeTensor"
 
 
 def _refuse(argument: str, got: str, needs: str) -> NoReturn:

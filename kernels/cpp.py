@@ -13,6 +13,7 @@ import hashlib
 import logging
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import tempfile
@@ -76,7 +77,10 @@ def _library() -> Path:
     made_from = (torch.__version__, torch.version.git_version, platform.machine(), environment.compiler(), *FLAGS)
     for text in (*made_from, *(part for path in sources for part in (path.name, path.read_text()))):
         key.update(text.encode() + b"\0")
-    folder = environment.cache() / "operators"
+    try:
+        folder = environment.cache() / "operators"
+    except RuntimeError:  # no home directory
+        raise Unavailable("there is no home directory to keep the C++ operators in: set PLANLM_CACHE") from None
     library = folder / f"planlm-{key.hexdigest()[:20]}.so"
     try:
         if _is_sound(library):
@@ -108,14 +112,14 @@ def _lock(path: Path) -> Iterator[None]:
 
 
 def _compile(sources: list[Path], library: Path) -> None:
-    if shutil.which(environment.compiler()) is None:
+    if shutil.which(shlex.split(environment.compiler())[0]) is None:
         raise Unavailable(f"no C++ compiler ({environment.compiler()}) for the C++ operators: install g++ or set CXX")
     # Imported here: it takes a third of a second, and the library is nearly always there.
     from torch.utils import cpp_extension
 
     if not cpp_extension.is_ninja_available():
         raise Unavailable("no ninja to compile the C++ operators with: pip install ninja")
-    logger.warning("planlm.kernels: compiling the C++ operators, once, in about half a minute")
+    logger.warning("planlm.kernels: compiling the C++ operators, once, in about a minute")
     start = time.perf_counter()
     with tempfile.TemporaryDirectory(dir=library.parent, prefix="build-") as build:
         try:
@@ -127,7 +131,7 @@ def _compile(sources: list[Path], library: Path) -> None:
                 extra_ldflags=["-fopenmp"],
                 is_python_module=False,
             )
-        except (RuntimeError, subprocess.SubprocessError) as problem:
+        except (RuntimeError, subprocess.SubprocessError, OSError) as problem:
             raise Unavailable(f"the C++ operators do not compile ({_first_error(str(problem))})") from None
         made = Path(build) / "planlm_operators.so"
         digest = made.with_suffix(".sha256")

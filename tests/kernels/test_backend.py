@@ -84,6 +84,17 @@ def test_blocks_nest_and_end_with_an_error() -> None:
     plan_projection(**inputs)
 
 
+def test_blocks_of_two_threads_end_in_any_order() -> None:
+    first, second = use_backend("reference"), use_backend("triton")
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    with pytest.raises(ValueError, match="'triton' was asked for"):
+        plan_projection(**projection_inputs())
+    second.__exit__(None, None, None)
+    plan_projection(**projection_inputs())
+
+
 @pytest.mark.parametrize("selection", SELECTIONS)
 def test_compiles_without_graph_breaks(selection: str) -> None:
     torch._dynamo.reset()

@@ -192,6 +192,61 @@ def test_addition_saves_nothing_of_the_tokens() -> None:
     assert all(value.numel() <= 4096 for value in saved)
 
 
+def test_ids_are_read_at_every_call() -> None:
+    ids = torch.zeros(8, dtype=torch.int64)
+    x, plan = torch.randn(8, 16, requires_grad=True), torch.randn(2, 16, requires_grad=True)
+    compiled = torch.compile(lambda: add_plan(x, plan, ids), fullgraph=True, backend="aot_eager")
+    for run in (lambda: add_plan(x, plan, ids), compiled):
+        ids.numpy()[:] = 0  # which the tensor's version does not show
+        result = run()
+        ids.numpy()[:] = [0, 1, 0, 1, 0, 1, 0, 1]
+        with pytest.raises(ValueError, match=r"segment_ids: got 1 before 0, needs ids that never fall"):
+            run()
+        with pytest.raises(ValueError, match="segment_ids: got 1 before 0"):
+            result.sum().backward()
+        ids.numpy()[:] = 10**7
+        with pytest.raises(ValueError, match=r"segment_ids: got ids from 10000000 to 10000000, needs .* below 2"):
+            run()
+
+
+def test_compiled_code_refuses_actions_out_of_range() -> None:
+    inputs, oracle = projection_inputs(), torch.tensor([0, 1, 77, -1, 2])
+    compiled = torch.compile(lambda: plan_projection(**inputs, oracle=oracle), fullgraph=True, backend="aot_eager")
+    with pytest.raises(ValueError, match="oracle: got action 77, needs actions below 7"):
+        compiled()
+
+
+def test_sums_of_many_equal_values_are_exact_enough() -> None:
+    inputs = projection_inputs(20000, 3, 2, 5, dtype=torch.float32)
+    projected = plan_projection(**inputs).projected
+    (bias,) = torch.autograd.grad(projected, inputs["bias"], torch.full_like(projected, 0.1))
+    assert_close("gradient of bias", bias, torch.full((5,), 2000.0), 1e-6)
+    plan = torch.zeros(1, 5, requires_grad=True)
+    planned = add_plan(torch.zeros(20000, 5), plan, torch.zeros(20000, dtype=torch.int64))
+    (summed,) = torch.autograd.grad(planned, plan, torch.full_like(planned, 0.1))
+    assert_close("gradient of plan", summed, torch.full((1, 5), 2000.0), 1e-6)
+
+
+def test_dtypes_that_have_no_loops_are_converted() -> None:
+    inputs, options = projection_inputs(), projection_options("gumbel", "rows")
+    options["noise"] = options["noise"].detach().half()
+    found = plan_projection(**inputs, **options)
+    want = plan_projection(**inputs, **{**options, "noise": options["noise"].double()})
+    assert all(torch.equal(*pair) for pair in zip(found, want, strict=True))
+
+
+@pytest.mark.parametrize("forbidden", ["AVX2", "AVX512_CORE"])
+def test_a_onednn_that_may_not_multiply_bf16_is_replaced(forbidden: str) -> None:
+    script = """
+import torch
+from planlm.kernels import plan_projection
+result = plan_projection(torch.zeros(4, 8).bfloat16(), torch.ones(8, 6).bfloat16(), torch.ones(2, 6).bfloat16())
+assert result.projected.eq(6).all()
+"""
+    environment = {**os.environ, "ONEDNN_MAX_CPU_ISA": forbidden}
+    subprocess.run([sys.executable, "-c", script], env=environment, check=True)
+
+
 @pytest.mark.parametrize("kind", ["logits", "hidden", "statistics", "transposed"])
 def test_opcheck_projection(kind: str) -> None:
     hidden = hidden_inputs(dtype=torch.float32)
