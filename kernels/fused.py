@@ -42,12 +42,8 @@ def plan_projection(
     result = torch.promote_types(codebook.dtype, weight.dtype)
     working = working_dtype(source, head, head_bias, codebook, weight, bias, noise, oracle_weight)
     if working == torch.float64:
-        source, head, codebook, weight = (
-            source.to(working),
-            _to(working, head),
-            codebook.to(working),
-            weight.to(working),
-        )
+        source, head = source.to(working), _to(working, head)
+        codebook, weight, noise = codebook.to(working), weight.to(working), _to(working, noise)
     else:
         matrices = backend.matrices(result)
         codebook, weight = codebook.to(matrices), weight.to(matrices)
