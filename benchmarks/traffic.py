@@ -245,7 +245,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         check_names(options, {"shapes": SHAPES, "dtypes": DTYPES})
         if importlib.util.find_spec("triton") is None:
-            raise InputError("counting PlanLM's launches needs triton: pip install 'planlm[compiled]'")
+            raise InputError("counting PlanLM's launches needs triton: pip install triton")
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

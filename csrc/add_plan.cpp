@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <array>
+#include <cstring>
 #include <vector>
 
 #include "common.h"
@@ -48,7 +49,7 @@ void add(const Tensor& x, const Tensor& plan, const Tensor& ids, const Tensor& g
   });
 }
 
-// Segment sums into `grad_plan`, and their products with the plan into `products` `[S, D]` where defined.
+// Segment sums, times the gate, into `grad_plan` and their products with the plan into `grad_gate`, where defined.
 template <class R>
 void sum_segments(const Tensor& gradient, const Tensor& plan, const Tensor& ids, const Tensor& gate,
                   Tensor& grad_plan, Tensor& grad_gate) {
@@ -63,7 +64,7 @@ void sum_segments(const Tensor& gradient, const Tensor& plan, const Tensor& ids,
   // Strips of columns keep all threads busy when segments are few; the order of a sum never depends on them.
   const int64_t threads = at::get_num_threads();
   const int64_t width = grad_gate.defined() || num_segments < 8 * threads
-                            ? std::max<int64_t>(64, (columns + threads - 1) / threads / 16 * 16)
+                            ? std::max<int64_t>(64, ((columns + threads - 1) / threads + 15) / 16 * 16)
                             : std::max<int64_t>(1, columns);
   const int64_t strips = (columns + width - 1) / width;
   const R* gates = gate.defined() ? gate.const_data_ptr<R>() : nullptr;

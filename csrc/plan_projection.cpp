@@ -21,8 +21,8 @@
 namespace planlm {
 namespace {
 
-// Elements of a tile: two of them in bf16 fit a megabyte of second-level cache per core of two; measured best from
-// 2^19 to 2^21 on S = 512, K = 65536.
+// Elements of a tile. Smaller ones cost the products their speed, larger ones fall out of the third-level cache: the best
+// of 2^18 to 2^21 for S = 512, K = 65536 on two cores.
 constexpr int64_t tile_elements = int64_t(1) << 20;
 constexpr int64_t most_rows = 8192;
 
@@ -260,24 +260,27 @@ Tensor sum_of_rows(const Tensor& matrix, at::ScalarType working) {
 
 // Gradients of logits (or of states, head and head bias), noise and codebook, where wanted.
 template <class R>
-Backward differentiate(Planner& planner, const Tensor& codebook, const Tensor& mixture_gradient,
-                          const Tensor& mixture, const Tensor& log_normalizer_gradient, const Tensor& nll_gradient,
-                          const Tensor& oracle, const Tensor& share, const Tensor& statistics, const Tensor& cut,
-                          bool to_source, bool to_head, bool to_head_bias, bool to_noise, bool to_codebook) {
+Backward differentiate(Planner& planner, const Tensor& codebook, const Tensor& mixture_gradient, const Tensor& mixture,
+                       const Tensor& log_normalizer_gradient, const Tensor& nll_gradient, const Tensor& oracle,
+                       const Tensor& share, const Tensor& statistics, const Tensor& cut, bool to_source, bool to_head,
+                       bool to_head_bias, bool to_noise, bool to_codebook) {
   const int64_t num_rows = planner.num_rows, num_actions = planner.num_actions;
   const bool hidden = planner.head.defined(), to_logits = to_source || to_head || to_head_bias;
   const bool mixes = mixture_gradient.defined() && codebook.defined();
   to_codebook = to_codebook && codebook.defined();
   Backward result;
-  const auto zeros_like = [](const Tensor& tensor) { return at::zeros(tensor.sizes(), tensor.options()); };
+  // Sums over rows: written by the products, so that only what no product reaches has to be zero.
+  const auto summed = [&](const Tensor& like, bool reached) {
+    return reached && num_rows > 0 ? empty(like.sizes(), like.options()) : at::zeros(like.sizes(), like.options());
+  };
   const auto real = planner.source.options().dtype(planner.working);
   if (to_noise) result.noise = empty(planner.noise.sizes(), planner.noise.options());
   Tensor states_gradient;
   if (hidden && to_source) states_gradient = at::zeros(planner.source.sizes(), real);
   if (!hidden && to_source) result.source = empty(planner.source.sizes(), planner.source.options());
-  if (to_head) result.head = zeros_like(planner.head);
+  if (to_head) result.head = summed(planner.head, true);
   if (to_head_bias) result.head_bias = at::zeros({num_actions}, real);
-  if (to_codebook) result.codebook = mixes && num_rows > 0 ? empty(codebook.sizes(), codebook.options()) : zeros_like(codebook);
+  if (to_codebook) result.codebook = summed(codebook, mixes);
 
   const bool to_scores = to_logits || to_noise, weighs = mixes && to_codebook;
   Tensor offset = at::zeros({num_rows}, real);
@@ -434,29 +437,28 @@ std::vector<Tensor> plan_projection_backward(
                        .sum(1)
                        .masked_fill(labels < 0, 0.0);
   }
-  Tensor grad_source, grad_head, grad_head_bias, grad_codebook, grad_noise;
+  Backward found;
   if (to_source || to_head || to_head_bias || to_codebook || to_noise) {
     const auto run = [&](auto real) {
-      const auto found = differentiate<decltype(real)>(
-          planner, actions, mixture_gradient, mixture, given(grad_log_normalizer), given(grad_oracle_nll), labels,
-          share, statistics, cut, to_source, to_head, to_head_bias, to_noise, to_codebook);
-      grad_source = found.source;
-      grad_head = found.head;
-      grad_head_bias = found.head_bias;
-      grad_codebook = found.codebook;
-      grad_noise = found.noise;
+      return differentiate<decltype(real)>(planner, actions, mixture_gradient, mixture, given(grad_log_normalizer),
+                                           given(grad_oracle_nll), labels, share, statistics, cut, to_source, to_head,
+                                           to_head_bias, to_noise, to_codebook);
     };
-    working == at::kDouble ? run(double{}) : run(float{});
+    found = working == at::kDouble ? run(double{}) : run(float{});
   }
   // Each gradient in its tensor's dtype; zeros where none arrives, nothing where none is wanted.
-  const auto finished = [&](bool wanted, const Tensor& found, const OptionalTensor& like) {
+  const auto finished = [&](bool wanted, const Tensor& gradient, const OptionalTensor& like) {
     if (!wanted || !like) return empty({0}, source.options());
-    return found.defined() ? found.to(like->scalar_type()) : at::zeros(like->sizes(), like->options());
+    return gradient.defined() ? gradient.to(like->scalar_type()) : at::zeros(like->sizes(), like->options());
   };
-  return {finished(to_source, grad_source, source),      finished(to_head, grad_head, head),
-          finished(to_head_bias, grad_head_bias, head_bias), finished(to_codebook, grad_codebook, codebook),
-          finished(to_weight, grad_weight, weight),      finished(to_bias, grad_bias, bias),
-          finished(to_noise, grad_noise, noise),         finished(to_share, grad_share, oracle_weight)};
+  return {finished(to_source, found.source, source),
+          finished(to_head, found.head, head),
+          finished(to_head_bias, found.head_bias, head_bias),
+          finished(to_codebook, found.codebook, codebook),
+          finished(to_weight, grad_weight, weight),
+          finished(to_bias, grad_bias, bias),
+          finished(to_noise, found.noise, noise),
+          finished(to_share, grad_share, oracle_weight)};
 }
 
 }  // namespace planlm

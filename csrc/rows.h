@@ -8,6 +8,8 @@ namespace planlm {
 
 enum class Kind : int { f32, bf16, f64 };
 
+constexpr int64_t bytes(Kind kind) { return kind == Kind::bf16 ? 2 : kind == Kind::f32 ? 4 : 8; }
+
 // A strip of one row in memory, in any of the kinds.
 struct Strip {
   void* data = nullptr;
@@ -15,8 +17,7 @@ struct Strip {
 
   explicit operator bool() const { return data != nullptr; }
   Strip operator+(int64_t elements) const {
-    const int64_t size = kind == Kind::bf16 ? 2 : kind == Kind::f32 ? 4 : 8;
-    return {static_cast<char*>(data) + elements * size, kind};
+    return {static_cast<char*>(data) + elements * bytes(kind), kind};
   }
 };
 
@@ -81,7 +82,7 @@ struct Rows {
   void (*pack_transposed)(const void* from, int64_t step, void* to, int64_t depth, int64_t width);
 };
 
-// The loops for an instruction set that this processor has: "AVX512", "AVX2" or anything else for the plain ones.
+// The loops for the best instruction set that this processor has and torch may use.
 template <class R>
 const Rows<R>& rows();
 

@@ -8,7 +8,6 @@ template <>
 struct Lanes<float> {
   static constexpr int64_t width = 16;
   typedef float Vector __attribute__((vector_size(64)));
-  typedef int32_t Whole __attribute__((vector_size(64)));
   typedef uint32_t Bits __attribute__((vector_size(64)));
   typedef uint16_t Half __attribute__((vector_size(32)));
   typedef double Wide __attribute__((vector_size(128)));
@@ -42,7 +41,6 @@ template <>
 struct Lanes<double> {
   static constexpr int64_t width = 8;
   typedef double Vector __attribute__((vector_size(64)));
-  typedef int64_t Whole __attribute__((vector_size(64)));
   typedef uint32_t Bits __attribute__((vector_size(32)));
   typedef uint16_t Half __attribute__((vector_size(16)));
   typedef float Narrow __attribute__((vector_size(32)));
@@ -87,7 +85,14 @@ inline void fence() {
 #endif
 }
 
-// bf16 values as the upper halves of 32-bit words, and the nearest bf16 values, ties to even.
+// The nearest bf16 values, ties to even, in the upper halves of 32-bit words; what the lower halves hold does not count.
+template <class Bits>
+INLINE Bits to_upper_half(Bits bits) {
+  const auto is_nan = (bits & 0x7fffffffu) > 0x7f800000u;
+  return is_nan ? bits | 0x400000u : bits + 0x7fffu + ((bits >> 16) & 1u);
+}
+
+// bf16 values as the upper halves of 32-bit words, and back.
 template <class L>
 INLINE typename L::Bits widen(const char* from) {
 #if LEVEL >= 512
@@ -102,10 +107,7 @@ INLINE typename L::Half narrow(Single value) {
 #if LEVEL >= 516
   if constexpr (L::width == 16) return (typename L::Half)_mm512_cvtneps_pbh((__m512)value);
 #endif
-  const auto bits = (typename L::Bits)value;
-  const auto is_nan = (bits & 0x7fffffffu) > 0x7f800000u;
-  const auto rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
-  return __builtin_convertvector(is_nan ? (bits >> 16) | 0x40u : rounded, typename L::Half);
+  return __builtin_convertvector(to_upper_half((typename L::Bits)value) >> 16, typename L::Half);
 }
 
 // Full vectors of `kind` read as, and written from, vectors of R.
@@ -160,8 +162,6 @@ INLINE void write(char* to, typename Lanes<R>::Vector value) {
       leave<streamed>(to, __builtin_convertvector(value, typename L::Wide));
   }
 }
-
-constexpr int64_t bytes(Kind kind) { return kind == Kind::bf16 ? 2 : kind == Kind::f32 ? 4 : 8; }
 
 // The last elements of a strip go through a full vector on the stack: no loop has a second, scalar form.
 template <class R, Kind kind>
@@ -443,12 +443,6 @@ INLINE void add_strips(Strip x, Strip plan, const R* gate, Strip out, int64_t co
 
 // bf16 + bf16, 32 at a time. A 32-bit word holds two values, each of which is a float32 once the other half is zero: no
 // value has to change lanes.
-INLINE Lanes<float>::Bits round_up_to_bf16(Lanes<float>::Vector value) {
-  const auto bits = (Lanes<float>::Bits)value;
-  const auto is_nan = (bits & 0x7fffffffu) > 0x7f800000u;
-  return is_nan ? bits | 0x400000u : bits + 0x7fffu + ((bits >> 16) & 1u);  // the upper half counts
-}
-
 template <bool streamed>
 INLINE void add_halves(Strip x, Strip plan, Strip out, int64_t count) {
   using L = Lanes<float>;
@@ -458,8 +452,9 @@ INLINE void add_halves(Strip x, Strip plan, Strip out, int64_t count) {
   int64_t i = 0;
   for (; i + 32 <= count; i += 32) {
     const auto a = take<L::Bits>(from + 2 * i), b = take<L::Bits>(added + 2 * i);
-    const auto low = round_up_to_bf16((L::Vector)(a << 16) + (L::Vector)(b << 16)) >> 16;
-    const auto high = round_up_to_bf16((L::Vector)(a & 0xffff0000u) + (L::Vector)(b & 0xffff0000u)) & 0xffff0000u;
+    const auto lower = (L::Vector)(a << 16) + (L::Vector)(b << 16);
+    const auto upper = (L::Vector)(a & 0xffff0000u) + (L::Vector)(b & 0xffff0000u);
+    const auto low = to_upper_half((L::Bits)lower) >> 16, high = to_upper_half((L::Bits)upper) & 0xffff0000u;
     leave<streamed>(to + 2 * i, low | high);
   }
   if (i < count) add_strips<float, Kind::bf16, false>(x + i, plan + i, nullptr, out + i, count - i);

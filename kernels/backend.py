@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import functools
 import importlib.util
-import os
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from typing import Any
 import torch
 
 from . import cpp, environment, operators
+from .cpp import logger
 
 BACKENDS = ("triton", "cpp", "reference")
 
@@ -127,7 +127,11 @@ def _constant(function: Any) -> Any:
     return function
 
 
-_no_cpp = _constant(functools.wraps(cpp.why_not)(lambda: cpp.why_not()))
+@_constant
+def _no_cpp() -> str | None:
+    return cpp.why_not()
+
+
 _fast_bf16 = _constant(cpp.fast_bf16)
 
 
@@ -138,16 +142,24 @@ def _no_triton(device: str, index: int | None) -> str | None:
 
 @functools.cache
 def _find_triton(device: str, index: int | None) -> str | None:
+    reason = _triton_lacks(device, index)
+    if reason is None:
+        _register_triton(device)
+    elif device == "cuda":
+        logger.warning("planlm.kernels: %s; the eager reference runs instead", reason)
+    return reason
+
+
+def _triton_lacks(device: str, index: int | None) -> str | None:
     if importlib.util.find_spec("triton") is None:
         return "Triton is not installed (pip install triton)"
     if device == "cpu":
-        if os.environ.get("TRITON_INTERPRET") != "1":
+        if not environment.interpreted():
             return "triton runs on a CPU only in its interpreter (TRITON_INTERPRET=1 from the start of the process)"
     elif device != "cuda":
         return f"triton has no {device} implementation"
     elif torch.cuda.get_device_capability(index) < (8, 0):
         return f"triton needs a GPU of compute capability 8.0, and {torch.cuda.get_device_name(index)} has less"
-    _register_triton(device)
     return None
 
 
@@ -155,13 +167,9 @@ def _register_triton(device: str) -> None:
     from . import triton_addition, triton_projection
 
     library = operators.define("planlm_interpreted" if device == "cpu" else "planlm")
-    for implementation in (
-        triton_projection.plan_projection,
-        triton_projection.plan_projection_backward,
-        triton_addition.add_plan,
-        triton_addition.add_plan_backward,
-    ):
-        library.impl(implementation.__name__, implementation, device.upper())
+    for module in (triton_projection, triton_addition):
+        for name in module.OPERATORS:
+            library.impl(name, getattr(module, name), device.upper())
 
 
 def _known(name: str | None, source: str) -> str | None:

@@ -6,6 +6,7 @@
 | `PLANLM_CACHE` | folder for compiled operators, tuned tiles and what else is made once | `~/.cache/planlm` |
 | `PLANLM_TUNE` | 1: measure the Triton kernels' tiles at first use and keep the best | off: the tables |
 | `CXX` | C++ compiler | c++ |
+| `TRITON_INTERPRET` | Triton's own: 1 runs its kernels on CPU tensors, for tests | off |
 | `ATEN_CPU_CAPABILITY` | torch's own: avx512, avx2 or default; the C++ operators follow it | what is there |
 """
 
@@ -28,6 +29,11 @@ def cache() -> Path:
 def tune() -> bool:
     """Whether tiles are measured rather than looked up."""
     return os.environ.get("PLANLM_TUNE", "") not in ("", "0")
+
+
+def interpreted() -> bool:
+    """Whether Triton runs in its interpreter; it looks once, when it is imported."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def compiler() -> str:

@@ -93,26 +93,8 @@ def _projection_shapes(
     )
 
 
-def _projection_backward_shapes(
-    grad_projected: Tensor | None,
-    grad_log_normalizer: Tensor | None,
-    grad_oracle_nll: Tensor | None,
-    source: Tensor,
-    head: Tensor | None,
-    head_bias: Tensor | None,
-    codebook: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    noise: Tensor | None,
-    oracle: Tensor | None,
-    oracle_weight: Tensor | None,
-    mixture: Tensor,
-    statistics: Tensor,
-    cut: Tensor,
-    temperature: float,
-    top_k: int,
-    needs: list[bool],
-) -> list[Tensor]:
+def _projection_backward_shapes(*arguments: Any) -> list[Tensor]:
+    _, _, _, source, head, head_bias, codebook, weight, bias, noise, _, oracle_weight, *_, needs = arguments
     inputs = (source, head, head_bias, codebook, weight, bias, noise, oracle_weight)
     return [
         source.new_empty(0) if value is None or not wanted else value.new_empty(value.shape)

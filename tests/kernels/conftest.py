@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 
 import pytest
+import torch
 
-from planlm.kernels import cpp, use_backend
+from planlm.kernels import cpp, environment, use_backend
 
 # Triton runs on a CPU in its interpreter only, which a process has from its start or not at all (test_triton.py).
-BACKENDS = ["triton"] if os.environ.get("TRITON_INTERPRET") == "1" else ["reference", "cpp"]
+INTERPRETED = environment.interpreted()
+BACKENDS = ["triton"] if INTERPRETED else ["reference", "cpp"]
 
 
 @pytest.fixture(params=BACKENDS)
@@ -20,3 +21,11 @@ def backend(request: pytest.FixtureRequest) -> Iterator[str]:
         pytest.skip(reason)
     with use_backend(request.param):
         yield request.param
+
+
+@pytest.fixture(autouse=INTERPRETED)
+def _poison() -> Iterator[None]:
+    """Every tensor that is allocated without values starts as NaN."""
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)

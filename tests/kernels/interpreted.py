@@ -8,7 +8,6 @@ what the compiler makes of the kernels, benchmarks/compile_report and a GPU have
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,6 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from planlm.kernels import (
-    add_plan,
     plan_projection,
     reference,
     triton_addition,
@@ -35,7 +33,6 @@ from .cases import (
     leaves,
     projection_inputs,
     projection_options,
-    random,
     relative_error,
     upstream,
 )
@@ -48,14 +45,6 @@ TILED = (20, 40, 33, 18)
 SHAPES = [(1, 1, 1, 1), (5, 7, 3, 4), (16, 32, 16, 16), SPLIT, TILED]
 GRADIENTS = ("source", "head", "head_bias", "codebook", "weight", "bias", "noise", "oracle_weight")
 HALVES = [torch.bfloat16, torch.float16]
-
-
-@pytest.fixture(autouse=True)
-def _poison() -> Iterator[None]:
-    """Every tensor that is allocated without values starts as NaN."""
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(False)
 
 
 def arguments(inputs: dict[str, Tensor], options: dict[str, Any]) -> list[Any]:
@@ -352,16 +341,6 @@ def test_opcheck(from_hidden: bool) -> None:
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("gated", [True, False])
-def test_opcheck_addition(gated: bool) -> None:
-    x, plan = torch.randn(6, 4, requires_grad=True), torch.randn(3, 8, requires_grad=True)[:, 2:6]
-    gate = torch.randn(4, requires_grad=True) if gated else None
-    ids = torch.tensor([0, -1, 0, 1, 2, 2])
-    with use_backend("triton"):
-        add_plan(x, plan, ids, gate)
-    torch.library.opcheck(torch.ops.planlm_interpreted.add_plan.default, (x, plan, ids, gate))
-
-
 class _Largest(TorchDispatchMode):
     """Elements of the largest tensor that any operation returns, less the interpreter's copies of whole storages."""
 
@@ -414,117 +393,6 @@ def test_launches() -> None:
             "mixture_fwd_kernel", "projection_fwd_kernel", "projection_bwd_kernel", "mixture_bwd_kernel",
             "add_plan_fwd_kernel", "add_plan_bwd_kernel",
         ]  # fmt: skip
-
-
-def sorted_ids(num_tokens: int, num_segments: int) -> Tensor:
-    """Ids that never fall, a fifth of them -1, some segments without a token."""
-    generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(max(num_segments, 1), (num_tokens,), generator=generator).sort().values
-    return ids.masked_fill(torch.rand(num_tokens, generator=generator) < 0.2, -1)
-
-
-def check_addition(inputs: dict[str, Tensor], ids: Tensor, tolerance: float) -> None:
-    """`add_plan` and its gradients within `tolerance` of the reference."""
-    x, plan, gate = inputs["x"].detach(), inputs["plan"].detach(), inputs.get("gate")
-    gate = None if gate is None else gate.detach()
-    got = triton_addition.add_plan(x, plan, ids, gate)
-    assert got.dtype == x.dtype
-    precise = in_float64(inputs)
-    want = reference.add_plan(segment_ids=ids, **precise)
-    assert_close("result", got, want, tolerance)
-    (up,) = upstream([got])
-    grad_plan, grad_gate = triton_addition.add_plan_backward(up, plan, ids, gate, [True, gate is not None])
-    wanted = gradients([want], precise)
-    assert grad_plan.dtype == plan.dtype
-    assert_close("gradient of plan", grad_plan, wanted["plan"], tolerance)
-    if gate is not None:
-        assert grad_gate.dtype == gate.dtype
-        assert_close("gradient of gate", grad_gate, wanted["gate"], tolerance)
-
-
-@pytest.mark.parametrize("gated", [True, False], ids=["gate", "no gate"])
-@pytest.mark.parametrize(
-    "shape", [(1, 1, 1), (40, 3, 17), (130, 9, 20), (40, 1, 16), (3, 9, 2), (0, 4, 3), (0, 0, 3), (6, 0, 3)], ids=str
-)
-def test_add_plan(shape: tuple[int, int, int], gated: bool) -> None:
-    num_tokens, num_segments, size = shape
-    generator = torch.Generator().manual_seed(1)
-    inputs = {
-        "x": random(num_tokens, size, generator=generator, dtype=torch.float32),
-        "plan": random(num_segments, size, generator=generator, dtype=torch.float32),
-    }
-    if gated:
-        inputs["gate"] = random(size, generator=generator, dtype=torch.float32)
-    ids = sorted_ids(num_tokens, num_segments) if num_segments > 0 else torch.full((num_tokens,), -1)
-    check_addition(inputs, ids, 1e-5)
-
-
-@pytest.mark.parametrize("dtype", HALVES, ids=str)
-def test_add_plan_in_half_precision(dtype: torch.dtype) -> None:
-    generator = torch.Generator().manual_seed(1)
-    inputs = {name: random(*shape, generator=generator, dtype=dtype) for name, shape in
-              {"x": (130, 20), "plan": (9, 20), "gate": (20,)}.items()}  # fmt: skip
-    # One rounding, to the nearest.
-    check_addition(inputs, sorted_ids(130, 9), torch.finfo(dtype).eps / 2)
-
-
-@pytest.mark.parametrize(
-    "ids",
-    [
-        [-1] * 100,
-        [-1] * 50 + [3] + [-1] * 49,
-        [0] + [-1] * 98 + [6],
-        [-1, -1] + [2] * 40 + [-1] * 30 + [2] * 3 + [5] * 25,
-        [6] * 100,
-        [0] * 100,
-        [index // 16 for index in range(100)],
-    ],
-    ids=["all holes", "one token", "ends", "holes within", "last", "first", "windows"],
-)
-def test_segments_are_found(ids: list[int]) -> None:
-    generator = torch.Generator().manual_seed(1)
-    inputs = {name: random(*shape, generator=generator, dtype=torch.float32) for name, shape in
-              {"x": (100, 3), "plan": (7, 3), "gate": (3,)}.items()}  # fmt: skip
-    check_addition(inputs, torch.tensor(ids), 1e-5)
-
-
-def test_segments_are_found_among_many_tokens() -> None:
-    ids = torch.arange(4000) // 900
-    ids[::3] = -1
-    ids[800:2000] = -1
-    up = torch.arange(4000, dtype=torch.float32)[:, None] % 17
-    grad_plan, _ = triton_addition.add_plan_backward(up, torch.zeros(5, 1), ids, None, [True, False])
-    want = torch.zeros(5, 1, dtype=torch.float64).index_add_(0, ids[ids >= 0], up[ids >= 0].double())
-    assert_close("gradient of plan", grad_plan, want, 1e-5)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, *HALVES], ids=str)
-def test_no_plan_changes_no_bit(dtype: torch.dtype) -> None:
-    special = torch.tensor([0.0, -0.0, torch.inf, -torch.inf, torch.finfo(dtype).tiny, -1.5], dtype=dtype)
-    x, plan = special.expand(5, -1).contiguous(), torch.randn(2, 6).to(dtype)
-    integers = torch.int32 if dtype == torch.float32 else torch.int16
-    got = triton_addition.add_plan(x, plan, torch.tensor([-1, 0, -1, 1, -1]), torch.zeros(6, dtype=dtype))
-    assert torch.equal(got[::2].view(integers), x[::2].view(integers))
-
-
-def test_add_plan_of_a_column_slice_and_other_strides() -> None:
-    generator = torch.Generator().manual_seed(0)
-    stacked, x = torch.randn(4, 51, generator=generator), torch.randn(30, 17, generator=generator)
-    part, ids, gate = stacked[:, 17:34], sorted_ids(30, 4), torch.randn(17, generator=generator)
-    want = triton_addition.add_plan(x, part.contiguous(), ids, gate)
-    doubled = torch.stack([x, x], dim=-1)[..., 0]
-    assert torch.equal(triton_addition.add_plan(doubled, part, ids, gate), want)
-    grads = triton_addition.add_plan_backward(x, part.contiguous(), ids, gate, [True, True])
-    for got, value in zip(
-        triton_addition.add_plan_backward(doubled, part, ids, gate, [True, True]), grads, strict=True
-    ):
-        assert torch.equal(got, value)
-    assert torch.equal(triton_addition.add_plan_backward(x, part, ids, gate, [False, True])[1], grads[1])
-    one = torch.ones(()).expand(30, 17)
-    expanded = triton_addition.add_plan_backward(one, part, ids, None, [True, False])[0]
-    assert torch.equal(
-        expanded, triton_addition.add_plan_backward(torch.ones(30, 17), part, ids, None, [True, False])[0]
-    )
 
 
 def test_tuning_keeps_the_fastest_whatever_the_number_of_rows(

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import planlm.kernels
-from planlm.kernels import add_plan, cpp, plan_projection, plan_projection_from_hidden, use_backend
+from planlm.kernels import add_plan, backend, cpp, plan_projection, plan_projection_from_hidden, use_backend
 
 from .cases import SELECTIONS, gradients, hidden_inputs, leaves, projection_inputs, projection_options
 
@@ -47,6 +47,17 @@ def test_a_missing_backend_is_replaced_by_the_reference(monkeypatch: pytest.Monk
         want = plan_projection(**inputs)
     monkeypatch.setattr(cpp, "why_not", lambda: "there is no compiler")
     assert all(torch.equal(*pair) for pair in zip(plan_projection(**inputs), want, strict=True))
+
+
+def test_a_gpu_without_triton_is_said_once(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    monkeypatch.setattr(backend, "_triton_lacks", lambda *_: "Triton is not installed")
+    backend._find_triton.cache_clear()
+    for _ in range(3):
+        assert backend.choose("add_plan", torch.device("cuda"), torch.float32) is None
+    backend._find_triton.cache_clear()
+    assert [record.message for record in caplog.records] == [
+        "planlm.kernels: Triton is not installed; the eager reference runs instead"
+    ]
 
 
 def test_an_unknown_backend_is_refused_at_once() -> None:
