@@ -88,7 +88,14 @@ void sum_segments(const Tensor& gradient, const Tensor& plan, const Tensor& ids,
         run(i * width, std::min(width, columns - i * width), 0, num_segments, for_gate ? for_gate + i * width : nullptr);
     });
   } else if (strips == 1) {
-    at::parallel_for(0, num_segments, 1, [&](int64_t begin, int64_t end) { run(0, columns, begin, end, nullptr); });
+    // Shared out by tokens, as segments differ in length: each goes to whoever has its first token, or the end for the
+    // last ones, if they have none.
+    const auto segment_at = [&](int64_t token) {
+      return std::lower_bound(starts.begin(), starts.end() - 1, token) - starts.begin();
+    };
+    at::parallel_for(0, num_tokens + 1, grain(columns), [&](int64_t begin, int64_t end) {
+      run(0, columns, segment_at(begin), segment_at(end), nullptr);
+    });
   }
 }
 

@@ -91,7 +91,7 @@ void sum_rows(R* total, const Tensor& matrix, int64_t begin, int64_t end, int64_
   std::vector<double> whole(count, 0.0);
   for (int64_t row = begin; row < end; row += block) {
     add(row, total);
-    for (int64_t i = 0; i < count; ++i) whole[i] += total[i];
+    rows<R>().accumulate(whole.data(), total, count);
   }
   std::copy(whole.begin(), whole.end(), total);
 }

@@ -70,6 +70,7 @@ struct Rows {
   // total = sum of those of `num_rows` strips, `step` elements apart, whose id is not negative; in their order.
   // `total` has room for a whole vector at its end.
   void (*sum_rows)(R* total, Strip first, int64_t step, const int64_t* ids, int64_t num_rows, int64_t count);
+  void (*accumulate)(double* sum, const R* values, int64_t count);
   // out = x + gate * plan, in one rounding; gate may be null. `stream`: past the caches, where `out` is aligned for it.
   void (*add)(Strip x, Strip plan, const R* gate, Strip out, int64_t count, bool stream);
   // Makes what was streamed visible to other threads.

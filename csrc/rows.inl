@@ -407,6 +407,7 @@ void differentiate(const Scores<R>& row, const RowGradient<R>& g, Strip product,
   });
 }
 
+// One row after the other: processors fetch ahead along a single stream, and four rows at a time took twice as long.
 template <class R>
 void sum_rows(R* total, Strip first, int64_t step, const int64_t* ids, int64_t num_rows, int64_t count) {
   using V = typename Lanes<R>::Vector;
@@ -416,12 +417,23 @@ void sum_rows(R* total, Strip first, int64_t step, const int64_t* ids, int64_t n
     const char* row = static_cast<const char*>(first.data);
     for (int64_t t = 0; t < num_rows; ++t, row += step * bytes(kind())) {
       if (ids[t] < 0) continue;
-      int64_t i = 0;
-      for (; i + width <= count; i += width)
+      const auto add = [&](int64_t i) INLINE_LAMBDA {
         put(total + i, take<V>(total + i) + read<R, kind()>(row + i * bytes(kind())));
+      };
+      int64_t i = 0;
+      for (; i + 2 * width <= count; i += 2 * width) {
+        add(i);
+        add(i + width);
+      }
+      for (; i + width <= count; i += width) add(i);
       if (i < count) put(total + i, take<V>(total + i) + read_some<R, kind()>(row + i * bytes(kind()), count - i));
     }
   });
+}
+
+template <class R>
+void accumulate(double* sum, const R* values, int64_t count) {
+  for (int64_t i = 0; i < count; ++i) sum[i] += values[i];
 }
 
 template <class R, Kind kind, bool streamed>
@@ -544,6 +556,7 @@ inline void pack_transposed(const void* from, int64_t step, void* to, int64_t de
 
 template <class R>
 const Rows<R>& table() {
-  static const Rows<R> loops{advance<R>, differentiate<R>, scores<R>, sum_rows<R>, add<R>, fence, store<R>, pack, pack_transposed};
+  static const Rows<R> loops{advance<R>, differentiate<R>, scores<R>, sum_rows<R>, accumulate<R>,
+                             add<R>,     fence,            store<R>,  pack,        pack_transposed};
   return loops;
 }
