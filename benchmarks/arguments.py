@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 from collections.abc import Collection, Mapping
 from pathlib import Path
 
@@ -40,6 +41,8 @@ def check_arguments(options: argparse.Namespace) -> None:
     check_names(options, {"shapes": SHAPES, "dtypes": DTYPES, "providers": PROVIDERS})
     if options.repetitions < 2:
         raise InputError(f"--repetitions: got {options.repetitions}, needs at least 2 for a spread")
+    if not 0 < options.seconds < math.inf:
+        raise InputError(f"--seconds: got {options.seconds:g}, needs a number above 0")
     for file in (options.out, options.plot):
         if file and not file.absolute().parent.is_dir():
             raise InputError(f"{file}: its folder does not exist; create it first")

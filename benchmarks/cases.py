@@ -86,7 +86,10 @@ def measure_case(
             continue
         memory, process_memory = peak_memory(runs[name], device)
         timing = _timing(times[name], shape, DTYPES[dtype], rates)
-        rows.append(row | {"status": "ok"} | timing | {"memory": memory, "process_memory": process_memory})
+        over = {other: _paired(times[name], times[other]) for other in runs if other != name}
+        rows.append(
+            row | {"status": "ok"} | timing | {"over": over, "memory": memory, "process_memory": process_memory}
+        )
     return rows
 
 
@@ -147,8 +150,8 @@ def _floor(shape: Shape, dtype: torch.dtype, rates: Rates) -> Row:
 
 def _timing(times: Sequence[float], shape: Shape, dtype: torch.dtype, rates: Rates) -> Row:
     """Median, spread and what they mean against the rates; times in seconds."""
-    work, median = compulsory(shape, dtype), statistics.median(times)
-    p20, *_, p80 = statistics.quantiles(times, n=5, method="inclusive")
+    work = compulsory(shape, dtype)
+    p20, median, p80 = _quantiles(times)
     floor = rates.floor(work)
     return {
         "repetitions": len(times),
@@ -161,6 +164,18 @@ def _timing(times: Sequence[float], shape: Shape, dtype: torch.dtype, rates: Rat
         "gb_per_s": work.bytes / median / 1e9,
         "tflop_per_s": work.flops / median / 1e12,
     }
+
+
+def _quantiles(values: Sequence[float]) -> tuple[float, float, float]:
+    """20 %, median, 80 %."""
+    p20, *_, p80 = statistics.quantiles(values, n=5, method="inclusive")
+    return p20, statistics.median(values), p80
+
+
+def _paired(times: Sequence[float], others: Sequence[float]) -> Row:
+    """Times over those of another provider, round by round: what slowed a whole round down cancels."""
+    rounds = [ours / theirs for ours, theirs in zip(times, others, strict=False)]
+    return dict(zip(("p20", "median", "p80"), _quantiles(rounds), strict=True))
 
 
 def _processor() -> str:

@@ -3,7 +3,8 @@
 A row is one provider on one shape in one dtype. Its keys: shape, dtype, provider, malloc, status ("ok" or "out of
 memory"); flops, bytes (compulsory), flops_per_s, bytes_per_s (measured), floor; repetitions, median, p20, p80, min
 (seconds); ratio (median to floor), roofline (share of it that is reached), gb_per_s, tflop_per_s (compulsory work over
-median); memory, process_memory (bytes at the peak beyond inputs and results); device, driver, threads, torch, triton,
+median); over (by other provider: median, p20, p80 of the time over its time in the same round); memory, process_memory
+(bytes at the peak beyond inputs and results); device, driver, threads, torch, triton,
 planlm, backend (PlanLM's), commit, date.
 """
 
@@ -37,7 +38,7 @@ class Bar(NamedTuple):
     """A limit: a quantity of one provider over that of another, or over the floor.
 
     Attributes:
-        quantity: "median", or "memory".
+        quantity: "median", of the time round by round, or "memory".
         provider: whose quantity.
         of: the provider compared with, or "floor".
         limit: the largest ratio that passes.
@@ -60,12 +61,16 @@ def read_rows(path: Path) -> list[Row]:
     """Rows that `write_rows` wrote.
 
     Raises:
-        InputError: no such file, or no JSON lines in it.
+        InputError: no such file, no JSON lines in it, or lines of something else.
     """
     try:
-        return [json.loads(line) for line in path.read_text().splitlines() if line.strip()]
+        rows = [json.loads(line) for line in path.read_text().splitlines() if line.strip()]
     except (OSError, ValueError) as error:
         raise InputError(f"{path}: expected rows that --out wrote ({error})") from None
+    for number, row in enumerate(rows, 1):
+        if not isinstance(row, dict) or not {*KEY, "status"} <= row.keys():
+            raise InputError(f"{path}: row {number} is none that --out wrote; it needs {', '.join((*KEY, 'status'))}")
+    return rows
 
 
 def table(rows: Sequence[Row]) -> str:
@@ -118,8 +123,12 @@ def judged(rows: Sequence[Row], bars: Sequence[Bar]) -> Iterator[tuple[bool, str
             theirs = ours if bar.of == "floor" else case.get(bar.of)
             if theirs is None or theirs["status"] != "ok":
                 continue
-            value = ours[bar.quantity] / theirs["floor" if bar.of == "floor" else bar.quantity]
-            measured = f"{bar.quantity} {value:.3g}{_spread(bar, ours, theirs)} × {bar.of}"
+            if bar.quantity == "median":
+                over = _over_floor(ours) if bar.of == "floor" else ours["over"][bar.of]
+                value, spread = over["median"], f" [{over['p20']:.3g}, {over['p80']:.3g}]"
+            else:
+                value, spread = ours[bar.quantity] / theirs[bar.quantity], ""
+            measured = f"{bar.quantity} {value:.3g}{spread} × {bar.of}"
             passed = value <= bar.limit
             yield passed, f"{'PASS' if passed else 'FAIL'}  {_case(ours)}: {measured}, at most {bar.limit:g}"
 
@@ -187,12 +196,8 @@ def _draw_panel(axes: Axes, rows: Sequence[Row], shapes: Sequence[str], colors: 
     axes.spines[["top", "right", "left"]].set_visible(False)
 
 
-def _spread(bar: Bar, ours: Row, theirs: Row) -> str:
-    """The ratio's range when either side moves from p20 to p80, in brackets."""
-    if bar.quantity != "median":
-        return ""
-    low, high = (theirs["floor"],) * 2 if bar.of == "floor" else (theirs["p20"], theirs["p80"])
-    return f" [{ours['p20'] / high:.3g}, {ours['p80'] / low:.3g}]"
+def _over_floor(row: Row) -> Row:
+    return {name: row[name] / row["floor"] for name in ("p20", "median", "p80")}
 
 
 def _key(row: Row) -> tuple[Any, ...]:

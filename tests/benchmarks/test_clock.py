@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from benchmarks.cases import _paired
 from benchmarks.clock import Budget, interleaved, peak_memory
 
 CPU = torch.device("cpu")
@@ -17,7 +18,7 @@ MEBI = 2**20
 def test_providers_take_turns() -> None:
     calls: list[str] = []
     times = interleaved({name: partial(calls.append, name) for name in "ABC"}, CPU, Budget(repetitions=4, seconds=9))
-    assert "".join(calls) == "ABC" * 4
+    assert "".join(calls) == "A" * 10 + "B" * 10 + "C" * 10 + "ABC" * 4, "some are not counted, then they take turns"
     assert [len(spent) for spent in times.values()] == [4, 4, 4]
 
 
@@ -56,3 +57,9 @@ def test_saved_tensors_of_autograd_are_seen() -> None:
     # Alive at once beyond y and the gradient: the softmax, ones, and their product with the exponential.
     assert exact == 6 * MEBI
     assert process is None or process < 64 * MEBI
+
+
+def test_ratios_are_taken_round_by_round() -> None:
+    """A machine that gets slower in the middle slows both down, and the ratio stays."""
+    ours, theirs = [1.0, 1.0, 8.0, 8.0, 9.0], [2.0, 2.0, 16.0, 16.0, 10.0, 1.0]
+    assert _paired(ours, theirs)["median"] == 0.5

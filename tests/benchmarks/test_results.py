@@ -41,7 +41,8 @@ def test_only_changes_beyond_the_spread_are_flagged() -> None:
 
 
 def test_bars_are_judged_by_medians_and_skip_what_is_not_there() -> None:
-    rows = [row("planlm", 25, memory=10), row("strong eager", 24, memory=100)]
+    over = {"strong eager": {"p20": 0.99, "median": 1.04, "p80": 1.07}}
+    rows = [row("planlm", 25, memory=10, over=over), row("strong eager", 24, memory=100)]
     bars = [
         Bar("median", "planlm", "floor", 1.3, ("gpt2",)),
         Bar("median", "planlm", "strong eager", 1.0, ("gpt2",)),
@@ -52,7 +53,7 @@ def test_bars_are_judged_by_medians_and_skip_what_is_not_there() -> None:
     verdicts = list(judged(rows, bars))
     assert [passed for passed, _ in verdicts] == [True, False, True]
     assert verdicts[0][1] == "PASS  gpt2 float32: median 1.25 [1.12, 1.38] × floor, at most 1.3"
-    assert verdicts[1][1].startswith("FAIL  gpt2 float32: median 1.04 [0.852, 1.27] × strong eager")
+    assert verdicts[1][1].startswith("FAIL  gpt2 float32: median 1.04 [0.99, 1.07] × strong eager")
 
 
 def test_the_table_has_a_line_for_every_row() -> None:
