@@ -1,4 +1,5 @@
 // planlm::add_plan and its backward for the CPU: a gather-and-add, and a segment sum in token order.
+#include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
 
 #include <algorithm>
@@ -135,7 +136,89 @@ std::tuple<Tensor, Tensor> add_plan_backward(const Tensor& grad, const Tensor& p
 
 }  // namespace planlm
 
+// Autograd in C++: an LM calls add_plan in every layer, where kernels/operators.py's rules, the same in Python, took
+// longer than some of the work. That file has the words of the refusal, too.
+namespace planlm {
+namespace {
+
+using torch::autograd::AutogradContext;
+using torch::autograd::Function;
+using torch::autograd::variable_list;
+
+variable_list refuse() {
+  TORCH_CHECK(false,
+              "planlm.kernels has first derivatives only, and a second one was asked for; "
+              "leave create_graph off for losses that go through these operations");
+}
+
+struct Refused : Function<Refused> {
+  static Tensor forward(AutogradContext*, const Tensor& gradient) { return gradient.view_as(gradient); }
+  static variable_list backward(AutogradContext*, const variable_list&) { return refuse(); }
+};
+
+struct AddPlanBackward : Function<AddPlanBackward> {
+  static variable_list forward(AutogradContext*, const Tensor& grad, const Tensor& plan, const Tensor& segment_ids,
+                               const OptionalTensor& gate, std::array<bool, 2> needs) {
+    at::AutoDispatchBelowADInplaceOrView below;
+    static const auto op = c10::Dispatcher::singleton()
+                               .findSchemaOrThrow("planlm::add_plan_backward", "")
+                               .typed<decltype(add_plan_backward)>();
+    const auto [to_plan, to_gate] = op.call(grad, plan, segment_ids, gate, needs);
+    return {to_plan, to_gate};
+  }
+  static variable_list backward(AutogradContext*, const variable_list&) { return refuse(); }
+};
+
+std::tuple<Tensor, Tensor> differentiable_backward(const Tensor& grad, const Tensor& plan, const Tensor& segment_ids,
+                                                   const OptionalTensor& gate, std::array<bool, 2> needs) {
+  const auto found = AddPlanBackward::apply(grad, plan, segment_ids, gate, needs);
+  return {found[0], found[1]};
+}
+
+struct AddPlan : Function<AddPlan> {
+  static Tensor forward(AutogradContext* ctx, const Tensor& x, const Tensor& plan, const Tensor& segment_ids,
+                        const OptionalTensor& gate) {
+    at::AutoDispatchBelowADInplaceOrView below;
+    static const auto op =
+        c10::Dispatcher::singleton().findSchemaOrThrow("planlm::add_plan", "").typed<decltype(add_plan)>();
+    // Without a gate only the plan's shape and dtype are wanted: its memory is let go.
+    const Tensor kept = gate ? plan : plan.new_empty({}).expand_symint(plan.sym_sizes());
+    ctx->save_for_backward({kept, segment_ids, gate ? *gate : Tensor()});
+    return op.call(x, plan, segment_ids, gate);
+  }
+
+  static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
+    const auto saved = ctx->get_saved_variables();
+    const Tensor& grad = grads[0];
+    const bool to_plan = ctx->needs_input_grad(1), to_gate = saved[2].defined() && ctx->needs_input_grad(3);
+    Tensor grad_plan, grad_gate;
+    if (to_plan || to_gate) {
+      static const auto op = c10::Dispatcher::singleton()
+                                 .findSchemaOrThrow("planlm::add_plan_backward", "")
+                                 .typed<decltype(add_plan_backward)>();
+      std::tie(grad_plan, grad_gate) =
+          op.call(grad, saved[0], saved[1], saved[2].defined() ? OptionalTensor(saved[2]) : std::nullopt,
+                  {to_plan, to_gate});
+    }
+    Tensor grad_x;
+    if (ctx->needs_input_grad(0)) grad_x = at::GradMode::is_enabled() ? Refused::apply(grad) : grad;
+    return {grad_x, to_plan ? grad_plan : Tensor(), Tensor(), to_gate ? grad_gate : Tensor()};
+  }
+};
+
+Tensor differentiable(const Tensor& x, const Tensor& plan, const Tensor& segment_ids, const OptionalTensor& gate) {
+  return AddPlan::apply(x, plan, segment_ids, gate);
+}
+
+}  // namespace
+}  // namespace planlm
+
 TORCH_LIBRARY_IMPL(planlm, CPU, library) {
   library.impl("add_plan", planlm::add_plan);
   library.impl("add_plan_backward", planlm::add_plan_backward);
+}
+
+TORCH_LIBRARY_IMPL(planlm, AutogradCPU, library) {
+  library.impl("add_plan", planlm::differentiable);
+  library.impl("add_plan_backward", planlm::differentiable_backward);
 }

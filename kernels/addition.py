@@ -40,8 +40,8 @@ def add_plan(x: Tensor, plan: Tensor, segment_ids: Tensor, gate: Tensor | None =
     backend = choose("add_plan", x.device, working_dtype(x, plan, gate))
     if backend is None or backend.name != "cpp":
         check_segment_ids(segment_ids, len(plan))
+    if backend is not None:
+        return fused.add_plan(backend, x, plan, segment_ids, gate)
     with full_precision(x.device):
         x, plan, gate = first_derivative_only(x), first_derivative_only(plan), first_derivative_only(gate)
-        if backend is None:
-            return reference.add_plan(x, plan, segment_ids, gate)
-        return fused.add_plan(backend, x, plan, segment_ids, gate)
+        return reference.add_plan(x, plan, segment_ids, gate)

@@ -23,6 +23,12 @@ def first_derivative_only(tensor: Tensor | None) -> Tensor | None:
     return _FirstDerivativeOnly.apply(tensor)  # type: ignore[no-untyped-call]
 
 
+def once(gradient: Tensor) -> Tensor:
+    """The gradient itself, such that differentiating it raises a RuntimeError."""
+    refused: Tensor = _Refused.apply(gradient)  # type: ignore[no-untyped-call]
+    return refused
+
+
 class _FirstDerivativeOnly(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, tensor: Tensor) -> Tensor:
@@ -30,7 +36,7 @@ class _FirstDerivativeOnly(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Tensor:
-        return _Refused.apply(gradient)  # type: ignore[no-untyped-call]
+        return once(gradient)
 
 
 class _Refused(torch.autograd.Function):

@@ -3,7 +3,7 @@
 `planlm::` holds the C++ implementation for the CPU (csrc/) and the Triton one for CUDA; `planlm_interpreted::` the
 Triton one on CPU tensors, through Triton's interpreter, which is how it is tested where there is no GPU. A backend
 implements four functions, `plan_projection`, `plan_projection_backward`, `add_plan` and `add_plan_backward`;
-docs/kernels.md has their contract.
+docs/kernels.md has their contract. On the CPU csrc/add_plan.cpp takes the place of `add_plan`'s rules below.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .derivatives import refuse
+from .derivatives import once, refuse
 
 SCHEMAS = (
     # Logits come from `source` [S, K] itself or, with a head, from `source` [S, P]. Without codebook only the
@@ -160,4 +160,5 @@ def _addition_backward(operators: Any, ctx: Any, grad: Tensor) -> tuple[Tensor |
     grad_plan = grad_gate = None
     if to_plan or to_gate:
         grad_plan, grad_gate = operators.add_plan_backward(grad, plan, segment_ids, gate, [to_plan, to_gate])
-    return grad if to_x else None, grad_plan if to_plan else None, None, grad_gate if to_gate else None
+    grad_x = (once(grad) if torch.is_grad_enabled() else grad) if to_x else None
+    return grad_x, grad_plan if to_plan else None, None, grad_gate if to_gate else None
