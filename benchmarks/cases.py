@@ -151,7 +151,7 @@ def _floor(shape: Shape, dtype: torch.dtype, rates: Rates) -> Row:
 def _timing(times: Sequence[float], shape: Shape, dtype: torch.dtype, rates: Rates) -> Row:
     """Median, spread and what they mean against the rates; times in seconds."""
     work = compulsory(shape, dtype)
-    p20, median, p80 = _quantiles(times)
+    p20, median, p80 = quantiles(times)
     floor = rates.floor(work)
     return {
         "repetitions": len(times),
@@ -166,7 +166,7 @@ def _timing(times: Sequence[float], shape: Shape, dtype: torch.dtype, rates: Rat
     }
 
 
-def _quantiles(values: Sequence[float]) -> tuple[float, float, float]:
+def quantiles(values: Sequence[float]) -> tuple[float, float, float]:
     """20 %, median, 80 %."""
     p20, *_, p80 = statistics.quantiles(values, n=5, method="inclusive")
     return p20, statistics.median(values), p80
@@ -175,7 +175,7 @@ def _quantiles(values: Sequence[float]) -> tuple[float, float, float]:
 def _paired(times: Sequence[float], others: Sequence[float]) -> Row:
     """Times over those of another provider, round by round: what slowed a whole round down cancels."""
     rounds = [ours / theirs for ours, theirs in zip(times, others, strict=False)]
-    return dict(zip(("p20", "median", "p80"), _quantiles(rounds), strict=True))
+    return dict(zip(("p20", "median", "p80"), quantiles(rounds), strict=True))
 
 
 def _processor() -> str:

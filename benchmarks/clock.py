@@ -56,14 +56,14 @@ def timed(run: Callable[[], Result], device: torch.device) -> tuple[float, Resul
 
 
 def interleaved(
-    runs: Mapping[str, Callable[[], object]], device: torch.device, budget: Budget
+    runs: Mapping[str, Callable[[], object]], device: torch.device, budget: Budget, warm_up: int = 10
 ) -> dict[str, list[float]]:
     """Seconds of every repetition by name, in the order A B C A B C …: what slows the machine down slows all of them.
 
-    The callables have run before, so that compiling is over. A tenth of the budget goes first to runs that are not
+    Compiling is over before. Each first makes `warm_up` runs, or as many as a tenth of the budget takes, that are not
     counted: the process grows to its size in them, and its first use of a page can cost more than the work on it.
     """
-    settling = Budget(10, budget.seconds / 10)
+    settling = Budget(warm_up, budget.seconds / 10)
     for run in runs.values():
         spent: list[float] = []
         while len(spent) < settling.repetitions and sum(spent) < settling.seconds:

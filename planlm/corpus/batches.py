@@ -16,6 +16,8 @@ import pyarrow.compute
 import torch
 from torch import Tensor
 
+from planlm.corpus.packing import fill, packs
+
 IGNORED = -100
 """Label of a position that is not scored, as in torch's and transformers' cross-entropies."""
 
@@ -26,26 +28,30 @@ Batch = TypeVar("Batch")
 class PlanBatch:
     """Windows of documents with what their plans are made from.
 
-    The plan at position t is that of the sentence which holds token t+1, also where that token is beyond the window.
+    A row holds one window or, packed, several behind each other. The plan at position t is that of the sentence which
+    holds token t+1, also where that token is beyond the window.
 
     Attributes:
         input_ids: [B, W] int64, padded with 0 on the right.
+        position_ids: [B, W] int64, from 0 in every window. Where one begins within a row, transformers' attention sees
+            a new sequence that does not attend to what stands before it.
         labels: [B, W] int64, already shifted: the token after each input; -100 is not scored.
         segment_ids: [B, W] int64, index into the segments; -1 on padding; sorted over the batch, padding aside.
         segment_rows: [S, 2] int64, row of the document in `sentence_embeddings` and number of the sentence in it.
         actions: [S] int64, the oracle action of the sentence.
         sentence_embeddings: [D, n, A] float32, zero-padded, each document once; it ends before the last sentence
             that a segment needs (n may be 0), since a plan is made from the sentences before.
-        window_documents: [B] int64, number of the window's document in the split.
+        documents: [B, W] int64, number of the document in the split, -1 on padding.
     """
 
     input_ids: Tensor
+    position_ids: Tensor
     labels: Tensor
     segment_ids: Tensor
     segment_rows: Tensor
     actions: Tensor
     sentence_embeddings: Tensor
-    window_documents: Tensor
+    documents: Tensor
 
     def to(self, device: torch.device | str) -> PlanBatch:
         """The same batch on `device`."""
@@ -170,11 +176,12 @@ class PlanLoader(_Loader[PlanBatch]):
 
     Args:
         dataset: a split of a prepared corpus.
-        window: W, inputs per window.
-        batch_size: B, windows per batch; the last batch may have fewer.
+        window: W, inputs per row.
+        batch_size: B, rows per batch; the last batch may have fewer.
         seed: of the order.
-        shuffle: windows in random order, new in every epoch, or in that of the documents.
+        shuffle: rows in random order, new in every epoch, or in that of the documents.
         stride: see `windows`.
+        pack: put several short windows into one row, other ones in every epoch; needs `shuffle`.
     """
 
     def __init__(
@@ -186,46 +193,71 @@ class PlanLoader(_Loader[PlanBatch]):
         seed: int = 0,
         shuffle: bool = True,
         stride: int | None = None,
+        pack: bool = False,
     ) -> None:
         self.windows = windows(dataset, window, stride)
-        super().__init__(len(self.windows), batch_size, seed, shuffle)
+        self._packs = packs(self.windows.length, window) if pack else None
+        num_rows = len(self.windows) if self._packs is None else sum(count for count, _ in self._packs)
+        super().__init__(num_rows, batch_size, seed, shuffle)
         self._documents = _Documents(dataset, ("input_ids", "sentence_tokens", "actions", "embeddings"))
         self._window = window
+        self._members = np.arange(num_rows)  # windows, row after row
+        self._first = np.arange(num_rows + 1)  # of each row in `_members`
+
+    @property
+    def padding(self) -> float:
+        """Share of an epoch's positions that hold no token."""
+        return 1.0 - float(self.windows.length.sum()) / max(1, self._num_items * self._window)
+
+    def _order(self, random: np.random.Generator) -> np.ndarray:
+        if self._packs is not None:
+            self._members, self._first = fill(self._packs, self.windows.length, random)
+        return super()._order(random)
 
     def _collate(self, items: np.ndarray) -> PlanBatch:
-        documents = self.windows.document[items]
-        unique, rows = np.unique(documents, return_inverse=True)
+        members = [self._members[self._first[row] : self._first[row + 1]] for row in items]
+        unique, rows = np.unique(self.windows.document[np.concatenate(members)], return_inverse=True)
+        row_of = iter(rows.tolist())
         contents = [self._documents[int(document)] for document in unique]
         ends = [np.cumsum(content["sentence_tokens"]) for content in contents]
         input_ids = np.zeros((len(items), self._window), dtype=np.int64)  # [B, W]
+        position_ids = np.tile(np.arange(self._window), (len(items), 1))
         labels = np.full_like(input_ids, IGNORED)
-        segment_ids = np.full_like(input_ids, -1)
+        segment_ids, documents = np.full_like(input_ids, -1), np.full_like(input_ids, -1)
         segments: list[np.ndarray] = []  # one [s, 2] a window: row of the document, number of the sentence
         num_segments = 0
-        for at, (item, row) in enumerate(zip(items, rows, strict=True)):
-            start, length = self.windows.start[item], self.windows.length[item]
-            tokens = contents[row]["input_ids"][start : start + length + 1]
-            input_ids[at, :length] = tokens[:-1]
-            scored = self.windows.unscored[item]
-            labels[at, scored:length] = tokens[1 + scored :]
-            # Position t shows token start + t and predicts the one after it, whose sentence is the one that counts.
-            sentences = np.searchsorted(ends[row], np.arange(start + 1, start + length + 1), side="right")  # [length]
-            shown, within = np.unique(sentences, return_inverse=True)
-            segment_ids[at, :length] = num_segments + within
-            segments.append(np.stack([np.full_like(shown, row), shown], axis=1))
-            num_segments += len(shown)
+        for at, packed in enumerate(members):
+            begin = 0
+            for item in packed:
+                row = next(row_of)
+                start, length = self.windows.start[item], self.windows.length[item]
+                end = begin + length
+                tokens = contents[row]["input_ids"][start : start + length + 1]
+                input_ids[at, begin:end] = tokens[:-1]
+                position_ids[at, begin:] -= position_ids[at, begin]
+                scored = self.windows.unscored[item]
+                labels[at, begin + scored : end] = tokens[1 + scored :]
+                documents[at, begin:end] = unique[row]
+                # Position t shows token start + t and predicts the one after it, whose sentence is the one that counts.
+                sentences = np.searchsorted(ends[row], np.arange(start + 1, start + length + 1), side="right")
+                shown, within = np.unique(sentences, return_inverse=True)
+                segment_ids[at, begin:end] = num_segments + within
+                segments.append(np.stack([np.full_like(shown, row), shown], axis=1))
+                num_segments += len(shown)
+                begin = end
         segment_rows = np.concatenate(segments)  # [S, 2]
         needed = np.zeros(len(unique), dtype=np.int64)
         np.maximum.at(needed, segment_rows[:, 0], segment_rows[:, 1])
         actions = [contents[row]["actions"][number] for row, number in segment_rows]
         return PlanBatch(
             input_ids=torch.from_numpy(input_ids),
+            position_ids=torch.from_numpy(position_ids),
             labels=torch.from_numpy(labels),
             segment_ids=torch.from_numpy(segment_ids),
             segment_rows=torch.from_numpy(segment_rows),
             actions=torch.tensor(np.array(actions, dtype=np.int64)),
             sentence_embeddings=_padded([content["embeddings"] for content in contents], needed),
-            window_documents=torch.from_numpy(documents),
+            documents=torch.from_numpy(documents),
         )
 
 

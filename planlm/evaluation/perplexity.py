@@ -76,7 +76,7 @@ def score_documents(
     progress = Progress("evaluate", total=loader.num_batches * len(selections), unit="batches")
     with progress, torch.inference_mode(), autocast(precision, device):
         for batch in loader:
-            documents = torch.from_numpy(order)[batch.window_documents]  # [B]
+            documents = torch.from_numpy(order)[batch.documents[:, 0]]  # [B]
             tokens.index_add_(0, documents, (batch.labels != -100).sum(dim=1))
             width = int((batch.segment_ids >= 0).sum(dim=1).max())
             on_device = batch.to(device)

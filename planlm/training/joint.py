@@ -15,8 +15,9 @@ from planlm.corpus.store import PreparedCorpus
 from planlm.errors import InputError
 from planlm.model.modeling import PlanLMForCausalLM, PlanLMOutput
 from planlm.model.planner import Planner
-from planlm.precision import autocast, device
+from planlm.precision import autocast, compute_dtype, device
 from planlm.text.alignment import load_tokenizer, tokenizer_fingerprint
+from planlm.training.flops import lm_flops, matrix_product_rate
 from planlm.training.groups import ParameterGroup
 from planlm.training.loop import Task, fit, num_steps
 from planlm.training.run import Run
@@ -59,7 +60,9 @@ def train(config: TrainConfig) -> dict[str, Any]:
             f"--top-k {config.top_k}: {config.corpus} has {corpus.manifest.num_actions} actions; set fewer"
         )
     planner = Planner.load(Path(config.planner) / "planner") if config.planner else None
-    loader = PlanLoader(corpus.split("train"), window=config.window, batch_size=config.batch_size, seed=config.seed)
+    loader = PlanLoader(
+        corpus.split("train"), window=config.window, batch_size=config.batch_size, seed=config.seed, pack=True
+    )
     steps = num_steps(config, loader.num_batches, config.accumulate)
     torch.manual_seed(config.seed)
     model = PlanLMForCausalLM.from_lm(
@@ -80,7 +83,15 @@ def train(config: TrainConfig) -> dict[str, Any]:
     groups = trainable_groups(model, config, steps)
     run = Run(config)
     objective = Objective(model, config, steps, ratios)
-    task = Task(model, groups, loader, config.accumulate, steps, objective.backward, _num_labels)
+    full = config.lm_mode == "full"
+    first_layer = model.lm.config.num_hidden_layers - model.config.conditioned_layers
+
+    def flops(batches: list[PlanBatch]) -> float:
+        num_tokens = sum(batch.input_ids.numel() for batch in batches)
+        return lm_flops(model.lm, num_tokens, config.window, trained=full, first_layer=first_layer)
+
+    rate = matrix_product_rate(compute_dtype(config.precision, model.device), model.device)
+    task = Task(model, groups, loader, config.accumulate, steps, objective.backward, _num_labels, flops, rate)
     fit(task, run, config)
     model.eval().cpu()
     folder = save_model(model, run.path / "model")
@@ -184,6 +195,7 @@ class Objective:
             weight = (torch.rand(len(batch.actions), device=batch.actions.device) < ratio).float()
         return self.model(
             batch.input_ids,
+            position_ids=batch.position_ids,
             shift_labels=batch.labels,
             segment_ids=batch.segment_ids,
             segment_rows=batch.segment_rows,

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import math
 import signal
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import nn
@@ -17,26 +16,13 @@ from planlm.errors import InputError, MachineError
 from planlm.progress import Progress
 from planlm.training.checkpoint import load_checkpoint, save_checkpoint
 from planlm.training.groups import ParameterGroup, make_optimizer, optimizer_tensors, restore_optimizer
+from planlm.training.prefetch import Loader, Prefetch
 from planlm.training.run import Run
 from planlm.training.schedules import learning_rate_factor
+from planlm.training.watch import Watch, summary
 
 MAX_SKIPPED = 10
 """Steps in a row with a non-finite gradient after which training stops: the state is beyond recovery by skipping."""
-
-
-class Loader(Protocol):
-    """Batches of one epoch at a time, with a position that can be stored."""
-
-    epoch: int
-
-    @property
-    def num_batches(self) -> int: ...
-
-    def __iter__(self) -> Iterator[Any]: ...
-
-    def state_dict(self) -> dict[str, Any]: ...
-
-    def load_state_dict(self, state: dict[str, Any]) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -52,6 +38,8 @@ class Task:
         backward: given a step's number and batches, runs forward and backward over all of them and returns the
             figures to log ("loss" among them).
         num_tokens: tokens in a batch, for the throughput.
+        flops: floating-point operations of a step over these batches; None where they are not counted.
+        rate: FLOP/s of matrix products on this machine.
     """
 
     model: nn.Module
@@ -61,6 +49,8 @@ class Task:
     steps: int
     backward: Callable[[int, list[Any]], dict[str, float]]
     num_tokens: Callable[[Any], int]
+    flops: Callable[[list[Any]], float] | None = None
+    rate: float = math.inf
 
 
 def num_steps(config: PlannerConfig | TrainConfig, num_batches: int, accumulate: int = 1) -> int:
@@ -77,56 +67,81 @@ def num_steps(config: PlannerConfig | TrainConfig, num_batches: int, accumulate:
     return steps
 
 
+@dataclass(frozen=True)
+class Update:
+    """What one step did.
+
+    Attributes:
+        figures: of `Task.backward`.
+        norms: gradient norm of each group before clipping.
+        rates: learning rate of each group.
+        taken: False where a gradient was not finite, and nothing was changed.
+    """
+
+    figures: dict[str, float]
+    norms: dict[str, float]
+    rates: dict[str, float]
+    taken: bool
+
+
+def update(
+    task: Task, optimizer: torch.optim.Optimizer, step: int, batches: list[Any], config: PlannerConfig | TrainConfig
+) -> Update:
+    """Forward, backward, clipping and the optimiser's update, once; leaves no gradients."""
+    figures = task.backward(step, batches)
+    norms = _clip(task.groups, config.max_grad_norm)
+    rates = _set_rates(task, optimizer, step, config)
+    taken = math.isfinite(figures["loss"]) and all(map(math.isfinite, norms.values()))
+    if taken:
+        optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return Update(figures, norms, rates, taken)
+
+
 def fit(task: Task, run: Run, config: PlannerConfig | TrainConfig) -> None:
     """Train `task` to its last step, from the newest sound checkpoint of `run` if there is one.
 
     Raises:
         KeyboardInterrupt: after SIGINT or SIGTERM, once the state is in a checkpoint.
-        MachineError: gradients stay non-finite.
+        MachineError: losses or gradients stay non-finite.
     """
     optimizer = make_optimizer(task.groups, config.weight_decay)
     with Progress("train", task.steps) as progress, _StopSignal() as stop:
         first, tokens = _restore(task, run, optimizer, progress.line)
         progress.advance(first)
-        batches = _stream(task.loader)
-        skipped, before = 0, tokens
-        started = time.monotonic()
-        for step in range(first, task.steps):
-            for group in task.groups:
-                if step in (first, group.start):
-                    for parameter in group.parameters.values():
-                        parameter.requires_grad_(step >= group.start)
-            window = [next(batches) for _ in range(task.accumulate)]
-            figures = task.backward(step, window)
-            norms = _clip(task.groups, config.max_grad_norm)
-            rates = _set_rates(task, optimizer, step, config)
-            if all(math.isfinite(norm) for norm in norms.values()):
-                optimizer.step()
-                skipped = 0
-            else:
-                skipped += 1
-                progress.line(f"step {step + 1}: non-finite gradient, step skipped ({skipped} in a row)")
-            optimizer.zero_grad(set_to_none=True)
-            done = step + 1
-            tokens += sum(task.num_tokens(batch) for batch in window)
-            progress.advance(note=f"loss {figures['loss']:.4f}")
-            if done % config.log_every == 0 or done in (1, task.steps):
-                seconds = time.monotonic() - started
-                speed = {"tokens_per_second": round((tokens - before) / seconds, 1), "seconds": round(seconds, 2)}
-                run.log({"step": done, "tokens": tokens, **figures, "grad_norm": norms, "lr": rates, **speed})
-            if done % config.checkpoint_every == 0 or done == task.steps or stop.asked or skipped >= MAX_SKIPPED:
-                _save(task, run, optimizer, {"step": done, "tokens": tokens}, config.keep_checkpoints)
-            if stop.asked:
-                raise KeyboardInterrupt(f"stopped after step {done}; continue with --resume")
-            if skipped >= MAX_SKIPPED:
-                raise MachineError(f"step {done}: {skipped} non-finite gradients in a row; lower the learning rates")
-
-
-def _stream(loader: Loader) -> Iterator[Any]:
-    """Batches without end, epoch after epoch, from the loader's position on."""
-    while True:
-        yield from loader
-        loader.epoch += 1
+        skipped = 0
+        with Prefetch(task.loader, ahead=2 * task.accumulate) as batches:
+            watch = Watch(task.flops, task.rate, first, task.steps)
+            for step in range(first, task.steps):
+                for group in task.groups:
+                    if step in (first, group.start):
+                        for parameter in group.parameters.values():
+                            parameter.requires_grad_(step >= group.start)
+                with watch.waiting():
+                    window = [next(batches) for _ in range(task.accumulate)]
+                result = update(task, optimizer, step, window, config)
+                skipped = 0 if result.taken else skipped + 1
+                if skipped:
+                    progress.line(f"step {step + 1}: non-finite loss or gradient, step skipped ({skipped} in a row)")
+                done = step + 1
+                seen = sum(map(task.num_tokens, window))
+                tokens += seen
+                watch.step(seen, window)
+                if done % config.log_every == 0 or done in (1, task.steps):
+                    speed = watch.figures()
+                    line = {"step": done, "tokens": tokens, **result.figures, "grad_norm": result.norms}
+                    run.log({**line, "lr": result.rates, **speed})
+                    progress.advance(note=summary(result.figures["loss"], speed))
+                else:
+                    progress.advance()
+                give_up = skipped >= MAX_SKIPPED
+                if done % config.checkpoint_every == 0 or done == task.steps or stop.asked or give_up:
+                    state = {"step": done, "tokens": tokens, "loader": batches.position}
+                    _save(task, run, optimizer, state, config.keep_checkpoints)
+                if stop.asked:
+                    raise KeyboardInterrupt(f"stopped after step {done}; continue with --resume")
+                if give_up:
+                    raise MachineError(f"step {done}: {skipped} steps in a row skipped; lower the learning rates")
 
 
 def _clip(groups: list[ParameterGroup], max_norm: float) -> dict[str, float]:
@@ -152,14 +167,14 @@ def _set_rates(
     return rates
 
 
-def _save(task: Task, run: Run, optimizer: torch.optim.Optimizer, done: dict[str, int], keep: int) -> None:
+def _save(task: Task, run: Run, optimizer: torch.optim.Optimizer, state: dict[str, Any], keep: int) -> None:
     parameters = {name: parameter for group in task.groups for name, parameter in group.parameters.items()}
     tensors: dict[str, torch.Tensor] = {f"model/{name}": parameter for name, parameter in parameters.items()}
     tensors |= {f"optimizer/{name}": value for name, value in optimizer_tensors(task.groups, optimizer).items()}
     tensors["random/cpu"] = torch.get_rng_state()
     if torch.cuda.is_available():
         tensors["random/cuda"] = torch.cuda.get_rng_state()
-    save_checkpoint(run.checkpoints, tensors, {**done, "loader": task.loader.state_dict()}, keep)
+    save_checkpoint(run.checkpoints, tensors, state, keep)
 
 
 def _restore(task: Task, run: Run, optimizer: torch.optim.Optimizer, log: Callable[[str], None]) -> tuple[int, int]:

@@ -84,7 +84,7 @@ def test_every_token_but_the_first_is_scored_once(window: int, stride: int | Non
         segments = batch.segment_ids[batch.segment_ids >= 0]
         assert (segments.diff() >= 0).all(), "segment ids are not sorted"
         assert segments.unique().tolist() == list(range(len(batch.actions)))
-        for at, document in enumerate(batch.window_documents.tolist()):
+        for at, document in enumerate(batch.documents[:, 0].tolist()):
             counts[document][check_window(batch, at, plain[document], document)] += 1
     for count in counts:
         assert count[0] == 0 and (count[1:] == 1).all()
@@ -113,9 +113,9 @@ def test_later_windows_score_only_what_is_new() -> None:
 def test_embeddings_end_before_the_last_sentence_needed_and_documents_come_once() -> None:
     loader = PlanLoader(dataset([[4, 4, 4, 4], [3, 3]]), window=4, batch_size=3, shuffle=False)
     first, second = loader
-    assert first.window_documents.tolist() == [0, 0, 0]
+    assert first.documents[:, 0].tolist() == [0, 0, 0]
     assert first.sentence_embeddings.shape == (1, 3, DIM)  # the last position predicts the fourth sentence
-    assert second.window_documents.tolist() == [0, 1, 1] and second.sentence_embeddings.shape == (2, 3, DIM)
+    assert second.documents[:, 0].tolist() == [0, 1, 1] and second.sentence_embeddings.shape == (2, 3, DIM)
     assert second.sentence_embeddings[1, 1:].abs().sum() == 0
     (only,) = PlanLoader(dataset([[5]]), window=4, batch_size=1, shuffle=False)
     assert only.sentence_embeddings.shape == (1, 0, DIM)
@@ -124,7 +124,7 @@ def test_embeddings_end_before_the_last_sentence_needed_and_documents_come_once(
 def test_selected_documents_read_like_others() -> None:
     rows = random_dataset().select([7, 3, 44])
     for batch in PlanLoader(rows, window=16, batch_size=2, shuffle=False):
-        for at, document in enumerate(batch.window_documents.tolist()):
+        for at, document in enumerate(batch.documents[:, 0].tolist()):
             check_window(batch, at, rows[document], int(rows[document]["id"]))
 
 
@@ -200,3 +200,51 @@ def test_bad_arguments_are_named(arguments: dict[str, int]) -> None:
 def test_moves_to_a_device() -> None:
     batch = next(iter(PlanLoader(dataset([[3, 2]]), window=4, batch_size=1))).to("meta")
     assert batch.labels.device.type == batch.sentence_embeddings.device.type == "meta"
+
+
+@pytest.mark.parametrize("window", [3, 16, 500])
+def test_packed_epochs_have_every_token_but_the_first_as_a_label_once(window: int) -> None:
+    rows = random_dataset()
+    loader = PlanLoader(rows, window=window, batch_size=3, pack=True, seed=5)
+    for epoch in range(2):
+        loader.epoch = epoch
+        labels = [[] for _ in rows]  # type: ignore[var-annotated]
+        batches = list(loader)
+        assert len(batches) == loader.num_batches
+        for batch in batches:
+            segments = batch.segment_ids[batch.segment_ids >= 0]
+            assert (segments.diff() >= 0).all() and segments.unique().tolist() == list(range(len(batch.actions)))
+            for at, position in (batch.labels != IGNORED).nonzero().tolist():
+                document = int(batch.documents[at, position])
+                labels[document].append(int(batch.labels[at, position]))
+                number = int(batch.segment_rows[batch.segment_ids[at, position], 1])
+                owners = np.repeat(np.arange(len(rows[document]["actions"])), rows[document]["sentence_tokens"])
+                target = rows[document]["input_ids"].index(int(batch.labels[at, position]))
+                assert owners[target] == number
+        for row, found in zip(rows, labels, strict=True):
+            assert sorted(found) == row["input_ids"][1:]
+
+
+def test_positions_begin_anew_in_every_window_and_ids_follow_each_other_within() -> None:
+    batch = next(iter(PlanLoader(dataset([[3], [4], [5], [2]]), window=10, batch_size=4, pack=True)))
+    assert batch.input_ids.shape == (1, 10)  # 2 + 3 + 4 + 1 labels in one row
+    starts = batch.position_ids[0] == 0
+    assert int(starts.sum()) == 4
+    ids, documents = batch.input_ids[0], batch.documents[0]
+    same = documents[1:] == documents[:-1]
+    assert (ids.diff()[same] == 1).all() and torch.equal(~same, starts[1:])
+
+
+def test_a_packed_run_resumes_within_an_epoch() -> None:
+    def make() -> PlanLoader:
+        return PlanLoader(random_dataset(), window=16, batch_size=2, pack=True)
+
+    loader = make()
+    whole = [batch.input_ids for batch in loader]
+    iterator = iter(loader)
+    for _ in range(4):
+        next(iterator)
+    resumed = make()
+    resumed.load_state_dict(loader.state_dict())
+    rest = [batch.input_ids for batch in resumed]
+    assert len(rest) == len(whole) - 4 and all(map(torch.equal, rest, whole[4:]))

@@ -129,6 +129,35 @@ def test_loss_and_token_nll_agree_with_transformers(lm_folder: Callable[[str], s
     torch.testing.assert_close(output.loss, expected.sum() / (labels[:, 1:] != -100).sum())
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_windows_packed_into_a_row_do_not_see_each_other(
+    family: str, lm_folder: Callable[[str], str], encoder: object
+) -> None:
+    """Losses and gradients of two windows in one row are those of two rows."""
+    model = joint_model(lm_folder(family), encoder)
+    inputs = batch()
+    length = 9  # of the second window; the first one has 10
+    apart = inputs | {"shift_labels": torch.randint(0, 300, (2, 10))}
+    apart["shift_labels"][1, length:] = -100
+    packed = inputs | {
+        name: torch.cat((apart[name][0], apart[name][1, :length]))[None]
+        for name in ("input_ids", "segment_ids", "shift_labels")
+    }
+    packed["position_ids"] = torch.cat((torch.arange(10), torch.arange(length)))[None]
+    losses, gradients = [], []
+    for given in (apart, packed):
+        output = model(**given, selection="soft", use_cache=False)
+        output.nll_sum.backward()
+        losses.append(output.token_nll.flatten()[: 10 + length])
+        gradients.append({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
+        model.zero_grad()
+    torch.testing.assert_close(losses[1], losses[0], rtol=1e-5, atol=1e-5)
+    for name, expected in gradients[0].items():
+        torch.testing.assert_close(gradients[1][name], expected, rtol=1e-3, atol=1e-4, msg=name)
+    unmarked = model(**(packed | {"position_ids": torch.arange(10 + length)[None]}), selection="soft", use_cache=False)
+    assert not torch.allclose(unmarked.token_nll[0, 10:], losses[0][10:], atol=1e-3), "positions make no difference"
+
+
 def test_plans_the_text_by_itself_as_a_prepared_batch_does(lm_folder: Callable[[str], str], encoder: object) -> None:
     model = joint_model(lm_folder("llama"), encoder)
     ids = model.tokenizer("The cat sat. It was warm.", return_tensors="pt").input_ids

@@ -1,0 +1,87 @@
+"""Figures about a run itself: speed, share of what the machine can do, memory, time left."""
+
+from __future__ import annotations
+
+import contextlib
+import resource
+import sys
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+
+
+class Watch:
+    """Measures from one log line to the next.
+
+    Args:
+        flops: of a step over these batches; None where they are not counted.
+        rate: FLOP/s of matrix products on this machine.
+        first: steps done before.
+        steps: steps in all.
+    """
+
+    def __init__(self, flops: Callable[[list[Any]], float] | None, rate: float, first: int, steps: int) -> None:
+        self._flops, self._rate = flops, rate
+        self._steps, self._done, self._first = steps, first, first
+        self._started = time.monotonic()
+        self._begin()
+
+    def _begin(self) -> None:
+        self._since, self._waited, self._tokens, self._work = time.monotonic(), 0.0, 0, 0.0
+
+    @contextlib.contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Time spent within counts as waiting for data."""
+        start = time.monotonic()
+        yield
+        self._waited += time.monotonic() - start
+
+    def step(self, tokens: int, batches: list[Any]) -> None:
+        """A step over `batches` with so many labelled tokens is done."""
+        self._done += 1
+        self._tokens += tokens
+        if self._flops is not None:
+            self._work += self._flops(batches)
+
+    def figures(self) -> dict[str, float]:
+        """For a log line.
+
+        Since the last call: `tokens_per_second`, `waiting` (share of the time), `utilisation` (model FLOPs over what
+        matrix products reach). Of the whole run: `percent`, `seconds`, `seconds_left`, `memory` (bytes at the peak).
+        """
+        now = time.monotonic()
+        seconds = max(1e-9, now - self._since)
+        each = (now - self._started) / max(1, self._done - self._first)
+        found = {
+            "percent": round(100 * self._done / self._steps, 1),
+            "tokens_per_second": round(self._tokens / seconds, 1),
+            "waiting": round(self._waited / seconds, 4),
+            "memory": _peak_memory(),
+            "seconds": round(now - self._started, 2),
+            "seconds_left": round(each * (self._steps - self._done)),
+        }
+        if self._flops is not None:
+            found["utilisation"] = round(self._work / seconds / self._rate, 4)
+        self._begin()
+        return found
+
+
+def summary(loss: float, figures: dict[str, float]) -> str:
+    """The figures that one wants to see while waiting, in a line."""
+    parts = [f"loss {loss:.4f}", f"{figures['tokens_per_second']:,.0f} tokens/s"]
+    if "utilisation" in figures:
+        parts.append(f"{100 * figures['utilisation']:.0f} % of matrix-product rate")
+    if figures["waiting"] > 0.01:
+        parts.append(f"{100 * figures['waiting']:.0f} % waiting for data")
+    minutes = figures["seconds_left"] / 60
+    left = f"{minutes / 60:.1f} h" if minutes > 90 else f"{minutes:.0f} min" if minutes > 2 else f"{60 * minutes:.0f} s"
+    return ", ".join([*parts, f"{figures['memory'] / 1e9:.1f} GB", f"{left} left"])
+
+
+def _peak_memory() -> int:
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024  # getrusage(2): kilobytes on Linux, bytes on macOS
