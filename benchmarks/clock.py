@@ -178,14 +178,14 @@ def _start_peak(device: torch.device) -> int | None:
         Path("/proc/self/clear_refs").write_text("5")  # proc(5): VmHWM falls to VmRSS
     except OSError:
         return None
-    return _status("VmRSS")
+    return status("VmRSS")
 
 
 def _peak(device: torch.device) -> int | None:
-    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else _status("VmHWM")
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else status("VmHWM")
 
 
-def _status(field: str) -> int | None:
+def status(field: str) -> int | None:
     """A field of /proc/self/status in bytes."""
     status = Path("/proc/self/status")
     found = re.search(rf"^{field}:\s+(\d+) kB", status.read_text(), re.MULTILINE) if status.exists() else None

@@ -7,7 +7,6 @@ import functools
 import itertools
 import json
 import multiprocessing
-import resource
 import statistics
 import sys
 from collections.abc import Iterator, Sequence
@@ -18,7 +17,7 @@ import torch
 
 from benchmarks.arguments import check_names, names_in
 from benchmarks.cases import provenance, quantiles
-from benchmarks.clock import Budget, interleaved, note
+from benchmarks.clock import Budget, interleaved, note, status
 from benchmarks.steps import MODELS, PLAIN, PROVIDERS, Case, make_lm
 from planlm.allocator import keep_memory
 from planlm.errors import InputError
@@ -101,20 +100,24 @@ def _measure(case: Case, names: Sequence[str], options: argparse.Namespace) -> l
     return rows
 
 
-def _in_process(case: Case, name: str, malloc: str) -> int:
-    """Bytes of resident memory at the peak of three steps, beyond those before the model was built."""
+def _in_process(case: Case, name: str, malloc: str) -> int | None:
+    """Bytes of resident memory at the peak of three steps, beyond those before the model was built.
+
+    None where the system has no such count. getrusage's is no use: a process inherits its parent's peak.
+    """
     with multiprocessing.get_context("spawn").Pool(1) as pool:
         return pool.apply(functools.partial(_peak_memory, case, name, malloc))
 
 
-def _peak_memory(case: Case, name: str, malloc: str) -> int:
+def _peak_memory(case: Case, name: str, malloc: str) -> int | None:
     if malloc == "keep":
         keep_memory()
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before = status("VmRSS")
     step = PROVIDERS[name](case)
     for _ in range(3):
         step()
-    return 1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+    peak = status("VmHWM")
+    return None if peak is None or before is None else peak - before
 
 
 def _table(case: Case, rows: Sequence[Row]) -> str:
