@@ -156,14 +156,20 @@ struct Refused : Function<Refused> {
   static variable_list backward(AutogradContext*, const variable_list&) { return refuse(); }
 };
 
+// Through the dispatcher, so that tracing and fake tensors see the operators.
+std::tuple<Tensor, Tensor> call_backward(const Tensor& grad, const Tensor& plan, const Tensor& segment_ids,
+                                         const OptionalTensor& gate, std::array<bool, 2> needs) {
+  static const auto op = c10::Dispatcher::singleton()
+                             .findSchemaOrThrow("planlm::add_plan_backward", "")
+                             .typed<decltype(add_plan_backward)>();
+  return op.call(grad, plan, segment_ids, gate, needs);
+}
+
 struct AddPlanBackward : Function<AddPlanBackward> {
   static variable_list forward(AutogradContext*, const Tensor& grad, const Tensor& plan, const Tensor& segment_ids,
                                const OptionalTensor& gate, std::array<bool, 2> needs) {
     at::AutoDispatchBelowADInplaceOrView below;
-    static const auto op = c10::Dispatcher::singleton()
-                               .findSchemaOrThrow("planlm::add_plan_backward", "")
-                               .typed<decltype(add_plan_backward)>();
-    const auto [to_plan, to_gate] = op.call(grad, plan, segment_ids, gate, needs);
+    const auto [to_plan, to_gate] = call_backward(grad, plan, segment_ids, gate, needs);
     return {to_plan, to_gate};
   }
   static variable_list backward(AutogradContext*, const variable_list&) { return refuse(); }
@@ -192,14 +198,10 @@ struct AddPlan : Function<AddPlan> {
     const Tensor& grad = grads[0];
     const bool to_plan = ctx->needs_input_grad(1), to_gate = saved[2].defined() && ctx->needs_input_grad(3);
     Tensor grad_plan, grad_gate;
-    if (to_plan || to_gate) {
-      static const auto op = c10::Dispatcher::singleton()
-                                 .findSchemaOrThrow("planlm::add_plan_backward", "")
-                                 .typed<decltype(add_plan_backward)>();
+    if (to_plan || to_gate)
       std::tie(grad_plan, grad_gate) =
-          op.call(grad, saved[0], saved[1], saved[2].defined() ? OptionalTensor(saved[2]) : std::nullopt,
-                  {to_plan, to_gate});
-    }
+          call_backward(grad, saved[0], saved[1], saved[2].defined() ? OptionalTensor(saved[2]) : std::nullopt,
+                        {to_plan, to_gate});
     Tensor grad_x;
     if (ctx->needs_input_grad(0)) grad_x = at::GradMode::is_enabled() ? Refused::apply(grad) : grad;
     return {grad_x, to_plan ? grad_plan : Tensor(), Tensor(), to_gate ? grad_gate : Tensor()};
