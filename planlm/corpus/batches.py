@@ -6,6 +6,7 @@ B windows, W positions, D documents, n sentences at most, S segments (sentences 
 from __future__ import annotations
 
 import dataclasses
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
@@ -122,7 +123,7 @@ def windows(dataset: datasets.Dataset, window: int, stride: int | None = None) -
     )
 
 
-class _Loader(Generic[Batch]):
+class _Loader(ABC, Generic[Batch]):
     """One epoch of batches per iteration, in an order that seed and epoch decide, with a position that can be stored.
 
     An iteration that was left early goes on where it stopped.
@@ -167,8 +168,9 @@ class _Loader(Generic[Batch]):
         """Go on from a position that `state_dict` gave."""
         self.epoch, self._next = state["epoch"], state["batch"]
 
+    @abstractmethod
     def _collate(self, items: np.ndarray) -> Batch:
-        raise NotImplementedError
+        """The batch of these items."""
 
 
 class PlanLoader(_Loader[PlanBatch]):
@@ -195,6 +197,8 @@ class PlanLoader(_Loader[PlanBatch]):
         stride: int | None = None,
         pack: bool = False,
     ) -> None:
+        if pack and not shuffle:
+            raise ValueError("pack: expected shuffle=True, as every epoch draws which windows share a row")
         self.windows = windows(dataset, window, stride)
         self._packs = packs(self.windows.length, window) if pack else None
         num_rows = len(self.windows) if self._packs is None else sum(count for count, _ in self._packs)
@@ -203,11 +207,6 @@ class PlanLoader(_Loader[PlanBatch]):
         self._window = window
         self._members = np.arange(num_rows)  # windows, row after row
         self._first = np.arange(num_rows + 1)  # of each row in `_members`
-
-    @property
-    def padding(self) -> float:
-        """Share of an epoch's positions that hold no token."""
-        return 1.0 - float(self.windows.length.sum()) / max(1, self._num_items * self._window)
 
     def _order(self, random: np.random.Generator) -> np.ndarray:
         if self._packs is not None:

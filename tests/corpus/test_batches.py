@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import datasets
 import numpy as np
 import pytest
@@ -191,8 +193,10 @@ def test_whole_documents() -> None:
     assert document == len(rows)
 
 
-@pytest.mark.parametrize("arguments", [{"stride": 0}, {"stride": 9}, {"batch_size": 0}])
-def test_bad_arguments_are_named(arguments: dict[str, int]) -> None:
+@pytest.mark.parametrize(
+    "arguments", [{"stride": 0}, {"stride": 9}, {"batch_size": 0}, {"pack": True, "shuffle": False}]
+)
+def test_bad_arguments_are_named(arguments: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=next(iter(arguments))):
         PlanLoader(dataset([[3]]), **({"window": 8, "batch_size": 1} | arguments))
 
