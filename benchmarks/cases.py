@@ -86,7 +86,7 @@ def measure_case(
             continue
         memory, process_memory = peak_memory(runs[name], device)
         timing = _timing(times[name], shape, DTYPES[dtype], rates)
-        over = {other: _paired(times[name], times[other]) for other in runs if other != name}
+        over = {other: paired(times[name], times[other]) for other in runs if other != name}
         rows.append(
             row | {"status": "ok"} | timing | {"over": over, "memory": memory, "process_memory": process_memory}
         )
@@ -172,7 +172,7 @@ def quantiles(values: Sequence[float]) -> tuple[float, float, float]:
     return p20, statistics.median(values), p80
 
 
-def _paired(times: Sequence[float], others: Sequence[float]) -> Row:
+def paired(times: Sequence[float], others: Sequence[float]) -> Row:
     """Times over those of another provider, round by round: what slowed a whole round down cancels."""
     rounds = [ours / theirs for ours, theirs in zip(times, others, strict=False)]
     return dict(zip(("p20", "median", "p80"), quantiles(rounds), strict=True))

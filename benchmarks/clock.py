@@ -7,7 +7,6 @@ import ctypes
 import functools
 import os
 import platform
-import re
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -18,6 +17,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
+
+from planlm.progress import process_memory
 
 Result = TypeVar("Result")
 
@@ -178,15 +179,8 @@ def _start_peak(device: torch.device) -> int | None:
         Path("/proc/self/clear_refs").write_text("5")  # proc(5): VmHWM falls to VmRSS
     except OSError:
         return None
-    return status("VmRSS")
+    return process_memory("VmRSS")
 
 
 def _peak(device: torch.device) -> int | None:
-    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else status("VmHWM")
-
-
-def status(field: str) -> int | None:
-    """A field of /proc/self/status in bytes."""
-    status = Path("/proc/self/status")
-    found = re.search(rf"^{field}:\s+(\d+) kB", status.read_text(), re.MULTILINE) if status.exists() else None
-    return int(found[1]) * 1024 if found else None
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else process_memory("VmHWM")

@@ -14,6 +14,7 @@ import torch
 
 from benchmarks.blocks import Shape
 from benchmarks.clock import timed
+from planlm.training.flops import matrix_product_rate
 
 INDEX_BYTES = 8
 """Segment ids are int64."""
@@ -66,13 +67,7 @@ def compulsory(shape: Shape, dtype: torch.dtype) -> Work:
 def measure_rates(dtype: torch.dtype, device: torch.device) -> Rates:
     """The best of a few square matrix products of two sizes, and of a few copies far beyond every cache."""
     sizes, copied_bytes = ((4096, 8192), 2**30) if device.type == "cuda" else ((2048, 4096), 2**28)
-    products = []
-    for size in sizes:
-        left, right = torch.randn(2, size, size, device=device).to(dtype).unbind()
-        out = torch.empty_like(left)
-        multiply = functools.partial(torch.mm, left, right, out=out)
-        products += [2 * size**3 / timed(multiply, device)[0] for _ in range(4)]
     source = torch.ones(copied_bytes, dtype=torch.uint8, device=device)
     target = torch.ones_like(source)
     copies = [2 * copied_bytes / timed(functools.partial(target.copy_, source), device)[0] for _ in range(7)]
-    return Rates(flops=max(products), bytes=max(copies))
+    return Rates(flops=max(matrix_product_rate(dtype, device, size) for size in sizes), bytes=max(copies))

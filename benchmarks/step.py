@@ -5,29 +5,25 @@ from __future__ import annotations
 import argparse
 import functools
 import itertools
-import json
 import multiprocessing
-import statistics
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from benchmarks.arguments import check_names, names_in
-from benchmarks.cases import provenance, quantiles
-from benchmarks.clock import Budget, interleaved, note, status
+from benchmarks.blocks import DTYPES
+from benchmarks.cases import Row, paired, provenance, quantiles
+from benchmarks.clock import Budget, interleaved, note
+from benchmarks.results import write_rows
 from benchmarks.steps import MODELS, PLAIN, PROVIDERS, Case, make_lm
 from planlm.allocator import keep_memory
 from planlm.errors import InputError
-from planlm.files import write_text
+from planlm.progress import process_memory
 from planlm.training.flops import lm_flops, matrix_product_rate
 
-Row = dict[str, Any]
-
 WINDOWS = {"128x32": (128, 32), "1024x4": (1024, 4)}
-DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16}
 CPU = torch.device("cpu")
 
 
@@ -59,7 +55,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(_table(case, measured), flush=True)
         rows += measured
         if options.out:
-            write_text(options.out, "".join(json.dumps(row) + "\n" for row in rows))
+            write_rows(options.out, rows)
     return 0
 
 
@@ -91,20 +87,14 @@ def _measure(case: Case, names: Sequence[str], options: argparse.Namespace) -> l
                 "provider": name, "malloc": options.malloc, "median": median, "p20": p20, "p80": p80,
                 "repetitions": len(times[name]), "memory": memory, "flops": flops, "rate": rate,
                 "tokens_per_second": case.window * case.rows / median, "utilisation": flops / median / rate,
-                "over": {
-                    other: statistics.median(a / b for a, b in zip(times[name], times[other], strict=True))
-                    for other in names
-                },
+                "over": {other: paired(times[name], times[other]) for other in names if other != name},
             } | provenance(CPU)
         )  # fmt: skip
     return rows
 
 
 def _in_process(case: Case, name: str, malloc: str) -> int | None:
-    """Bytes of resident memory at the peak of three steps, beyond those before the model was built.
-
-    None where the system has no such count. getrusage's is no use: a process inherits its parent's peak.
-    """
+    """Bytes of resident memory at the peak of three steps, beyond those before the model was built."""
     with multiprocessing.get_context("spawn").Pool(1) as pool:
         return pool.apply(functools.partial(_peak_memory, case, name, malloc))
 
@@ -112,11 +102,11 @@ def _in_process(case: Case, name: str, malloc: str) -> int | None:
 def _peak_memory(case: Case, name: str, malloc: str) -> int | None:
     if malloc == "keep":
         keep_memory()
-    before = status("VmRSS")
+    before = process_memory("VmRSS")
     step = PROVIDERS[name](case)
     for _ in range(3):
         step()
-    peak = status("VmHWM")
+    peak = process_memory("VmHWM")
     return None if peak is None or before is None else peak - before
 
 
@@ -125,7 +115,7 @@ def _table(case: Case, rows: Sequence[Row]) -> str:
     lines.append(f"{'provider':<14}{'seconds':>9}{'p20':>8}{'p80':>8}{'tokens/s':>10}{'MFU':>8}{'GB':>7}  over others")
     for row in rows:
         memory = "–" if row["memory"] is None else f"{row['memory'] / 1e9:.2f}"
-        over = ", ".join(f"{value:.3f} {name}" for name, value in row["over"].items() if name != row["provider"])
+        over = ", ".join(f"{ratio['median']:.3f} {other}" for other, ratio in row["over"].items())
         lines.append(
             f"{row['provider']:<14}{row['median']:9.3f}{row['p20']:8.3f}{row['p80']:8.3f}"
             f"{row['tokens_per_second']:10,.0f}{100 * row['utilisation']:6.1f} %{memory:>7}  {over}"

@@ -120,14 +120,7 @@ def eager_joint(case: Case) -> Step:
     plans: list[Tensor] = []
     batch = make_batch(case)
     ids = batch.segment_ids.flatten()
-    conditioned = output_projections(lm)[2:]
-    for layer, projection in enumerate(conditioned):
-
-        def add(_: nn.Module, inputs: tuple[Tensor, ...], layer: int = layer) -> tuple[Tensor, ...]:
-            return (inputs[0] + plans[layer].index_select(0, ids).view_as(inputs[0]), *inputs[1:])
-
-        projection.register_forward_pre_hook(add)
-    widths = [input_width(projection) for projection in conditioned]
+    widths = _condition(lm, lambda layer: plans[layer].index_select(0, ids))
 
     def loss() -> Tensor:
         states = planner(batch.sentence_embeddings)[batch.segment_rows[:, 0], batch.segment_rows[:, 1]]
@@ -157,16 +150,13 @@ def authors_joint(case: Case) -> Step:
     batch = make_batch(case)
     ids = batch.segment_ids.flatten()
     scores: list[Tensor] = []
-    conditioned = output_projections(lm)[2:]
-    weights, biases = (tensor.split([input_width(p) for p in conditioned]) for tensor in (adapter.weight, adapter.bias))
-    for layer, projection in enumerate(conditioned):
 
-        def add(_: nn.Module, inputs: tuple[Tensor, ...], layer: int = layer) -> tuple[Tensor, ...]:
-            mixture = (scores[0] / 1.0).softmax(dim=-1).to(codebook.dtype) @ codebook  # [T, A]
-            plan = F.linear(mixture, weights[layer], biases[layer])
-            return (inputs[0] + plan.view_as(inputs[0]), *inputs[1:])
+    def plan_of(layer: int) -> Tensor:
+        mixture = (scores[0] / 1.0).softmax(dim=-1).to(codebook.dtype) @ codebook  # [T, A]
+        return F.linear(mixture, weights[layer], biases[layer])
 
-        projection.register_forward_pre_hook(add)
+    widths = _condition(lm, plan_of)
+    weights, biases = (tensor.split(widths) for tensor in (adapter.weight, adapter.bias))
     sentences = F.pad(batch.input_ids, (0, -case.window % SENTENCE)).view(-1, SENTENCE) % 30522
 
     def loss() -> Tensor:
@@ -241,6 +231,18 @@ def _joint_parts(case: Case) -> tuple[PreTrainedModel, Planner, nn.Parameter, nn
     codebook = nn.Parameter(torch.randn(NUM_ACTIONS, ACTION_DIM) * ACTION_DIM**-0.5)
     adapter = nn.Linear(ACTION_DIM, sum(map(input_width, output_projections(lm)[2:])))
     return lm, planner, codebook, adapter
+
+
+def _condition(lm: PreTrainedModel, plan_of: Callable[[int], Tensor]) -> list[int]:
+    """Add `plan_of(layer)`, `[T, d]`, to what enters each conditioned layer's projection; returns the widths."""
+    conditioned = output_projections(lm)[2:]
+    for layer, projection in enumerate(conditioned):
+
+        def add(_: nn.Module, inputs: tuple[Tensor, ...], layer: int = layer) -> tuple[Tensor, ...]:
+            return (inputs[0] + plan_of(layer).view_as(inputs[0]), *inputs[1:])
+
+        projection.register_forward_pre_hook(add)
+    return [input_width(projection) for projection in conditioned]
 
 
 def _trained(

@@ -1,10 +1,12 @@
-"""Progress of long work on stderr: a bar in a terminal, a plain line now and then in a log file."""
+"""Progress of long work on stderr: a bar in a terminal, a plain line now and then in a log file; memory in use."""
 
 from __future__ import annotations
 
+import re
 import sys
 import time
 from collections.abc import Iterable, Iterator
+from pathlib import Path
 from typing import TypeVar
 
 from tqdm import tqdm
@@ -68,3 +70,13 @@ def track(items: Iterable[Item], description: str, total: int | None = None, uni
         for item in items:
             yield item
             progress.advance()
+
+
+def process_memory(field: str) -> int | None:
+    """Bytes of `VmRSS` (resident now), `VmHWM` (at the peak) or another field of proc(5)'s status; None without one.
+
+    getrusage's peak is of no use: a process inherits its parent's.
+    """
+    status = Path("/proc/self/status")
+    found = re.search(rf"^{field}:\s+(\d+) kB", status.read_text(), re.MULTILINE) if status.exists() else None
+    return int(found[1]) * 1024 if found else None

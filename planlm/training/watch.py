@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-import resource
-import sys
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+
+from planlm.progress import process_memory
 
 
 class Watch:
@@ -49,7 +49,8 @@ class Watch:
         """For a log line.
 
         Since the last call: `tokens_per_second`, `waiting` (share of the time), `utilisation` (model FLOPs over what
-        matrix products reach). Of the whole run: `percent`, `seconds`, `seconds_left`, `memory` (bytes at the peak).
+        matrix products reach). Of the whole run: `percent`, `seconds`, `seconds_left`, `memory` (bytes at the peak,
+        where the system says).
         """
         now = time.monotonic()
         seconds = max(1e-9, now - self._since)
@@ -58,10 +59,12 @@ class Watch:
             "percent": round(100 * self._done / self._steps, 1),
             "tokens_per_second": round(self._tokens / seconds, 1),
             "waiting": round(self._waited / seconds, 4),
-            "memory": _peak_memory(),
             "seconds": round(now - self._started, 2),
             "seconds_left": round(each * (self._steps - self._done)),
         }
+        memory = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else process_memory("VmHWM")
+        if memory is not None:
+            found["memory"] = memory
         if self._flops is not None:
             found["utilisation"] = round(self._work / seconds / self._rate, 4)
         self._begin()
@@ -77,11 +80,6 @@ def summary(loss: float, figures: dict[str, float]) -> str:
         parts.append(f"{100 * figures['waiting']:.0f} % waiting for data")
     minutes = figures["seconds_left"] / 60
     left = f"{minutes / 60:.1f} h" if minutes > 90 else f"{minutes:.0f} min" if minutes > 2 else f"{60 * minutes:.0f} s"
-    return ", ".join([*parts, f"{figures['memory'] / 1e9:.1f} GB", f"{left} left"])
-
-
-def _peak_memory() -> int:
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated()
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024  # getrusage(2): kilobytes on Linux, bytes on macOS
+    if "memory" in figures:
+        parts.append(f"{figures['memory'] / 1e9:.1f} GB")
+    return ", ".join([*parts, f"{left} left"])

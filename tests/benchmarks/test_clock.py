@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks.cases import _paired
+from benchmarks.cases import paired
 from benchmarks.clock import Budget, interleaved, peak_memory
 
 CPU = torch.device("cpu")
@@ -62,4 +62,4 @@ def test_saved_tensors_of_autograd_are_seen() -> None:
 def test_ratios_are_taken_round_by_round() -> None:
     """A machine that gets slower in the middle slows both down, and the ratio stays."""
     ours, theirs = [1.0, 1.0, 8.0, 8.0, 9.0], [2.0, 2.0, 16.0, 16.0, 10.0, 1.0]
-    assert _paired(ours, theirs)["median"] == 0.5
+    assert paired(ours, theirs)["median"] == 0.5
