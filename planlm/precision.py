@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from pathlib import Path
 
 import torch
 
+CPU = torch.device("cpu")
+
 
 def device() -> torch.device:
-    """The device that work runs on: the first CUDA device, else the CPU."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    """The device that work runs on: this process's CUDA device (the first without torchrun), else the CPU."""
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if torch.cuda.is_available() else CPU
 
 
 def has_fast_bf16(where: torch.device) -> bool:

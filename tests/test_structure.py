@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-LEAVES = {"errors", "config", "progress", "files", "precision"}
+LEAVES = {"errors", "config", "progress", "files", "precision", "distribution"}
 # What each room may import; whoever imports a room sees what that room sees only through it.
 ALLOWED = {
     "errors": set(),
@@ -21,6 +21,7 @@ ALLOWED = {
     "progress": set(),
     "files": set(),
     "precision": set(),
+    "distribution": {"precision"},
     "allocator": set(),
     "quiet": set(),
     "kernels": set(),
