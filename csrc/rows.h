@@ -81,6 +81,14 @@ struct Rows {
   // `pack_transposed` is given the transpose, `width` rows of `depth`. `depth` is even.
   void (*pack)(const void* from, int64_t step, void* to, int64_t depth, int64_t width);
   void (*pack_transposed)(const void* from, int64_t step, void* to, int64_t depth, int64_t width);
+  // Attention. Weights 2^(factor (score - largest)) of the strip's elements `begin` to `end`, zero elsewhere; advances
+  // the row's `largest` score and its `sum`, and returns what was accumulated before has to be multiplied with. Scores
+  // around both ends are overwritten.
+  R (*soften)(R* scores, int64_t count, int64_t begin, int64_t end, R factor, R& largest, R& sum, Strip weights);
+  // weights = 2^(factor * scores - log_sums), slopes = scale * weights * (products - inner) for the elements `begin` to
+  // `end`, zero elsewhere. All strips and vectors have room for a whole vector at their end.
+  void (*slope)(const R* scores, const R* products, const R* log_sums, const R* inner, int64_t count, int64_t begin,
+                int64_t end, R factor, R scale, Strip weights, Strip slopes);
 };
 
 // The loops for the best instruction set that this processor has and torch may use.

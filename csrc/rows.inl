@@ -554,9 +554,76 @@ inline void pack_transposed(const void* from, int64_t step, void* to, int64_t de
           for (int64_t j = k; j < k + 16 && j < pairs; ++j) out[j * width + i] = take<uint32_t>(row + i * step * 2 + j * 4);
 }
 
+// Zeroes the elements of a strip that no whole vector from `begin` to `end` covers.
+template <class R>
+INLINE void clear_outside(Strip strip, int64_t begin, int64_t end, int64_t count) {
+  char* to = static_cast<char*>(strip.data);
+  const int64_t size = bytes(strip.kind);
+  __builtin_memset(to, 0, begin * size);
+  if (end < count) __builtin_memset(to + end * size, 0, (count - end) * size);
+}
+
+template <class R>
+R soften(R* scores, int64_t count, int64_t begin, int64_t end, R factor, R& largest, R& sum, Strip weights) {
+  using V = typename Lanes<R>::Vector;
+  constexpr int64_t width = Lanes<R>::width;
+  constexpr R lowest = -std::numeric_limits<R>::infinity();
+  if (begin >= end) {
+    clear_outside<R>(weights, 0, 0, count);
+    return R(1);
+  }
+  const int64_t from = begin / width * width, to = (end + width - 1) / width * width;
+  for (int64_t i = from; i < begin; ++i) scores[i] = lowest;
+  for (int64_t i = end; i < to; ++i) scores[i] = lowest;
+  V most = V{} + lowest;
+  for (int64_t i = from; i < to; i += width) {
+    const V v = take<V>(scores + i);
+    most = v > most ? v : most;
+  }
+  const R before = largest, found = max_of<R>(most);
+  if (found > before) largest = found;
+  const R shift = largest == lowest ? R(0) : largest;  // only NaN or -inf: NaN still reaches the sum
+  V total = {};
+  with_kind(weights.kind, [&](auto kind) INLINE_LAMBDA {
+    char* out = static_cast<char*>(weights.data);
+    for (int64_t i = from; i < to; i += width) {
+      const V weight = Lanes<R>::exp2((take<V>(scores + i) - shift) * factor);
+      total += weight;
+      write<R, kind()>(out + i * bytes(kind()), weight);
+    }
+  });
+  clear_outside<R>(weights, from, to, count);
+  const R rescale = found > before ? exp2_of<R>((before - found) * factor) : R(1);
+  sum = sum * rescale + sum_of<R>(total);
+  return rescale;
+}
+
+template <class R>
+void slope(const R* scores, const R* products, const R* log_sums, const R* inner, int64_t count, int64_t begin,
+           int64_t end, R factor, R scale, Strip weights, Strip slopes) {
+  using V = typename Lanes<R>::Vector;
+  constexpr int64_t width = Lanes<R>::width;
+  const int64_t from = begin / width * width, to = begin < end ? (end + width - 1) / width * width : from;
+  with_kind(weights.kind, [&](auto kind) INLINE_LAMBDA {
+    char* of_weights = static_cast<char*>(weights.data);
+    char* of_slopes = static_cast<char*>(slopes.data);
+    for (int64_t i = from; i < to; i += width) {
+      V weight = Lanes<R>::exp2(take<V>(scores + i) * factor - take<V>(log_sums + i));
+      V slope = weight * (take<V>(products + i) - take<V>(inner + i)) * scale;
+      if (i < begin || i + width > end)
+        for (int64_t j = 0; j < width; ++j)
+          if (i + j < begin || i + j >= end) weight[j] = slope[j] = R(0);
+      write<R, kind()>(of_weights + i * bytes(kind()), weight);
+      write<R, kind()>(of_slopes + i * bytes(kind()), slope);
+    }
+  });
+  clear_outside<R>(weights, from, to, count);
+  clear_outside<R>(slopes, from, to, count);
+}
+
 template <class R>
 const Rows<R>& table() {
-  static const Rows<R> loops{advance<R>, differentiate<R>, scores<R>, sum_rows<R>, accumulate<R>,
-                             add<R>,     fence,            store<R>,  pack,        pack_transposed};
+  static const Rows<R> loops{advance<R>, differentiate<R>, scores<R>, sum_rows<R>, accumulate<R>, add<R>,
+                             fence,      store<R>,         pack,      pack_transposed, soften<R>,  slope<R>};
   return loops;
 }

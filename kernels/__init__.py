@@ -9,8 +9,9 @@ dependencies are imported when it is first used.
 # under that name. It gets an empty module: a second copy would register every operation twice.
 if __name__ == "planlm.kernels":
     from .addition import add_plan
+    from .attention import packed_attention
     from .backend import use_backend
     from .projection import plan_projection, plan_projection_from_hidden
     from .reference import PlanProjection
 
-    __all__ = ["PlanProjection", "add_plan", "plan_projection", "plan_projection_from_hidden", "use_backend"]
+    __all__ = ["PlanProjection", "add_plan", "packed_attention", "plan_projection", "plan_projection_from_hidden", "use_backend"]

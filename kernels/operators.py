@@ -3,7 +3,8 @@
 `planlm::` holds the C++ implementation for the CPU (csrc/) and the Triton one for CUDA; `planlm_interpreted::` the
 Triton one on CPU tensors, through Triton's interpreter, which is how it is tested where there is no GPU. A backend
 implements four functions, `plan_projection`, `plan_projection_backward`, `add_plan` and `add_plan_backward`;
-docs/kernels.md has their contract. On the CPU csrc/add_plan.cpp takes the place of `add_plan`'s rules below.
+docs/kernels.md has their contract. On the CPU csrc/add_plan.cpp takes the place of `add_plan`'s rules below, and there
+is `packed_attention`.
 """
 
 from __future__ import annotations
@@ -28,6 +29,11 @@ SCHEMAS = (
     "int top_k, bool[8] needs) -> Tensor[]",
     "add_plan(Tensor x, Tensor plan, Tensor segment_ids, Tensor? gate) -> Tensor",
     "add_plan_backward(Tensor grad, Tensor plan, Tensor segment_ids, Tensor? gate, bool[2] needs) -> (Tensor, Tensor)",
+    # On the CPU alone: elsewhere torch's attention is as good.
+    "packed_attention(Tensor query, Tensor key, Tensor value, Tensor first, float scale) -> (Tensor out, "
+    "Tensor log_sums)",
+    "packed_attention_backward(Tensor grad, Tensor query, Tensor key, Tensor value, Tensor out, Tensor log_sums, "
+    "Tensor first, float scale) -> (Tensor, Tensor, Tensor)",
 )
 
 
@@ -42,6 +48,8 @@ def define(namespace: str) -> torch.library.Library:
         ("plan_projection_backward", _projection_backward_shapes),
         ("add_plan", _addition_shapes),
         ("add_plan_backward", _addition_backward_shapes),
+        ("packed_attention", _attention_shapes),
+        ("packed_attention_backward", _attention_backward_shapes),
     ):
         torch.library.register_fake(f"{namespace}::{name}", fake, lib=library)
     operators = getattr(torch.ops, namespace)
@@ -57,8 +65,14 @@ def define(namespace: str) -> torch.library.Library:
         setup_context=_keep_addition,
         lib=library,
     )
+    torch.library.register_autograd(
+        f"{namespace}::packed_attention",
+        functools.partial(_attention_backward, operators),
+        setup_context=_keep_attention,
+        lib=library,
+    )
     # Without these a gradient would silently be a constant where a graph of it is asked for.
-    for name in ("plan_projection_backward", "add_plan_backward"):
+    for name in ("plan_projection_backward", "add_plan_backward", "packed_attention_backward"):
         torch.library.register_autograd(f"{namespace}::{name}", refuse, lib=library)
     return library
 
@@ -162,3 +176,28 @@ def _addition_backward(operators: Any, ctx: Any, grad: Tensor) -> tuple[Tensor |
         grad_plan, grad_gate = operators.add_plan_backward(grad, plan, segment_ids, gate, [to_plan, to_gate])
     grad_x = (once(grad) if torch.is_grad_enabled() else grad) if to_x else None
     return grad_x, grad_plan if to_plan else None, None, grad_gate if to_gate else None
+
+
+def _attention_shapes(
+    query: Tensor, key: Tensor, value: Tensor, first: Tensor, scale: float
+) -> tuple[Tensor, Tensor]:
+    batch, width, heads, _ = query.shape
+    return query.new_empty(query.shape), query.new_empty(batch, heads, width, dtype=torch.float32)
+
+
+def _attention_backward_shapes(grad: Tensor, query: Tensor, key: Tensor, value: Tensor, *_: Any) -> tuple[Tensor, ...]:
+    return query.new_empty(query.shape), key.new_empty(key.shape), value.new_empty(value.shape)
+
+
+def _keep_attention(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    query, key, value, first, ctx.scale = inputs
+    ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(query, key, value, *output, first)
+
+
+def _attention_backward(operators: Any, ctx: Any, grad: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
+    if grad is None:
+        return None, None, None, None, None
+    gradients = operators.packed_attention_backward(grad, *ctx.saved_tensors, ctx.scale)
+    return *gradients, None, None

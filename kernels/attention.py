@@ -1,0 +1,77 @@
+"""Causal attention within each of the documents that share a row: what packing needs of an LM.
+
+Sizes: B rows, W positions, H query heads, G key heads (H a multiple of G), d channels of a head.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .backend import Backend, _constant, choose
+
+
+def packed_attention(query: Tensor, key: Tensor, value: Tensor, first: Tensor, scale: float) -> Tensor:
+    """`softmax(scale * q k^T) v` over the keys from `first[t]` to `t` of each position `t`.
+
+    On a CPU with bf16 products, and for bf16, a kernel of PlanLM (FlashAttention-2, arXiv:2307.08691) that only
+    touches what is visible; elsewhere torch's attention with a mask. Differentiable in query, key and value, once.
+
+    Args:
+        query (Tensor): `[B, W, H, d]`.
+        key (Tensor): `[B, W, G, d]`.
+        value (Tensor): `[B, W, G, d]`.
+        first (Tensor): int64 `[B, W]`, where the document of each position begins in its row.
+        scale (float): of the scores.
+
+    Returns:
+        Tensor: `[B, W, H, d]`.
+
+    Raises:
+        ValueError: `first` falls along a row or lies behind its own position.
+    """
+    backend = choose("packed_attention", query.device, torch.float32) if query.device.type == "cpu" else None
+    if _fits(backend, query, key, value):
+        rows = [tensor if tensor.stride(-1) == 1 else tensor.contiguous() for tensor in (query, key, value)]
+        out: Tensor = torch.ops.planlm.packed_attention(*rows, first, scale)[0]
+        return out
+    at = torch.arange(query.shape[1], device=query.device)
+    seen = (at <= at[:, None]) & (at >= first[:, :, None])  # [B, W, W]
+    heads = (tensor.transpose(1, 2) for tensor in (query, key, value))
+    mixed = F.scaled_dot_product_attention(
+        *heads, attn_mask=seen[:, None], scale=scale, enable_gqa=query.shape[2] != key.shape[2]
+    )
+    return mixed.transpose(1, 2)
+
+
+def _fits(backend: Backend | None, query: Tensor, key: Tensor, value: Tensor) -> bool:
+    return (
+        backend is not None
+        and backend.name == "cpp"
+        and query.dtype == key.dtype == value.dtype == torch.bfloat16
+        and query.shape[1] % 2 == 0
+        and query.shape[3] % 2 == 0
+        and query.numel() > 0
+        and _products()
+    )
+
+
+@_constant
+def _products() -> bool:
+    return _probe()
+
+
+@functools.cache
+def _probe() -> bool:
+    """Whether oneDNN makes bf16 products here: the processor, or its settings, may not let it."""
+    if not torch.backends.mkldnn.enabled or not torch.cpu._is_avx512_bf16_supported():
+        return False
+    one = torch.zeros(1, 2, 1, 2, dtype=torch.bfloat16)
+    try:
+        torch.ops.planlm.packed_attention(one, one, one, torch.zeros(1, 2, dtype=torch.int64), 1.0)
+    except RuntimeError:
+        return False
+    return True
