@@ -554,6 +554,37 @@ inline void pack_transposed(const void* from, int64_t step, void* to, int64_t de
           for (int64_t j = k; j < k + 16 && j < pairs; ++j) out[j * width + i] = take<uint32_t>(row + i * step * 2 + j * 4);
 }
 
+template <class R>
+R cross_entropy(Strip logits, int64_t count, int64_t target) {
+  using V = typename Lanes<R>::Vector;
+  constexpr R lowest = -std::numeric_limits<R>::infinity();
+  V most = V{} + lowest, total = {};
+  R wanted = 0;
+  each<R>(logits, count, [&](int64_t i, V v, int64_t used) INLINE_LAMBDA {
+    for (int64_t j = used; j < Lanes<R>::width; ++j) v[j] = lowest;
+    most = v > most ? v : most;
+    if (target >= i && target < i + used) wanted = v[target - i];
+  });
+  const R largest = max_of<R>(most);
+  each<R>(logits, count, [&](int64_t, V v, int64_t used) INLINE_LAMBDA {
+    for (int64_t j = used; j < Lanes<R>::width; ++j) v[j] = lowest;
+    total += Lanes<R>::exp2((v - largest) * log2e<R>);
+  });
+  const R log_sum = std::log(sum_of<R>(total));
+  with_kind(logits.kind, [&](auto kind) INLINE_LAMBDA {
+    each<R>(logits, count, [&](int64_t i, V v, int64_t used) INLINE_LAMBDA {
+      V gradient = Lanes<R>::exp2(((v - largest) - log_sum) * log2e<R>);
+      if (target >= i && target < i + used) gradient[target - i] -= R(1);
+      char* to = static_cast<char*>(logits.data) + i * bytes(kind());
+      if (used == Lanes<R>::width)
+        write<R, kind()>(to, gradient);
+      else
+        write_some<R, kind()>(to, gradient, used);
+    });
+  });
+  return (largest - wanted) + log_sum;
+}
+
 // Zeroes the elements of a strip that no whole vector from `begin` to `end` covers.
 template <class R>
 INLINE void clear_outside(Strip strip, int64_t begin, int64_t end, int64_t count) {
@@ -623,7 +654,7 @@ void slope(const R* scores, const R* products, const R* log_sums, const R* inner
 
 template <class R>
 const Rows<R>& table() {
-  static const Rows<R> loops{advance<R>, differentiate<R>, scores<R>, sum_rows<R>, accumulate<R>, add<R>,
-                             fence,      store<R>,         pack,      pack_transposed, soften<R>,  slope<R>};
+  static const Rows<R> loops{advance<R>, differentiate<R>, scores<R>, sum_rows<R>,     accumulate<R>,    add<R>,    fence,
+                             store<R>,   pack,             pack_transposed, cross_entropy<R>, soften<R>, slope<R>};
   return loops;
 }

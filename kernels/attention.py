@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .backend import Backend, _constant, choose
+from .backend import choose, constant
 
 
 def packed_attention(query: Tensor, key: Tensor, value: Tensor, first: Tensor, scale: float) -> Tensor:
@@ -33,33 +33,37 @@ def packed_attention(query: Tensor, key: Tensor, value: Tensor, first: Tensor, s
     Raises:
         ValueError: `first` falls along a row or lies behind its own position.
     """
-    backend = choose("packed_attention", query.device, torch.float32) if query.device.type == "cpu" else None
-    if _fits(backend, query, key, value):
+    if _fits(query, key, value):
         rows = [tensor if tensor.stride(-1) == 1 else tensor.contiguous() for tensor in (query, key, value)]
         out: Tensor = torch.ops.planlm.packed_attention(*rows, first, scale)[0]
         return out
     at = torch.arange(query.shape[1], device=query.device)
     seen = (at <= at[:, None]) & (at >= first[:, :, None])  # [B, W, W]
-    heads = (tensor.transpose(1, 2) for tensor in (query, key, value))
     mixed = F.scaled_dot_product_attention(
-        *heads, attn_mask=seen[:, None], scale=scale, enable_gqa=query.shape[2] != key.shape[2]
+        query.transpose(1, 2),
+        key.transpose(1, 2),
+        value.transpose(1, 2),
+        attn_mask=seen[:, None],
+        scale=scale,
+        enable_gqa=query.shape[2] != key.shape[2],
     )
     return mixed.transpose(1, 2)
 
 
-def _fits(backend: Backend | None, query: Tensor, key: Tensor, value: Tensor) -> bool:
-    return (
-        backend is not None
-        and backend.name == "cpp"
-        and query.dtype == key.dtype == value.dtype == torch.bfloat16
-        and query.shape[1] % 2 == 0
-        and query.shape[3] % 2 == 0
-        and query.numel() > 0
-        and _products()
-    )
+def has_packed_attention(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether `packed_attention` has a kernel of its own for this device and dtype."""
+    if device.type != "cpu" or dtype != torch.bfloat16:
+        return False
+    backend = choose("packed_attention", device, torch.float32)
+    return backend is not None and backend.name == "cpp" and _products()
 
 
-@_constant
+def _fits(query: Tensor, key: Tensor, value: Tensor) -> bool:
+    even = query.shape[1] % 2 == 0 and query.shape[3] % 2 == 0 and query.numel() > 0
+    return even and query.dtype == key.dtype == value.dtype and has_packed_attention(query.device, query.dtype)
+
+
+@constant
 def _products() -> bool:
     return _probe()
 

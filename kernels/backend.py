@@ -118,7 +118,7 @@ def _backend(name: str, device: torch.device) -> Backend | None:
     return Backend(name, "planlm_interpreted" if name == "triton" and device.type == "cpu" else "planlm")
 
 
-def _constant(function: Any) -> Any:
+def constant(function: Any) -> Any:
     """Have torch.compile ask once per compilation: it cannot trace what compiles or imports a backend.
 
     What torch.compiler.assume_constant_result does, without importing the compiler, which takes more than a second.
@@ -127,15 +127,15 @@ def _constant(function: Any) -> Any:
     return function
 
 
-@_constant
+@constant
 def _no_cpp() -> str | None:
     return cpp.why_not()
 
 
-_fast_bf16 = _constant(cpp.fast_bf16)
+_fast_bf16 = constant(cpp.fast_bf16)
 
 
-@_constant
+@constant
 def _no_triton(device: str, index: int | None) -> str | None:
     return _find_triton(device, index)
 

@@ -4,7 +4,7 @@
 Triton one on CPU tensors, through Triton's interpreter, which is how it is tested where there is no GPU. A backend
 implements four functions, `plan_projection`, `plan_projection_backward`, `add_plan` and `add_plan_backward`;
 docs/kernels.md has their contract. On the CPU csrc/add_plan.cpp takes the place of `add_plan`'s rules below, and there
-is `packed_attention`.
+are `cross_entropy_` and `packed_attention`.
 """
 
 from __future__ import annotations
@@ -29,7 +29,8 @@ SCHEMAS = (
     "int top_k, bool[8] needs) -> Tensor[]",
     "add_plan(Tensor x, Tensor plan, Tensor segment_ids, Tensor? gate) -> Tensor",
     "add_plan_backward(Tensor grad, Tensor plan, Tensor segment_ids, Tensor? gate, bool[2] needs) -> (Tensor, Tensor)",
-    # On the CPU alone: elsewhere torch's attention is as good.
+    # On the CPU alone. Where a target is negative both gradient and loss are zero.
+    "cross_entropy_(Tensor(a!) logits, Tensor target) -> Tensor nll",
     "packed_attention(Tensor query, Tensor key, Tensor value, Tensor first, float scale) -> (Tensor out, "
     "Tensor log_sums)",
     "packed_attention_backward(Tensor grad, Tensor query, Tensor key, Tensor value, Tensor out, Tensor log_sums, "
@@ -48,6 +49,7 @@ def define(namespace: str) -> torch.library.Library:
         ("plan_projection_backward", _projection_backward_shapes),
         ("add_plan", _addition_shapes),
         ("add_plan_backward", _addition_backward_shapes),
+        ("cross_entropy_", lambda logits, target: logits.new_empty(target.shape, dtype=torch.float32)),
         ("packed_attention", _attention_shapes),
         ("packed_attention_backward", _attention_backward_shapes),
     ):
@@ -178,9 +180,7 @@ def _addition_backward(operators: Any, ctx: Any, grad: Tensor) -> tuple[Tensor |
     return grad_x, grad_plan if to_plan else None, None, grad_gate if to_gate else None
 
 
-def _attention_shapes(
-    query: Tensor, key: Tensor, value: Tensor, first: Tensor, scale: float
-) -> tuple[Tensor, Tensor]:
+def _attention_shapes(query: Tensor, key: Tensor, value: Tensor, first: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     batch, width, heads, _ = query.shape
     return query.new_empty(query.shape), query.new_empty(batch, heads, width, dtype=torch.float32)
 

@@ -20,6 +20,7 @@ from planlm.kernels import PlanProjection, plan_projection
 from planlm.model.adapter import PlanAdapter
 from planlm.model.configuration import PlanLMConfig
 from planlm.model.families import check_family, output_projections
+from planlm.model.fused import document_starts, fuse
 from planlm.model.loss import linear_cross_entropy
 from planlm.model.planner import Planner, codebook_fingerprint, default_heads
 from planlm.model.tracking import SentenceTracker
@@ -92,6 +93,7 @@ class PlanLMForCausalLM(PreTrainedModel, GenerationMixin):
             raise InputError(
                 f"conditioned layers: {config.conditioned_layers} asked, the LM has {num_layers}; set 1 to {num_layers}"
             )
+        fuse(lm)
         self.lm = lm
         self.planner = Planner(
             config.action_dim, config.num_actions, config.planner_layers, config.planner_heads, config.planner_dropout
@@ -294,6 +296,8 @@ class PlanLMForCausalLM(PreTrainedModel, GenerationMixin):
             projected = None if selection == "none" else projection.projected
             result.oracle_nll = None if actions is None else projection.oracle_nll
         self.adapter.condition(projected, segment_ids)
+        if position_ids is not None and attention_mask is None and past_key_values is None and not use_cache:
+            attention_mask = document_starts(self.lm, position_ids, self._dtype_of_products())
         outputs = self.lm.base_model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -307,6 +311,10 @@ class PlanLMForCausalLM(PreTrainedModel, GenerationMixin):
         result.past_key_values = outputs.past_key_values
         self._score(result, outputs.last_hidden_state, labels, shift_labels, logits_to_keep)
         return result
+
+    def _dtype_of_products(self) -> torch.dtype:
+        where = self.device.type
+        return torch.get_autocast_dtype(where) if torch.is_autocast_enabled(where) else self.dtype
 
     def _score(
         self, result: PlanLMOutput, hidden: Tensor, labels: Tensor | None, shift_labels: Tensor | None, keep: int
