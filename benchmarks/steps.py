@@ -26,6 +26,7 @@ from planlm.precision import autocast
 from planlm.training.groups import make_optimizer
 from planlm.training.joint import Objective, trainable_groups
 from planlm.training.loop import Task, update
+from planlm.training.parallel import Parallel
 
 NUM_ACTIONS, ACTION_DIM, SENTENCE = 1024, 384, 21
 """K, A, and tokens of a sentence: the mean of English Wikipedia's in GPT-2's tokens."""
@@ -213,12 +214,13 @@ def _planlm(case: Case, selection: str) -> Step:
         corpus="", out="", selection=selection, lm_mode=case.lm, unfreeze_planner_at=0.0, precision=case.precision
     )
     groups = trainable_groups(model, train, steps=1)
-    objective = Objective(model, train, steps=1, ratios=(0.0, 0.0))
+    parallel = Parallel(model)
+    objective = Objective(parallel, train, steps=1, ratios=(0.0, 0.0))
     for group in groups:
         for parameter in group.parameters.values():
             parameter.requires_grad_(True)
     batch = make_batch(case)
-    task = Task(model, groups, loader=None, accumulate=1, steps=1, backward=objective.backward, num_tokens=len)  # type: ignore[arg-type]
+    task = Task(parallel, groups, loader=None, accumulate=1, steps=1, backward=objective.backward)  # type: ignore[arg-type]
     optimizer = make_optimizer(groups, 0.0)
     return lambda: update(task, optimizer, 0, [batch], train).figures["loss"]
 

@@ -107,6 +107,9 @@ COMMANDS = {
 }
 
 
+DISTRIBUTED = ("pretrain-planner", "train")
+"""Commands that several processes can share, under torchrun."""
+
 _USERS_FILE_ERRORS = (FileNotFoundError, FileExistsError, NotADirectoryError, IsADirectoryError, PermissionError)
 
 
@@ -158,15 +161,30 @@ def _run(argv: list[str]) -> int:
     if command.allocates:
         keep_memory()
     module, function = command.run.split(":")
-    with contextlib.redirect_stdout(sys.stderr):  # stdout is the result's alone, whatever a library prints
+    with (
+        contextlib.redirect_stdout(sys.stderr),
+        _processes(name),
+    ):  # stdout is the result's alone, whatever a library prints
         result = getattr(importlib.import_module(module), function)(settings)
         text = (
             json.dumps(_plain(command.data(result)), allow_nan=False)
             if settings.json
             else command.show(result, settings)
         )
-    print(text, flush=True)
+    if os.environ.get("RANK", "0") == "0":
+        print(text, flush=True)
     return 0
+
+
+def _processes(name: str) -> contextlib.AbstractContextManager[None]:
+    """The connection between the processes that torchrun started, if it did."""
+    if os.environ.get("WORLD_SIZE", "1") == "1":
+        return contextlib.nullcontext()
+    if name not in DISTRIBUTED:
+        raise InputError(f"planlm {name} runs in one process: start it without torchrun")
+    from planlm.distribution import processes
+
+    return processes()
 
 
 def _top_parser() -> argparse.ArgumentParser:

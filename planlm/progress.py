@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import sys
 import time
@@ -30,7 +31,9 @@ class Progress:
         self.description, self.total, self.unit = description, total, unit
         self.count, self.note = 0, ""
         self.started = self._last_line = time.monotonic()
-        self._bar = tqdm(desc=description, total=total, unit=f" {unit}", leave=False) if sys.stderr.isatty() else None
+        self._silent = os.environ.get("RANK", "0") != "0"  # one of several processes speaks for all
+        shown = sys.stderr.isatty() and not self._silent
+        self._bar = tqdm(desc=description, total=total, unit=f" {unit}", leave=False) if shown else None
 
     def __enter__(self) -> Progress:
         return self
@@ -60,6 +63,8 @@ class Progress:
 
     def line(self, text: str) -> None:
         """Print a line without tearing the bar."""
+        if self._silent:
+            return
         tqdm.write(text, file=sys.stderr)
         sys.stderr.flush()
 

@@ -35,7 +35,7 @@ ALLOWED = {
     "doctor": LEAVES | {"kernels"},
     "arguments": {"config", "errors", "files"},
     "show": {"config", "report"},
-    "cli": {"allocator", "arguments", "config", "errors", "quiet", "show"},
+    "cli": {"allocator", "arguments", "distribution", "config", "errors", "quiet", "show"},
     "__main__": {"cli"},
     "__init__": {"model"},
 }

@@ -22,7 +22,7 @@ from planlm.corpus.packing import fill, packs
 IGNORED = -100
 """Label of a position that is not scored, as in torch's and transformers' cross-entropies."""
 
-Batch = TypeVar("Batch")
+Batch = TypeVar("Batch", "PlanBatch", "SentenceBatch")
 
 
 @dataclass(frozen=True)
@@ -58,6 +58,12 @@ class PlanBatch:
         """The same batch on `device`."""
         return _to(self, device)
 
+    def unscored(self) -> PlanBatch:
+        """The same batch, of which nothing counts."""
+        return dataclasses.replace(
+            self, labels=torch.full_like(self.labels, IGNORED), actions=torch.full_like(self.actions, -1)
+        )
+
 
 @dataclass(frozen=True)
 class SentenceBatch:
@@ -74,6 +80,10 @@ class SentenceBatch:
     def to(self, device: torch.device | str) -> SentenceBatch:
         """The same batch on `device`."""
         return _to(self, device)
+
+    def unscored(self) -> SentenceBatch:
+        """The same batch, of which nothing counts."""
+        return dataclasses.replace(self, actions=torch.full_like(self.actions, IGNORED))
 
 
 @dataclass(frozen=True)
@@ -126,11 +136,15 @@ def windows(dataset: datasets.Dataset, window: int, stride: int | None = None) -
 class _Loader(ABC, Generic[Batch]):
     """One epoch of batches per iteration, in an order that seed and epoch decide, with a position that can be stored.
 
-    An iteration that was left early goes on where it stopped.
+    An iteration that was left early goes on where it stopped. Several processes share each batch: order and position
+    do not depend on how many there are, and each reads its own items only.
 
     Attributes:
         epoch: decides the order; set it between iterations.
+        share: (number of this process, how many share a batch). A process without an item gets one that counts nothing.
     """
+
+    share = (0, 1)
 
     def __init__(self, num_items: int, batch_size: int, seed: int, shuffle: bool) -> None:
         if batch_size < 1:
@@ -153,7 +167,8 @@ class _Loader(ABC, Generic[Batch]):
             items = order[self._next * self._batch_size : (self._next + 1) * self._batch_size]
             # Counted before the batch is handed out: a state stored after its step must not repeat it.
             self._next += 1
-            yield self._collate(items)
+            own = items[self.share[0] :: self.share[1]]
+            yield self._collate(own) if len(own) else self._collate(items[:1]).unscored()
         self._next = 0
 
     def _order(self, random: np.random.Generator) -> np.ndarray:

@@ -39,8 +39,12 @@ def output_projections(lm: PreTrainedModel) -> list[nn.Module]:
         InputError: the LM's family is not supported.
     """
     check_family(lm.config)
-    layers, path = OUTPUT_PROJECTIONS[lm.config.model_type]
-    return [layer.get_submodule(path) for layer in getattr(lm.base_model, layers)]
+    return [layer.get_submodule(OUTPUT_PROJECTIONS[lm.config.model_type][1]) for layer in lm_layers(lm)]
+
+
+def lm_layers(lm: PreTrainedModel) -> list[nn.Module]:
+    """All layers of an LM of a supported family, from the bottom to the top."""
+    return list(getattr(lm.base_model, OUTPUT_PROJECTIONS[lm.config.model_type][0]))
 
 
 def input_width(projection: nn.Module) -> int:

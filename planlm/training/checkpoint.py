@@ -1,7 +1,8 @@
 """A run directory's checkpoints: written beside and renamed, checksummed, safetensors and JSON only.
 
-`checkpoints/step-N/` holds `tensors.safetensors` (trainable parameters, optimiser moments, random state) and
-`state.json` (step, position in the data); `checksums.json` is written last.
+`checkpoints/step-N/` holds `tensors.safetensors`, or a file of each process (trainable parameters, optimiser moments),
+and `state.json` (step, position in the data); `checksums.json` is written last. All are read through
+torch.distributed.checkpoint, which fits what any number of processes wrote to any other.
 """
 
 from __future__ import annotations
@@ -10,40 +11,70 @@ import hashlib
 import json
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import save
 
-FORMAT_VERSION = 1
+from planlm.distribution import first_rank_does, num_ranks, rank, total
+from planlm.precision import device
+
+FORMAT_VERSION = 2
 
 
-def save_checkpoint(folder: Path, tensors: dict[str, torch.Tensor], state: dict[str, Any], keep: int) -> Path:
-    """Write `folder/step-N`, N being the "step" of `state`, then delete all but the newest `keep` checkpoints."""
+def save_checkpoint(folder: Path, tensors: dict[str, torch.Tensor], state: dict[str, Any], keep: int) -> None:
+    """Write `folder/step-N`, N being the "step" of `state`, then delete all but the newest `keep` checkpoints.
+
+    Several processes write one file each, with what they have of divided tensors and a share of the others.
+    """
     final = folder / f"step-{state['step']}"
     beside = final.with_name(final.name + ".partial")
-    shutil.rmtree(beside, ignore_errors=True)
-    beside.mkdir(parents=True)
-    save_file({name: tensor.detach().contiguous() for name, tensor in tensors.items()}, beside / "tensors.safetensors")
-    (beside / "state.json").write_text(json.dumps({"format_version": FORMAT_VERSION, **state}, indent=1))
-    sums = {path.name: _digest(path) for path in sorted(beside.iterdir())}
-    (beside / "checksums.json").write_text(json.dumps(sums, indent=1))
-    for path in beside.iterdir():
-        _flush(path)
-    shutil.rmtree(final, ignore_errors=True)
-    beside.rename(final)
-    _flush(folder)
-    for old in _newest_first(folder)[max(1, keep) :]:
-        shutil.rmtree(old)
-    return final
+
+    def begin() -> None:
+        shutil.rmtree(beside, ignore_errors=True)
+        beside.mkdir(parents=True)
+
+    def finish() -> None:
+        (beside / "state.json").write_text(json.dumps({"format_version": FORMAT_VERSION, **state}, indent=1))
+        sums = {path.name: _digest(path) for path in sorted(beside.iterdir())}
+        (beside / "checksums.json").write_text(json.dumps(sums, indent=1))
+        for path in beside.iterdir():
+            _flush(path)
+        shutil.rmtree(final, ignore_errors=True)
+        beside.rename(final)
+        _flush(folder)
+        for old in _newest_first(folder)[max(1, keep) :]:
+            shutil.rmtree(old)
+
+    first_rank_does(begin)
+    tensors = {name: tensor.detach() for name, tensor in tensors.items()}
+    if num_ranks() == 1:  # the writer below makes the whole file in memory
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, beside / "tensors.safetensors")
+    else:
+        save(tensors, storage_writer=HuggingFaceStorageWriter(str(beside), save_distributed=True))
+    first_rank_does(finish)
 
 
-def load_checkpoint(folder: Path, log: Any) -> tuple[dict[str, torch.Tensor], dict[str, Any]] | None:
-    """The newest checkpoint whose checksums hold, or None.
+def newest_checkpoint(folder: Path, log: Callable[[str], None]) -> tuple[Path, dict[str, Any]] | None:
+    """The newest checkpoint whose checksums hold, with its state, or None.
 
     A damaged one is set aside as `step-N.damaged`, which `log` is told.
     """
+    found = first_rank_does(lambda: _newest_sound(folder, log))
+    number = int(total(torch.tensor(found if rank() == 0 and found is not None else 0.0, device=device())).item())
+    if number == 0:
+        return None
+    path = folder / f"step-{number}"
+    return path, json.loads((path / "state.json").read_text())
+
+
+def _newest_sound(folder: Path, log: Callable[[str], None]) -> int | None:
+    """Its number of steps."""
     for path in _newest_first(folder):
         try:
             sums = json.loads((path / "checksums.json").read_text())
@@ -51,12 +82,28 @@ def load_checkpoint(folder: Path, log: Any) -> tuple[dict[str, torch.Tensor], di
         except (OSError, ValueError):
             sound = False
         if sound:
-            return load_file(path / "tensors.safetensors"), json.loads((path / "state.json").read_text())
+            return int(path.name[5:])
         aside = path.with_name(path.name + ".damaged")
         shutil.rmtree(aside, ignore_errors=True)
         path.rename(aside)
         log(f"{path}: damaged, set aside as {aside.name}")
     return None
+
+
+def stored_shapes(path: Path) -> dict[str, torch.Size]:
+    """Names of a checkpoint's tensors, and their shapes when whole."""
+    stored: dict[str, Any] = _reader(path).read_metadata().state_dict_metadata
+    return {name: about.size for name, about in stored.items()}
+
+
+def read_tensors(path: Path, into: dict[str, torch.Tensor]) -> None:
+    """Fill tensors, whole or divided, with those of a checkpoint, however many processes wrote it."""
+    with torch.no_grad():
+        load(into, storage_reader=_reader(path))
+
+
+def _reader(path: Path) -> HuggingFaceStorageReader:
+    return HuggingFaceStorageReader(str(path))
 
 
 def _newest_first(folder: Path) -> list[Path]:

@@ -41,10 +41,19 @@ def make_optimizer(groups: list[ParameterGroup], weight_decay: float) -> torch.o
 def optimizer_tensors(groups: list[ParameterGroup], optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
     """Optimiser state by parameter name, `NAME/exp_avg` and so on."""
     return {
-        f"{name}/{key}": value
+        f"{name}/{key}": value if value.ndim else value.reshape(1)
         for group in groups
         for name, parameter in group.parameters.items()
         for key, value in optimizer.state.get(parameter, {}).items()
+    }
+
+
+def blank_state(groups: list[ParameterGroup], names: list[str]) -> dict[str, torch.Tensor]:
+    """Room for what `optimizer_tensors` gave under these names, divided among processes as the parameters are."""
+    parameters = {name: parameter for group in groups for name, parameter in group.parameters.items()}
+    return {
+        path: torch.zeros(1) if path.endswith("/step") else torch.zeros_like(parameters[path.rsplit("/", 1)[0]])
+        for path in names
     }
 
 
@@ -55,4 +64,4 @@ def restore_optimizer(
     parameters = {name: parameter for group in groups for name, parameter in group.parameters.items()}
     for path, value in tensors.items():
         name, key = path.rsplit("/", 1)
-        optimizer.state[parameters[name]][key] = value
+        optimizer.state[parameters[name]][key] = value.reshape(()) if key == "step" else value.detach()

@@ -12,14 +12,17 @@ from torch import Tensor
 from planlm.config import TrainConfig
 from planlm.corpus.batches import PlanBatch, PlanLoader
 from planlm.corpus.store import PreparedCorpus
+from planlm.distribution import first_rank_does, num_ranks, rank, total
 from planlm.errors import InputError
+from planlm.model.families import lm_layers
 from planlm.model.modeling import PlanLMForCausalLM, PlanLMOutput
 from planlm.model.planner import Planner
 from planlm.precision import autocast, compute_dtype, device
 from planlm.text.alignment import load_tokenizer, tokenizer_fingerprint
 from planlm.training.flops import lm_flops, matrix_product_rate
 from planlm.training.groups import ParameterGroup
-from planlm.training.loop import Task, fit, num_steps
+from planlm.training.loop import Task, check_batch_size, counted, fit, num_steps
+from planlm.training.parallel import Parallel
 from planlm.training.run import Run
 from planlm.training.schedules import oracle_ratio, parse_oracle_mix
 
@@ -63,6 +66,8 @@ def train(config: TrainConfig) -> dict[str, Any]:
     loader = PlanLoader(
         corpus.split("train"), window=config.window, batch_size=config.batch_size, seed=config.seed, pack=True
     )
+    check_batch_size(config.batch_size)
+    loader.share = (rank(), num_ranks())
     steps = num_steps(config, loader.num_batches, config.accumulate)
     torch.manual_seed(config.seed)
     model = PlanLMForCausalLM.from_lm(
@@ -80,9 +85,10 @@ def train(config: TrainConfig) -> dict[str, Any]:
     context = model.lm.config.max_position_embeddings
     if config.window > context:
         raise InputError(f"--window {config.window}: the context of {lm} is {context} tokens; set at most that")
+    parallel = Parallel(model, lm_layers(model.lm) if config.shard else None)
     groups = trainable_groups(model, config, steps)
     run = Run(config)
-    objective = Objective(model, config, steps, ratios)
+    objective = Objective(parallel, config, steps, ratios)
     full = config.lm_mode == "full"
     first_layer = model.lm.config.num_hidden_layers - model.config.conditioned_layers
 
@@ -91,12 +97,17 @@ def train(config: TrainConfig) -> dict[str, Any]:
         return lm_flops(model.lm, num_tokens, config.window, trained=full, first_layer=first_layer)
 
     rate = matrix_product_rate(compute_dtype(config.precision, model.device), model.device)
-    task = Task(model, groups, loader, config.accumulate, steps, objective.backward, _num_labels, flops, rate)
+    task = Task(parallel, groups, loader, config.accumulate, steps, objective.backward, flops, rate)
     fit(task, run, config)
-    model.eval().cpu()
-    folder = save_model(model, run.path / "model")
-    last = {key: value for key, value in run.last_line().items() if isinstance(value, int | float)}
-    return {"run": str(run.path), "model": str(folder), "selection": config.selection, **last}
+    model.eval()
+    weights = parallel.weights() if parallel.is_sharded else None
+
+    def finish() -> dict[str, Any]:
+        folder = save_model(model.cpu() if weights is None else model, run.path / "model", weights)
+        last = {key: value for key, value in run.last_line().items() if isinstance(value, int | float)}
+        return {"run": str(run.path), "model": str(folder), "selection": config.selection, **last}
+
+    return first_rank_does(finish) or {}
 
 
 def _check(config: TrainConfig, ratios: tuple[float, float]) -> None:
@@ -147,14 +158,15 @@ class Objective:
     """`CE(tokens) + planner_loss * CE(z, a)`, each a mean over all labelled positions of a step's batches.
 
     Args:
-        model: the joint model.
+        parallel: the joint model.
         config: the command's configuration.
         steps: steps in all, for the oracle ratio's schedule.
         ratios: oracle ratio at the first and at the last step.
     """
 
-    def __init__(self, model: PlanLMForCausalLM, config: TrainConfig, steps: int, ratios: tuple[float, float]) -> None:
-        self.model, self.config, self.steps, self.ratios = model, config, steps, ratios
+    def __init__(self, parallel: Parallel, config: TrainConfig, steps: int, ratios: tuple[float, float]) -> None:
+        model: PlanLMForCausalLM = parallel.model  # type: ignore[assignment]
+        self.parallel, self.model, self.config, self.steps, self.ratios = parallel, model, config, steps, ratios
         model.train()
         if config.lm_mode == "freeze":
             model.lm.eval()  # no dropout in weights that cannot adapt to it
@@ -162,23 +174,25 @@ class Objective:
     def backward(self, step: int, batches: list[PlanBatch]) -> dict[str, float]:
         """Forward and backward over a step's batches; gradients add up in the parameters."""
         where = self.model.device
-        num_labels = sum(int((batch.labels != -100).sum()) for batch in batches)
-        num_segments = sum(len(batch.actions) for batch in batches)
+        num_labels, num_segments = counted(
+            sum(int((batch.labels != -100).sum()) for batch in batches),
+            sum(int((batch.actions >= 0).sum()) for batch in batches),
+        )
         ratio = oracle_ratio(step, self.steps, self.ratios, self.config.oracle_schedule)
         totals = torch.zeros(4, device=where)
-        for batch in batches:
+        for number, batch in enumerate(batches):
             batch = batch.to(where)
             with autocast(self.config.precision, where):
-                output = self._forward(batch, ratio)
+                output = self._forward(batch, ratio, last=number + 1 == len(batches))
                 assert output.nll_sum is not None
                 loss = output.nll_sum / num_labels
                 if self.config.planner_loss > 0:
                     assert output.oracle_nll is not None
                     loss = loss + self.config.planner_loss * output.oracle_nll.sum() / num_segments
-            loss.backward()
+            (num_ranks() * loss).backward()  # gradients are averaged over processes
             totals += self._figures(output, batch.actions)
-        lm_nll, planner_nll, right, entropy = totals.tolist()
-        figures = {"lm_loss": lm_nll / max(1, num_labels), "oracle_ratio": ratio}
+        lm_nll, planner_nll, right, entropy = total(totals).tolist()
+        figures = {"tokens": num_labels, "lm_loss": lm_nll / max(1, num_labels), "oracle_ratio": ratio}
         if output.action_logits is not None:
             count = max(1, num_segments)
             figures |= {
@@ -186,14 +200,14 @@ class Objective:
                 "planner_accuracy": right / count,
                 "planner_entropy": entropy / count,
             }
-        total = figures["lm_loss"] + self.config.planner_loss * figures.get("planner_loss", 0.0)
-        return {"loss": total, **figures}
+        loss_of_both = figures["lm_loss"] + self.config.planner_loss * figures.get("planner_loss", 0.0)
+        return {"loss": loss_of_both, **figures}
 
-    def _forward(self, batch: PlanBatch, ratio: float) -> PlanLMOutput:
+    def _forward(self, batch: PlanBatch, ratio: float, last: bool) -> PlanLMOutput:
         weight: float | Tensor = ratio
         if ratio > 0 and self.config.oracle_mode == "sampled":
             weight = (torch.rand(len(batch.actions), device=batch.actions.device) < ratio).float()
-        return self.model(
+        output: PlanLMOutput = self.parallel(
             batch.input_ids,
             position_ids=batch.position_ids,
             shift_labels=batch.labels,
@@ -204,7 +218,9 @@ class Objective:
             oracle_weight=weight,
             want_oracle_nll=self.config.planner_loss > 0,
             use_cache=False,
+            last=last,
         )
+        return output
 
     @staticmethod
     @torch.no_grad()
@@ -215,21 +231,23 @@ class Objective:
             return torch.stack((output.nll_sum, *output.nll_sum.new_zeros(3)))
         assert output.oracle_nll is not None
         log_p = output.action_logits.float().log_softmax(dim=-1)
-        entropy = -(log_p.exp() * log_p).sum()
+        entropy = -(log_p.exp() * log_p).sum(dim=-1)[actions >= 0].sum()
         right = (log_p.argmax(dim=-1) == actions).sum()
         return torch.stack((output.nll_sum, output.oracle_nll.sum(), right.float(), entropy))
 
 
-def _num_labels(batch: PlanBatch) -> int:
-    return int((batch.labels != -100).sum())
+def save_model(model: PlanLMForCausalLM, folder: Path, weights: dict[str, Tensor] | None = None) -> Path:
+    """Write the model's folder beside and rename it, so that it is whole or absent.
 
-
-def save_model(model: PlanLMForCausalLM, folder: Path) -> Path:
-    """Write the model's folder beside and rename it, so that it is whole or absent."""
+    Args:
+        model: the model.
+        folder: where to.
+        weights: whole ones, where the model's are divided among processes.
+    """
     beside = folder.with_name(folder.name + ".partial")
     shutil.rmtree(beside, ignore_errors=True)
     try:
-        model.save_pretrained(beside)
+        model.save_pretrained(beside, state_dict=weights)
     except BaseException:
         shutil.rmtree(beside, ignore_errors=True)
         raise

@@ -9,13 +9,16 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from planlm.config import PlannerConfig, TrainConfig
+from planlm.distribution import any_rank, num_ranks, rank, total
 from planlm.errors import InputError, MachineError
+from planlm.precision import device
 from planlm.progress import Progress
-from planlm.training.checkpoint import load_checkpoint, save_checkpoint
-from planlm.training.groups import ParameterGroup, make_optimizer, optimizer_tensors, restore_optimizer
+from planlm.training.checkpoint import newest_checkpoint, read_tensors, save_checkpoint, stored_shapes
+from planlm.training.groups import ParameterGroup, blank_state, make_optimizer, optimizer_tensors, restore_optimizer
+from planlm.training.parallel import Parallel, seed_step, whole
 from planlm.training.prefetch import Loader, Prefetch
 from planlm.training.run import Run
 from planlm.training.schedules import learning_rate_factor
@@ -36,19 +39,17 @@ class Task:
         accumulate: batches per step.
         steps: steps in all.
         backward: given a step's number and batches, runs forward and backward over all of them and returns the
-            figures to log ("loss" among them).
-        num_tokens: tokens in a batch, for the throughput.
+            figures to log, "loss" and "tokens" (labels) among them, each of all processes together.
         flops: floating-point operations of a step over these batches; None where they are not counted.
         rate: FLOP/s of matrix products on this machine.
     """
 
-    model: nn.Module
+    model: Parallel
     groups: list[ParameterGroup]
     loader: Loader
     accumulate: int
     steps: int
     backward: Callable[[int, list[Any]], dict[str, float]]
-    num_tokens: Callable[[Any], int]
     flops: Callable[[list[Any]], float] | None = None
     rate: float = math.inf
 
@@ -65,6 +66,16 @@ def num_steps(config: PlannerConfig | TrainConfig, num_batches: int, accumulate:
             f"nothing to train on: {num_batches} batches, {steps} steps; set --steps or --epochs, or a larger corpus"
         )
     return steps
+
+
+def check_batch_size(batch_size: int) -> None:
+    """Refuse batches that cannot be shared: `--batch-size` counts what all processes take together.
+
+    Raises:
+        InputError: fewer items than processes.
+    """
+    if batch_size < num_ranks():
+        raise InputError(f"--batch-size {batch_size}: {num_ranks()} processes share it; set at least that")
 
 
 @dataclass(frozen=True)
@@ -88,6 +99,7 @@ def update(
     task: Task, optimizer: torch.optim.Optimizer, step: int, batches: list[Any], config: PlannerConfig | TrainConfig
 ) -> Update:
     """Forward, backward, clipping and the optimiser's update, once; leaves no gradients."""
+    seed_step(config.seed, step, rank())
     figures = task.backward(step, batches)
     norms = _clip(task.groups, config.max_grad_norm)
     rates = _set_rates(task, optimizer, step, config)
@@ -113,10 +125,11 @@ def fit(task: Task, run: Run, config: PlannerConfig | TrainConfig) -> None:
         with Prefetch(task.loader, ahead=2 * task.accumulate) as batches:
             watch = Watch(task.flops, task.rate, first, task.steps)
             for step in range(first, task.steps):
-                for group in task.groups:
-                    if step in (first, group.start):
+                if step == first or any(step == group.start for group in task.groups):
+                    for group in task.groups:
                         for parameter in group.parameters.values():
                             parameter.requires_grad_(step >= group.start)
+                    task.model.follow()
                 with watch.waiting():
                     window = [next(batches) for _ in range(task.accumulate)]
                 result = update(task, optimizer, step, window, config)
@@ -124,9 +137,10 @@ def fit(task: Task, run: Run, config: PlannerConfig | TrainConfig) -> None:
                 if skipped:
                     progress.line(f"step {step + 1}: non-finite loss or gradient, step skipped ({skipped} in a row)")
                 done = step + 1
-                seen = sum(map(task.num_tokens, window))
+                seen = int(result.figures.pop("tokens"))
                 tokens += seen
                 watch.step(seen, window)
+                stopping = any_rank(stop.asked)
                 if done % config.log_every == 0 or done in (1, task.steps):
                     speed = watch.figures()
                     line = {"step": done, "tokens": tokens, **result.figures, "grad_norm": result.norms}
@@ -135,10 +149,10 @@ def fit(task: Task, run: Run, config: PlannerConfig | TrainConfig) -> None:
                 else:
                     progress.advance()
                 give_up = skipped >= MAX_SKIPPED
-                if done % config.checkpoint_every == 0 or done == task.steps or stop.asked or give_up:
+                if done % config.checkpoint_every == 0 or done == task.steps or stopping or give_up:
                     state = {"step": done, "tokens": tokens, "loader": batches.position}
                     _save(task, run, optimizer, state, config.keep_checkpoints)
-                if stop.asked:
+                if stopping:
                     raise KeyboardInterrupt(f"stopped after step {done}; continue with --resume")
                 if give_up:
                     raise MachineError(f"step {done}: {skipped} steps in a row skipped; lower the learning rates")
@@ -150,7 +164,7 @@ def _clip(groups: list[ParameterGroup], max_norm: float) -> dict[str, float]:
     for group in groups:
         parameters = [parameter for parameter in group.parameters.values() if parameter.grad is not None]
         if parameters:
-            norms[group.name] = float(nn.utils.clip_grad_norm_(parameters, max_norm))
+            norms[group.name] = float(whole(nn.utils.clip_grad_norm_(parameters, max_norm)))
     return norms
 
 
@@ -168,41 +182,45 @@ def _set_rates(
 
 
 def _save(task: Task, run: Run, optimizer: torch.optim.Optimizer, state: dict[str, Any], keep: int) -> None:
-    parameters = {name: parameter for group in task.groups for name, parameter in group.parameters.items()}
-    tensors: dict[str, torch.Tensor] = {f"model/{name}": parameter for name, parameter in parameters.items()}
+    tensors: dict[str, Tensor] = {f"model/{name}": parameter for name, parameter in _trained(task).items()}
     tensors |= {f"optimizer/{name}": value for name, value in optimizer_tensors(task.groups, optimizer).items()}
-    tensors["random/cpu"] = torch.get_rng_state()
-    if torch.cuda.is_available():
-        tensors["random/cuda"] = torch.cuda.get_rng_state()
     save_checkpoint(run.checkpoints, tensors, state, keep)
 
 
 def _restore(task: Task, run: Run, optimizer: torch.optim.Optimizer, log: Callable[[str], None]) -> tuple[int, int]:
     """Continue from the newest sound checkpoint; returns the numbers of steps done and of tokens seen."""
-    found = load_checkpoint(run.checkpoints, log)
+    found = newest_checkpoint(run.checkpoints, log)
     if found is None:
         run.forget_after(0)
         return 0, 0
-    tensors, state = found
-    parameters = {name: parameter for group in task.groups for name, parameter in group.parameters.items()}
-    stored = {name[6:]: value for name, value in tensors.items() if name.startswith("model/")}
-    if {name: value.shape for name, value in stored.items()} != {
-        name: value.shape for name, value in parameters.items()
+    path, state = found
+    parameters, stored = _trained(task), stored_shapes(path)
+    if {name[6:]: shape for name, shape in stored.items() if name.startswith("model/")} != {
+        name: parameter.shape for name, parameter in parameters.items()
     }:
         raise InputError(f"{run.checkpoints}: checkpoint of another model; choose another --out")
-    with torch.no_grad():
-        for name, value in stored.items():
-            parameters[name].copy_(value)
-    restore_optimizer(
-        task.groups, optimizer, {name[10:]: value for name, value in tensors.items() if name.startswith("optimizer/")}
+    moments = blank_state(task.groups, [name[10:] for name in stored if name.startswith("optimizer/")])
+    read_tensors(
+        path,
+        {f"model/{name}": parameter.detach() for name, parameter in parameters.items()}
+        | {f"optimizer/{name}": value for name, value in moments.items()},
     )
-    torch.set_rng_state(tensors["random/cpu"])
-    if "random/cuda" in tensors and torch.cuda.is_available():
-        torch.cuda.set_rng_state(tensors["random/cuda"])
+    restore_optimizer(task.groups, optimizer, moments)
     task.loader.load_state_dict(state["loader"])
     run.forget_after(state["step"])
     log(f"resumed after step {state['step']}")
     return int(state["step"]), int(state["tokens"])
+
+
+def _trained(task: Task) -> dict[str, nn.Parameter]:
+    return {name: parameter for group in task.groups for name, parameter in group.parameters.items()}
+
+
+def counted(*values: float) -> list[float]:
+    """Sums of these numbers over all processes."""
+    return (
+        list(values) if num_ranks() == 1 else total(torch.tensor(values, dtype=torch.float64, device=device())).tolist()
+    )
 
 
 class _StopSignal:

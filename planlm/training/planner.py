@@ -11,12 +11,14 @@ import torch.nn.functional as F
 from planlm.config import PlannerConfig
 from planlm.corpus.batches import SentenceBatch, SentenceLoader
 from planlm.corpus.store import PreparedCorpus
+from planlm.distribution import first_rank_does, num_ranks, rank
 from planlm.evaluation.planner_metrics import planner_metrics
 from planlm.files import write_text
 from planlm.model.planner import Planner, codebook_fingerprint, default_heads
 from planlm.precision import device
 from planlm.training.groups import ParameterGroup
-from planlm.training.loop import Task, fit, num_steps
+from planlm.training.loop import Task, check_batch_size, counted, fit, num_steps
+from planlm.training.parallel import Parallel
 from planlm.training.run import Run
 
 
@@ -33,6 +35,7 @@ def pretrain_planner(config: PlannerConfig) -> dict[str, Any]:
     """
     corpus = PreparedCorpus.load(config.corpus)
     validation = corpus.split("validation")
+    check_batch_size(config.batch_size)
     run = Run(config)
     torch.manual_seed(config.seed)
     action_dim = corpus.manifest.action_dim
@@ -48,29 +51,36 @@ def pretrain_planner(config: PlannerConfig) -> dict[str, Any]:
     planner.to(device()).train()
     loader = SentenceLoader(corpus.split("train"), batch_size=config.batch_size, seed=config.seed, shuffle=True)
 
+    loader.share = (rank(), num_ranks())
+    model = Parallel(planner)
+
     def backward(step: int, batches: list[SentenceBatch]) -> dict[str, float]:
         batch = batches[0].to(device())
-        logits = planner.head(planner(batch.sentence_embeddings)[:, :-1])  # [N, n, K]
-        loss = F.cross_entropy(logits.flatten(0, 1), batch.actions.flatten(), ignore_index=-100)
-        loss.backward()
-        known = batch.actions != -100
-        right = (logits.argmax(dim=-1) == batch.actions)[known]
-        return {"loss": loss.item(), "planner_loss": loss.item(), "planner_accuracy": right.float().mean().item()}
+        (count,) = counted(int((batch.actions != -100).sum()))
+        logits = planner.head(model(batch.sentence_embeddings)[:, :-1])  # [N, n, K]
+        nll = F.cross_entropy(logits.flatten(0, 1), batch.actions.flatten(), ignore_index=-100, reduction="sum")
+        (nll * num_ranks() / count).backward()  # gradients are averaged over processes
+        nll_sum, right = counted(nll.item(), int((logits.argmax(dim=-1) == batch.actions).sum()))
+        loss = nll_sum / count
+        return {"loss": loss, "planner_loss": loss, "planner_accuracy": right / count, "tokens": count}
 
     group = ParameterGroup("planner", dict(planner.named_parameters()), config.lr)
     task = Task(
-        model=planner,
+        model=model,
         groups=[group],
         loader=loader,
         accumulate=1,
         steps=num_steps(config, loader.num_batches),
         backward=backward,
-        num_tokens=lambda batch: int((batch.actions != -100).sum()),
     )
     fit(task, run, config)
     planner.eval()
-    metrics = planner_metrics(planner, validation, corpus.action_counts)
-    planner.cpu().save(run.path / "planner")
-    result = {"run": str(run.path), "planner": str(run.path / "planner"), "split": "validation", **metrics}
-    write_text(run.path / "planner_metrics.json", json.dumps(result, indent=1) + "\n")
-    return result
+
+    def finish() -> dict[str, Any]:
+        metrics = planner_metrics(planner, validation, corpus.action_counts)
+        planner.cpu().save(run.path / "planner")
+        result = {"run": str(run.path), "planner": str(run.path / "planner"), "split": "validation", **metrics}
+        write_text(run.path / "planner_metrics.json", json.dumps(result, indent=1) + "\n")
+        return result
+
+    return first_rank_does(finish) or {}

@@ -10,10 +10,11 @@ from typing import Any
 import yaml
 
 from planlm.config import PlannerConfig, TrainConfig
+from planlm.distribution import first_rank_does, rank
 from planlm.errors import InputError
 from planlm.files import write_text
 
-FREE_TO_CHANGE = {"resume", "json", "log_every", "checkpoint_every", "keep_checkpoints"}
+FREE_TO_CHANGE = {"resume", "json", "shard", "log_every", "checkpoint_every", "keep_checkpoints"}
 """Settings that may differ when a run is resumed: they leave weights and losses as they are."""
 
 
@@ -32,6 +33,9 @@ class Run:
         self.checkpoints = self.path / "checkpoints"
         self.metrics = self.path / "metrics.jsonl"
         written = self.path / "config.yaml"
+        first_rank_does(lambda: self._open(config, written))
+
+    def _open(self, config: PlannerConfig | TrainConfig, written: Path) -> None:
         settings = asdict(config)
         if written.exists():
             if not config.resume:
@@ -53,12 +57,14 @@ class Run:
 
     def log(self, line: dict[str, Any]) -> None:
         """Append one object to `metrics.jsonl`."""
+        if rank() > 0:
+            return
         with self.metrics.open("a") as file:
             file.write(json.dumps(line) + "\n")
 
     def forget_after(self, step: int) -> None:
         """Drop logged lines of steps after `step`: a resumed run writes them again."""
-        if not self.metrics.exists():
+        if not self.metrics.exists() or rank() > 0:
             return
         kept = []
         for text in self.metrics.read_text().splitlines():

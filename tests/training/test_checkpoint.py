@@ -7,24 +7,26 @@ from pathlib import Path
 import pytest
 import torch
 
-from planlm.training.checkpoint import load_checkpoint, save_checkpoint
+from planlm.training.checkpoint import newest_checkpoint, read_tensors, save_checkpoint, stored_shapes
 
 
 def save(folder: Path, step: int, keep: int = 2) -> Path:
-    return save_checkpoint(
-        folder, {"w": torch.full((3,), float(step))}, {"step": step, "loader": {"epoch": step}}, keep
-    )
+    save_checkpoint(folder, {"w": torch.full((3,), float(step))}, {"step": step, "loader": {"epoch": step}}, keep)
+    return folder / f"step-{step}"
 
 
 def test_newest_is_loaded_and_only_the_last_are_kept(tmp_path: Path) -> None:
     for step in (2, 9, 10):
         save(tmp_path, step)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step-10", "step-9"]
-    found = load_checkpoint(tmp_path, print)
+    found = newest_checkpoint(tmp_path, print)
     assert found is not None
-    tensors, state = found
+    path, state = found
+    tensors = {"w": torch.zeros(3)}
+    assert stored_shapes(path) == {"w": torch.Size([3])}
+    read_tensors(path, tensors)
     assert tensors["w"].tolist() == [10.0] * 3
-    assert state == {"format_version": 1, "step": 10, "loader": {"epoch": 10}}
+    assert state == {"format_version": 2, "step": 10, "loader": {"epoch": 10}}
 
 
 @pytest.mark.parametrize("damage", ["tensors.safetensors", "state.json", "checksums.json"])
@@ -39,7 +41,7 @@ def test_damaged_checkpoint_is_set_aside_for_the_one_before(tmp_path: Path, dama
         content[len(content) // 2] ^= 1
         victim.write_bytes(content[: len(content) // 2] if how == "cut" else content)
     said: list[str] = []
-    found = load_checkpoint(tmp_path, said.append)
+    found = newest_checkpoint(tmp_path, said.append)
     assert found is not None and found[1]["step"] == 1
     assert len(said) == 1 and "step-2" in said[0] and "damaged" in said[0]
     assert (tmp_path / "step-2.damaged").is_dir()
@@ -48,6 +50,6 @@ def test_damaged_checkpoint_is_set_aside_for_the_one_before(tmp_path: Path, dama
 def test_half_written_checkpoint_is_not_seen(tmp_path: Path) -> None:
     save(tmp_path, 1)
     (tmp_path / "step-2.partial").mkdir()
-    found = load_checkpoint(tmp_path, print)
+    found = newest_checkpoint(tmp_path, print)
     assert found is not None and found[1]["step"] == 1
-    assert load_checkpoint(tmp_path / "empty", print) is None
+    assert newest_checkpoint(tmp_path / "empty", print) is None

@@ -19,6 +19,7 @@ from planlm.errors import InputError
 from planlm.evaluation.evaluate import evaluate
 from planlm.model import PlanLMForCausalLM
 from planlm.training.joint import Objective, train, trainable_groups
+from planlm.training.parallel import Parallel
 from planlm.training.planner import pretrain_planner
 
 
@@ -100,7 +101,7 @@ def test_micro_batches_equal_one_big_batch(planted: dict[str, str], tmp_path: Pa
     corpus = PreparedCorpus.load(planted["corpus"])
     model = PlanLMForCausalLM.from_lm(planted["lm"], corpus.codebook, conditioned_layers=2)
     torch.nn.init.normal_(model.adapter.weight)
-    objective = Objective(model, settings(planted, tmp_path, planner_loss=0.5), steps=1, ratios=(0.0, 0.0))
+    objective = Objective(Parallel(model), settings(planted, tmp_path, planner_loss=0.5), steps=1, ratios=(0.0, 0.0))
     model.eval()  # dropout draws per batch
     losses, gradients = [], []
     for batch_size in (8, 2):

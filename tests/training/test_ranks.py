@@ -1,0 +1,130 @@
+"""Several processes train as one does: losses, checkpoints that change hands, every label once."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from planlm.corpus.batches import PlanLoader
+from planlm.corpus.store import PreparedCorpus
+
+STEPS = 50
+
+
+def command(processes: int, arguments: list[str]) -> subprocess.CompletedProcess[str]:
+    launcher = (
+        [] if processes == 1 else ["torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", "-m"]
+    )
+    return subprocess.run(
+        [sys.executable, "-m", *launcher, "planlm", *arguments],
+        capture_output=True, text=True, timeout=300, env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+
+
+def train(planted: dict[str, str], out: Path, processes: int, *flags: str) -> dict[str, Any]:
+    settings = {
+        "--corpus": planted["corpus"], "--lm": planted["lm"], "--out": out, "--steps": STEPS, "--batch-size": 5,
+        "--window": 16, "--conditioned-layers": 2, "--log-every": 1, "--checkpoint-every": 20, "--accumulate": 2,
+        "--planner-loss": 0.1, "--lm-mode": "full", "--precision": "fp32", "--keep-checkpoints": 9,
+    }  # fmt: skip
+    done = command(processes, ["train", *(str(part) for pair in settings.items() for part in pair), *flags, "--json"])
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("\n") == 1, "the first process alone prints the result"
+    result: dict[str, Any] = json.loads(done.stdout)
+    return result
+
+
+def logged(out: Path, key: str) -> list[float]:
+    return [json.loads(line)[key] for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def alone(planted: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of one process."""
+    out = tmp_path_factory.mktemp("ranks") / "alone"
+    train(planted, out, 1)
+    return out
+
+
+@pytest.mark.parametrize("flags", [[], ["--shard"]], ids=["replicated", "divided"])
+@pytest.mark.parametrize("processes", [2, 3])
+def test_losses_are_those_of_one_process(
+    planted: dict[str, str], alone: Path, tmp_path: Path, processes: int, flags: list[str]
+) -> None:
+    train(planted, tmp_path / "run", processes, *flags)
+    for key in ("loss", "planner_loss", "planner_entropy"):
+        np.testing.assert_allclose(logged(tmp_path / "run", key), logged(alone, key), rtol=1e-5)
+    assert logged(tmp_path / "run", "tokens") == logged(alone, "tokens")
+    if processes == 2:
+        return
+    for step in (40, 50):  # a run of three processes that was stopped after step 20 goes on with one, and with two
+        for number in list((tmp_path / "run" / "checkpoints").glob(f"step-{step}")):
+            number.rename(number.with_name(f"gone-{step}"))
+    saved = (tmp_path / "run" / "checkpoints" / "step-20").glob("*.safetensors")
+    assert len(list(saved)) == (3 if flags else 3)
+    for other in (1, 2):
+        for step in (40, 50):
+            later = tmp_path / "run" / "checkpoints" / f"step-{step}"
+            if later.exists():
+                later.rename(later.with_name(f"gone-{step}-{other}"))
+        train(planted, tmp_path / "run", other, "--resume", *flags)
+        np.testing.assert_allclose(logged(tmp_path / "run", "loss"), logged(alone, "loss"), rtol=1e-5)
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3])
+def test_an_epoch_has_every_token_as_a_label_once(planted: dict[str, str], ranks: int) -> None:
+    """Whatever the number of processes and wherever they are started anew."""
+    dataset = PreparedCorpus.load(planted["corpus"]).split("train")
+    random = np.random.default_rng(ranks)
+    counts: dict[tuple[int, int, int], int] = {}
+    state = None
+    for _ in range(1000):
+        loaders = [PlanLoader(dataset, window=16, batch_size=5, seed=3, pack=True) for _ in range(ranks)]
+        for rank, loader in enumerate(loaders):
+            loader.share = (rank, ranks)
+            if state is not None:
+                loader.load_state_dict(state)
+        begun = loaders[0].state_dict()
+        steps = min(int(random.integers(1, 9)), loaders[0].num_batches - begun["batch"])
+        for loader in loaders:
+            batches = iter(loader)
+            for _ in range(steps):
+                batch = next(batches)
+                for row, column in zip(*np.nonzero((batch.labels != -100).numpy()), strict=True):
+                    document = int(batch.documents[row, column])
+                    position = int(batch.position_ids[row, column])
+                    key = (document, position, int(batch.labels[row, column]))
+                    counts[key] = counts.get(key, 0) + 1
+        state = loaders[0].state_dict()
+        assert all(loader.state_dict() == state for loader in loaders)
+        if state["batch"] == loaders[0].num_batches:
+            break
+    labels = [len(ids) - 1 for ids in dataset["input_ids"]]
+    assert sum(counts.values()) == sum(labels)
+
+
+def test_too_small_a_batch_is_refused(planted: dict[str, str], tmp_path: Path) -> None:
+    done = command(3, ["train", "--corpus", planted["corpus"], "--out", str(tmp_path / "run"), "--batch-size", "2"])
+    assert done.returncode != 0 and "--batch-size 2: 3 processes share it" in done.stderr
+    assert not (tmp_path / "run").exists()
+
+
+def test_other_commands_run_in_one_process() -> None:
+    done = command(2, ["doctor"])
+    assert done.returncode != 0 and "planlm doctor runs in one process" in done.stderr
+
+
+def test_two_processes_pretrain_the_planner_as_one_does(planted: dict[str, str], tmp_path: Path) -> None:
+    for processes in (1, 2):
+        out = tmp_path / str(processes)
+        flags = ["--corpus", planted["corpus"], "--out", str(out), "--steps", "12", "--log-every", "1"]
+        done = command(processes, ["pretrain-planner", *flags, "--dropout", "0", "--batch-size", "7"])
+        assert done.returncode == 0, done.stderr[-3000:]
+    np.testing.assert_allclose(logged(tmp_path / "2", "loss"), logged(tmp_path / "1", "loss"), rtol=1e-5)
