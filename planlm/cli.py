@@ -166,13 +166,14 @@ def _run(argv: list[str]) -> int:
         _processes(name),
     ):  # stdout is the result's alone, whatever a library prints
         result = getattr(importlib.import_module(module), function)(settings)
+        if os.environ.get("RANK", "0") != "0":  # the first of several processes has the result
+            return 0
         text = (
             json.dumps(_plain(command.data(result)), allow_nan=False)
             if settings.json
             else command.show(result, settings)
         )
-    if os.environ.get("RANK", "0") == "0":
-        print(text, flush=True)
+    print(text, flush=True)
     return 0
 
 

@@ -21,7 +21,7 @@ from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, Hu
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 
-from planlm.distribution import first_rank_does, num_ranks, rank, total
+from planlm.distribution import first_rank_does, num_ranks, total
 from planlm.precision import device
 
 FORMAT_VERSION = 2
@@ -66,7 +66,7 @@ def newest_checkpoint(folder: Path, log: Callable[[str], None]) -> tuple[Path, d
     A damaged one is set aside as `step-N.damaged`, which `log` is told.
     """
     found = first_rank_does(lambda: _newest_sound(folder, log))
-    number = int(total(torch.tensor(found if rank() == 0 and found is not None else 0.0, device=device())).item())
+    number = int(total(torch.tensor(found or 0, dtype=torch.int64, device=device())).item())  # the others add nothing
     if number == 0:
         return None
     path = folder / f"step-{number}"

@@ -32,7 +32,8 @@ def train(planted: dict[str, str], out: Path, processes: int, *flags: str) -> di
     settings = {
         "--corpus": planted["corpus"], "--lm": planted["lm"], "--out": out, "--steps": STEPS, "--batch-size": 5,
         "--window": 16, "--conditioned-layers": 2, "--log-every": 1, "--checkpoint-every": 20, "--accumulate": 2,
-        "--planner-loss": 0.1, "--lm-mode": "full", "--precision": "fp32", "--keep-checkpoints": 9,
+        "--planner": planted["planner"], "--planner-loss": 0.1, "--lm-mode": "full", "--precision": "fp32",
+        "--keep-checkpoints": 9,
     }  # fmt: skip
     done = command(processes, ["train", *(str(part) for pair in settings.items() for part in pair), *flags, "--json"])
     assert done.returncode == 0, done.stderr[-3000:]
@@ -46,35 +47,42 @@ def logged(out: Path, key: str) -> list[float]:
 
 
 @pytest.fixture(scope="module")
-def alone(planted: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+def still(planted: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """The planted corpus and LM with a planner without dropout, which no two numbers of processes draw alike."""
+    out = tmp_path_factory.mktemp("planner") / "run"
+    done = command(
+        1,
+        ["pretrain-planner", "--corpus", planted["corpus"], "--out", str(out), "--steps", "3", "--dropout", "0"],
+    )
+    assert done.returncode == 0, done.stderr
+    return planted | {"planner": str(out)}
+
+
+@pytest.fixture(scope="module")
+def alone(still: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of one process."""
     out = tmp_path_factory.mktemp("ranks") / "alone"
-    train(planted, out, 1)
+    train(still, out, 1)
     return out
 
 
 @pytest.mark.parametrize("flags", [[], ["--shard"]], ids=["replicated", "divided"])
 @pytest.mark.parametrize("processes", [2, 3])
 def test_losses_are_those_of_one_process(
-    planted: dict[str, str], alone: Path, tmp_path: Path, processes: int, flags: list[str]
+    still: dict[str, str], alone: Path, tmp_path: Path, processes: int, flags: list[str]
 ) -> None:
-    train(planted, tmp_path / "run", processes, *flags)
+    train(still, tmp_path / "run", processes, *flags)
     for key in ("loss", "planner_loss", "planner_entropy"):
         np.testing.assert_allclose(logged(tmp_path / "run", key), logged(alone, key), rtol=1e-5)
     assert logged(tmp_path / "run", "tokens") == logged(alone, "tokens")
     if processes == 2:
         return
-    for step in (40, 50):  # a run of three processes that was stopped after step 20 goes on with one, and with two
-        for number in list((tmp_path / "run" / "checkpoints").glob(f"step-{step}")):
-            number.rename(number.with_name(f"gone-{step}"))
-    saved = (tmp_path / "run" / "checkpoints" / "step-20").glob("*.safetensors")
-    assert len(list(saved)) == (3 if flags else 3)
-    for other in (1, 2):
+    saved = tmp_path / "run" / "checkpoints"
+    assert len(list((saved / "step-20").glob("*.safetensors"))) == 3
+    for other in (1, 2):  # as if the three had been stopped after step 20
         for step in (40, 50):
-            later = tmp_path / "run" / "checkpoints" / f"step-{step}"
-            if later.exists():
-                later.rename(later.with_name(f"gone-{step}-{other}"))
-        train(planted, tmp_path / "run", other, "--resume", *flags)
+            (saved / f"step-{step}").rename(tmp_path / f"{step} before {other}")
+        train(still, tmp_path / "run", other, "--resume", *flags)
         np.testing.assert_allclose(logged(tmp_path / "run", "loss"), logged(alone, "loss"), rtol=1e-5)
 
 
