@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .backend import choose, constant
+from .cpp import fast_bf16
 
 
 def packed_attention(query: Tensor, key: Tensor, value: Tensor, first: Tensor, scale: float) -> Tensor:
@@ -71,7 +72,7 @@ def _products() -> bool:
 @functools.cache
 def _probe() -> bool:
     """Whether oneDNN makes bf16 products here: the processor, or its settings, may not let it."""
-    if not torch.backends.mkldnn.enabled or not torch.cpu._is_avx512_bf16_supported():
+    if not torch.backends.mkldnn.enabled or not fast_bf16():
         return False
     one = torch.zeros(1, 2, 1, 2, dtype=torch.bfloat16)
     try:

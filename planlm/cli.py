@@ -37,6 +37,7 @@ class Command:
         example: shown at the end of its help.
         data: what `--json` prints of the result.
         allocates: it trains or scores, and gains from malloc keeping its memory.
+        distributed: several processes can share it, under torchrun.
     """
 
     config: type[config.CommandConfig]
@@ -45,6 +46,7 @@ class Command:
     example: str
     data: Callable[[Any], Any] = lambda result: result
     allocates: bool = False
+    distributed: bool = False
 
 
 COMMANDS = {
@@ -75,6 +77,7 @@ COMMANDS = {
         show.planner,
         "planlm pretrain-planner --corpus corpus --out planner",
         allocates=True,
+        distributed=True,
     ),
     "train": Command(
         config.TrainConfig,
@@ -82,6 +85,7 @@ COMMANDS = {
         show.training,
         "planlm train --corpus corpus --planner planner --selection soft --out run",
         allocates=True,
+        distributed=True,
     ),
     "evaluate": Command(
         config.EvaluateConfig,
@@ -106,9 +110,6 @@ COMMANDS = {
     "doctor": Command(config.DoctorConfig, "planlm.doctor:doctor", show.doctor, "planlm doctor"),
 }
 
-
-DISTRIBUTED = ("pretrain-planner", "train")
-"""Commands that several processes can share, under torchrun."""
 
 _USERS_FILE_ERRORS = (FileNotFoundError, FileExistsError, NotADirectoryError, IsADirectoryError, PermissionError)
 
@@ -163,7 +164,7 @@ def _run(argv: list[str]) -> int:
     module, function = command.run.split(":")
     with (
         contextlib.redirect_stdout(sys.stderr),
-        _processes(name),
+        _processes(name, command.distributed),
     ):  # stdout is the result's alone, whatever a library prints
         result = getattr(importlib.import_module(module), function)(settings)
         if os.environ.get("RANK", "0") != "0":  # the first of several processes has the result
@@ -177,11 +178,11 @@ def _run(argv: list[str]) -> int:
     return 0
 
 
-def _processes(name: str) -> contextlib.AbstractContextManager[None]:
+def _processes(name: str, distributed: bool) -> contextlib.AbstractContextManager[None]:
     """The connection between the processes that torchrun started, if it did."""
     if os.environ.get("WORLD_SIZE", "1") == "1":
         return contextlib.nullcontext()
-    if name not in DISTRIBUTED:
+    if not distributed:
         raise InputError(f"planlm {name} runs in one process: start it without torchrun")
     from planlm.distribution import processes
 

@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterator
 from datetime import timedelta
 from typing import TypeVar
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -48,7 +47,7 @@ def processes() -> Iterator[None]:
     where = device()
     if where.type == "cuda":
         torch.cuda.set_device(where)
-    # The first rank may work alone for long (fitting a codebook, reading sources) while the others wait for it.
+    # The first rank may work alone for long (measuring a planner, writing a model) while the others wait for it.
     dist.init_process_group("nccl" if where.type == "cuda" else "gloo", timeout=timedelta(hours=12))
     try:
         yield
@@ -87,21 +86,15 @@ def total(values: Tensor) -> Tensor:
     return values
 
 
+def counted(*numbers: float) -> list[float]:
+    """Sums of these numbers over all ranks."""
+    return (
+        list(numbers)
+        if num_ranks() == 1
+        else total(torch.tensor(numbers, dtype=torch.float64, device=device())).tolist()
+    )
+
+
 def any_rank(flag: bool) -> bool:
     """Whether the flag is set on any rank."""
-    return bool(total(torch.tensor(float(flag), device=device())).item()) if num_ranks() > 1 else flag
-
-
-def gathered(values: np.ndarray) -> np.ndarray:
-    """Arrays of all ranks behind each other, in the order of ranks; they may differ in their first dimension."""
-    if num_ranks() == 1:
-        return values
-    own = torch.from_numpy(np.ascontiguousarray(values)).to(device())
-    lengths = [torch.zeros(1, dtype=torch.int64, device=own.device) for _ in range(num_ranks())]
-    dist.all_gather(lengths, torch.tensor([len(own)], device=own.device))
-    most = max(int(length) for length in lengths)
-    padded = own.new_zeros((most, *own.shape[1:]))
-    padded[: len(own)] = own
-    parts = [torch.empty_like(padded) for _ in range(num_ranks())]
-    dist.all_gather(parts, padded)
-    return torch.cat([part[: int(length)] for part, length in zip(parts, lengths, strict=True)]).cpu().numpy()
+    return counted(flag)[0] > 0

@@ -51,7 +51,7 @@ def document_starts(lm: PreTrainedModel, position_ids: Tensor, dtype: torch.dtyp
 
     Args:
         lm: an LM that was fused.
-        position_ids: `[B, W]`, from 0 in every document.
+        position_ids: `[B, W]`, going on by one within a document.
         dtype: in which attention will be computed.
     """
     config = lm.config
@@ -63,8 +63,10 @@ def document_starts(lm: PreTrainedModel, position_ids: Tensor, dtype: torch.dtyp
         or not has_packed_attention(position_ids.device, dtype)
     ):
         return None
-    starts = torch.arange(position_ids.shape[1], device=position_ids.device) - position_ids
-    return starts[:, None, :, None]
+    # transformers' rule: a document begins where positions do not go on by one.
+    begins = position_ids.diff(dim=1, prepend=position_ids[:, :1] - 1) != 1
+    at = torch.arange(position_ids.shape[1], device=position_ids.device)
+    return at.where(begins, 0).cummax(dim=1).values[:, None, :, None]
 
 
 def attention(

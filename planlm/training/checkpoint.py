@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 import shutil
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,8 +22,7 @@ from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, Hu
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 
-from planlm.distribution import first_rank_does, num_ranks, total
-from planlm.precision import device
+from planlm.distribution import counted, first_rank_does, num_ranks
 
 FORMAT_VERSION = 2
 
@@ -66,7 +66,7 @@ def newest_checkpoint(folder: Path, log: Callable[[str], None]) -> tuple[Path, d
     A damaged one is set aside as `step-N.damaged`, which `log` is told.
     """
     found = first_rank_does(lambda: _newest_sound(folder, log))
-    number = int(total(torch.tensor(found or 0, dtype=torch.int64, device=device())).item())  # the others add nothing
+    number = int(counted(found or 0)[0])  # the others add nothing
     if number == 0:
         return None
     path = folder / f"step-{number}"
@@ -98,7 +98,8 @@ def stored_shapes(path: Path) -> dict[str, torch.Size]:
 
 def read_tensors(path: Path, into: dict[str, torch.Tensor]) -> None:
     """Fill tensors, whole or divided, with those of a checkpoint, however many processes wrote it."""
-    with torch.no_grad():
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "torch.distributed is disabled")  # one process is as good as several
         load(into, storage_reader=_reader(path))
 
 

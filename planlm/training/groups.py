@@ -25,6 +25,11 @@ class ParameterGroup:
     start: int = 0
 
 
+def by_name(groups: list[ParameterGroup]) -> dict[str, nn.Parameter]:
+    """All that trains, by its name in the model."""
+    return {name: parameter for group in groups for name, parameter in group.parameters.items()}
+
+
 def make_optimizer(groups: list[ParameterGroup], weight_decay: float) -> torch.optim.AdamW:
     """Fused AdamW over all groups; weight decay on matrices only."""
     settings = []
@@ -50,7 +55,7 @@ def optimizer_tensors(groups: list[ParameterGroup], optimizer: torch.optim.Optim
 
 def blank_state(groups: list[ParameterGroup], names: list[str]) -> dict[str, torch.Tensor]:
     """Room for what `optimizer_tensors` gave under these names, divided among processes as the parameters are."""
-    parameters = {name: parameter for group in groups for name, parameter in group.parameters.items()}
+    parameters = by_name(groups)
     return {
         path: torch.zeros(1) if path.endswith("/step") else torch.zeros_like(parameters[path.rsplit("/", 1)[0]])
         for path in names
@@ -61,7 +66,7 @@ def restore_optimizer(
     groups: list[ParameterGroup], optimizer: torch.optim.Optimizer, tensors: dict[str, torch.Tensor]
 ) -> None:
     """Put back what `optimizer_tensors` gave."""
-    parameters = {name: parameter for group in groups for name, parameter in group.parameters.items()}
+    parameters = by_name(groups)
     for path, value in tensors.items():
         name, key = path.rsplit("/", 1)
         optimizer.state[parameters[name]][key] = value.reshape(()) if key == "step" else value.detach()

@@ -12,7 +12,7 @@ from torch import Tensor
 from planlm.config import TrainConfig
 from planlm.corpus.batches import PlanBatch, PlanLoader
 from planlm.corpus.store import PreparedCorpus
-from planlm.distribution import first_rank_does, num_ranks, rank, total
+from planlm.distribution import counted, first_rank_does, num_ranks, rank, total
 from planlm.errors import InputError
 from planlm.model.families import lm_layers
 from planlm.model.modeling import PlanLMForCausalLM, PlanLMOutput
@@ -21,7 +21,7 @@ from planlm.precision import autocast, compute_dtype, device
 from planlm.text.alignment import load_tokenizer, tokenizer_fingerprint
 from planlm.training.flops import lm_flops, matrix_product_rate
 from planlm.training.groups import ParameterGroup
-from planlm.training.loop import Task, check_batch_size, counted, fit, num_steps
+from planlm.training.loop import Task, check_batch_size, fit, num_steps
 from planlm.training.parallel import Parallel
 from planlm.training.run import Run
 from planlm.training.schedules import oracle_ratio, parse_oracle_mix

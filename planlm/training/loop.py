@@ -12,12 +12,18 @@ import torch
 from torch import Tensor, nn
 
 from planlm.config import PlannerConfig, TrainConfig
-from planlm.distribution import any_rank, num_ranks, rank, total
+from planlm.distribution import any_rank, num_ranks, rank
 from planlm.errors import InputError, MachineError
-from planlm.precision import device
 from planlm.progress import Progress
 from planlm.training.checkpoint import newest_checkpoint, read_tensors, save_checkpoint, stored_shapes
-from planlm.training.groups import ParameterGroup, blank_state, make_optimizer, optimizer_tensors, restore_optimizer
+from planlm.training.groups import (
+    ParameterGroup,
+    blank_state,
+    by_name,
+    make_optimizer,
+    optimizer_tensors,
+    restore_optimizer,
+)
 from planlm.training.parallel import Parallel, seed_step, whole
 from planlm.training.prefetch import Loader, Prefetch
 from planlm.training.run import Run
@@ -137,13 +143,13 @@ def fit(task: Task, run: Run, config: PlannerConfig | TrainConfig) -> None:
                 if skipped:
                     progress.line(f"step {step + 1}: non-finite loss or gradient, step skipped ({skipped} in a row)")
                 done = step + 1
-                seen = int(result.figures.pop("tokens"))
+                seen = int(result.figures["tokens"])
                 tokens += seen
                 watch.step(seen, window)
                 stopping = any_rank(stop.asked)
                 if done % config.log_every == 0 or done in (1, task.steps):
                     speed = watch.figures()
-                    line = {"step": done, "tokens": tokens, **result.figures, "grad_norm": result.norms}
+                    line = {"step": done, **result.figures, "tokens": tokens, "grad_norm": result.norms}
                     run.log({**line, "lr": result.rates, **speed})
                     progress.advance(note=summary(result.figures["loss"], speed))
                 else:
@@ -182,7 +188,7 @@ def _set_rates(
 
 
 def _save(task: Task, run: Run, optimizer: torch.optim.Optimizer, state: dict[str, Any], keep: int) -> None:
-    tensors: dict[str, Tensor] = {f"model/{name}": parameter for name, parameter in _trained(task).items()}
+    tensors: dict[str, Tensor] = {f"model/{name}": parameter for name, parameter in by_name(task.groups).items()}
     tensors |= {f"optimizer/{name}": value for name, value in optimizer_tensors(task.groups, optimizer).items()}
     save_checkpoint(run.checkpoints, tensors, state, keep)
 
@@ -194,7 +200,7 @@ def _restore(task: Task, run: Run, optimizer: torch.optim.Optimizer, log: Callab
         run.forget_after(0)
         return 0, 0
     path, state = found
-    parameters, stored = _trained(task), stored_shapes(path)
+    parameters, stored = by_name(task.groups), stored_shapes(path)
     if {name[6:]: shape for name, shape in stored.items() if name.startswith("model/")} != {
         name: parameter.shape for name, parameter in parameters.items()
     }:
@@ -210,17 +216,6 @@ def _restore(task: Task, run: Run, optimizer: torch.optim.Optimizer, log: Callab
     run.forget_after(state["step"])
     log(f"resumed after step {state['step']}")
     return int(state["step"]), int(state["tokens"])
-
-
-def _trained(task: Task) -> dict[str, nn.Parameter]:
-    return {name: parameter for group in task.groups for name, parameter in group.parameters.items()}
-
-
-def counted(*values: float) -> list[float]:
-    """Sums of these numbers over all processes."""
-    return (
-        list(values) if num_ranks() == 1 else total(torch.tensor(values, dtype=torch.float64, device=device())).tolist()
-    )
 
 
 class _StopSignal:

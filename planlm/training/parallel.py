@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
@@ -50,7 +51,9 @@ class Parallel:
         """All weights, whole and on the CPU, on the first process; on the others nothing where they are divided."""
         options = StateDictOptions(full_state_dict=True, cpu_offload=True)
         found: dict[str, Any] = get_model_state_dict(self.model, options=options)
-        return found
+        # Each tied weight once, as it is saved from one process.
+        own = {name for name, _ in (*self.model.named_parameters(), *self.model.named_buffers())}
+        return {name: value for name, value in found.items() if name in own}
 
     @property
     def is_sharded(self) -> bool:
@@ -68,4 +71,4 @@ def seed_step(seed: int, step: int, rank: int) -> None:
 
     So no random state has to be stored, and a run resumes on another number of processes.
     """
-    torch.manual_seed(hash((seed, step, rank)) % 2**63)
+    torch.manual_seed(int(np.random.SeedSequence((seed, step, rank)).generate_state(1, np.uint64)[0]))

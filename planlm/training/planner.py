@@ -11,13 +11,13 @@ import torch.nn.functional as F
 from planlm.config import PlannerConfig
 from planlm.corpus.batches import SentenceBatch, SentenceLoader
 from planlm.corpus.store import PreparedCorpus
-from planlm.distribution import first_rank_does, num_ranks, rank
+from planlm.distribution import counted, first_rank_does, num_ranks, rank
 from planlm.evaluation.planner_metrics import planner_metrics
 from planlm.files import write_text
 from planlm.model.planner import Planner, codebook_fingerprint, default_heads
 from planlm.precision import device
 from planlm.training.groups import ParameterGroup
-from planlm.training.loop import Task, check_batch_size, counted, fit, num_steps
+from planlm.training.loop import Task, check_batch_size, fit, num_steps
 from planlm.training.parallel import Parallel
 from planlm.training.run import Run
 

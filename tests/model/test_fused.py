@@ -45,6 +45,7 @@ def test_packed_rows_in_bf16_are_those_of_masked_attention(pair: tuple[PreTraine
     _, lm = pair
     starts = document_starts(lm, positions, torch.bfloat16)
     assert starts is not None and starts[0, 0, :, 0].tolist() == [0] * 7 + [7] * 5
+    assert torch.equal(starts, document_starts(lm, positions + 3, torch.bfloat16))
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         packed = lm(ids, attention_mask=starts, position_ids=positions, use_cache=False).logits
         masked = lm(ids, position_ids=positions, use_cache=False).logits

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from safetensors.torch import load_file
 
 from planlm.corpus.batches import PlanLoader
 from planlm.corpus.store import PreparedCorpus
@@ -76,6 +77,11 @@ def test_losses_are_those_of_one_process(
     for key in ("loss", "planner_loss", "planner_entropy"):
         np.testing.assert_allclose(logged(tmp_path / "run", key), logged(alone, key), rtol=1e-5)
     assert logged(tmp_path / "run", "tokens") == logged(alone, "tokens")
+    assert (tmp_path / "run/model/config.json").read_text() == (alone / "model/config.json").read_text()
+    mine, wanted = (load_file(out / "model" / "model.safetensors") for out in (tmp_path / "run", alone))
+    assert mine.keys() == wanted.keys()
+    for name, value in wanted.items():  # of rounding errors, as the gradient of keys' biases is, Adam makes whole steps
+        assert (mine[name] - value).norm() <= 1e-2 * value.norm() + 1e-6, name
     if processes == 2:
         return
     saved = tmp_path / "run" / "checkpoints"
