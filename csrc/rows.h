@@ -83,6 +83,9 @@ struct Rows {
   void (*pack_transposed)(const void* from, int64_t step, void* to, int64_t depth, int64_t width);
   // A row of logits becomes the gradient of its cross-entropy with `target`; returns that.
   R (*cross_entropy)(Strip logits, int64_t count, int64_t target);
+  // GELU in its tanh form, and `grad` times its slope. All strips are of one kind.
+  void (*gelu)(Strip x, Strip out, int64_t count);
+  void (*gelu_slope)(Strip x, Strip grad, Strip out, int64_t count);
   // Attention. Weights 2^(factor (score - largest)) of the strip's elements `begin` to `end`, zero elsewhere; advances
   // the row's `largest` score and its `sum`, and returns what was accumulated before has to be multiplied with. Scores
   // around both ends are overwritten.

@@ -585,6 +585,59 @@ R cross_entropy(Strip logits, int64_t count, int64_t target) {
   return (largest - wanted) + log_sum;
 }
 
+// GELU is x s(x) with s = 1 / (1 + 2^-t), t = 2 log2(e) sqrt(2 / pi) (x + 0.044715 x^3): tanh(u) = 2 / (1 + e^-2u) - 1.
+template <class R>
+constexpr R gelu_scale = R(2.302208198144325);  // 2 log2(e) sqrt(2 / pi)
+template <class R>
+constexpr R gelu_cubic = R(0.044715);
+
+// s, and in `rest` 1 - s, neither by a difference; the exponential is of what is not positive.
+template <class R, class V = typename Lanes<R>::Vector>
+INLINE V gelu_share(V x, V& rest) {
+  const V t = x * gelu_scale<R> * (gelu_cubic<R> * x * x + R(1));
+  const V e = Lanes<R>::exp2(t > R(0) ? -t : t);
+  const V large = R(1) / (e + R(1)), small = e * large;
+  rest = t > R(0) ? small : large;
+  return t > R(0) ? large : small;
+}
+
+template <class R>
+void gelu(Strip x, Strip out, int64_t count) {
+  using V = typename Lanes<R>::Vector;
+  with_kind(x.kind, [&](auto kind) INLINE_LAMBDA {
+    each<R>(x, count, [&](int64_t i, V v, int64_t used) INLINE_LAMBDA {
+      V rest;
+      const V value = v * gelu_share<R>(v, rest);
+      char* to = static_cast<char*>(out.data) + i * bytes(kind());
+      if (used == Lanes<R>::width)
+        write<R, kind()>(to, value);
+      else
+        write_some<R, kind()>(to, value, used);
+    });
+  });
+}
+
+template <class R>
+void gelu_slope(Strip x, Strip grad, Strip out, int64_t count) {
+  using V = typename Lanes<R>::Vector;
+  with_kind(x.kind, [&](auto kind) INLINE_LAMBDA {
+    each<R>(x, count, [&](int64_t i, V v, int64_t used) INLINE_LAMBDA {
+      constexpr R ln2 = R(0.6931471805599453);
+      const char* from = static_cast<const char*>(grad.data) + i * bytes(kind());
+      const V g = used == Lanes<R>::width ? read<R, kind()>(from) : read_some<R, kind()>(from, used);
+      V rest;
+      const V share = gelu_share<R>(v, rest);
+      const V inner = v * (gelu_scale<R> * ln2) * (R(3) * gelu_cubic<R> * v * v + R(1));
+      const V value = g * (share + share * rest * inner);
+      char* to = static_cast<char*>(out.data) + i * bytes(kind());
+      if (used == Lanes<R>::width)
+        write<R, kind()>(to, value);
+      else
+        write_some<R, kind()>(to, value, used);
+    });
+  });
+}
+
 // Zeroes the elements of a strip that no whole vector from `begin` to `end` covers.
 template <class R>
 INLINE void clear_outside(Strip strip, int64_t begin, int64_t end, int64_t count) {
@@ -655,6 +708,7 @@ void slope(const R* scores, const R* products, const R* log_sums, const R* inner
 template <class R>
 const Rows<R>& table() {
   static const Rows<R> loops{advance<R>, differentiate<R>, scores<R>, sum_rows<R>,     accumulate<R>,    add<R>,    fence,
-                             store<R>,   pack,             pack_transposed, cross_entropy<R>, soften<R>, slope<R>};
+                             store<R>,   pack,             pack_transposed, cross_entropy<R>,
+                             gelu<R>,    gelu_slope<R>, soften<R>, slope<R>};
   return loops;
 }

@@ -16,6 +16,7 @@ import math
 import os
 import signal
 import sys
+import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -63,6 +64,7 @@ COMMANDS = {
         show.corpus,
         "planlm prepare articles.jsonl.gz --out corpus --actions 256",
         data=lambda corpus: {"corpus": corpus.path, **dataclasses.asdict(corpus.manifest)},
+        distributed=True,
     ),
     "actions": Command(
         config.ActionsConfig,
@@ -93,6 +95,7 @@ COMMANDS = {
         show.evaluation,
         "planlm evaluate run --corpus corpus --plans none,fixed,hard,soft,oracle",
         allocates=True,
+        distributed=True,
     ),
     "generate": Command(
         config.GenerateConfig,
@@ -250,6 +253,9 @@ def _machine_failure(error: BaseException | None) -> str | None:
 
 
 def _fail(status: int, message: str) -> int:
+    if (number := os.environ.get("RANK", "0")) != "0":
+        time.sleep(2)  # most often the first process has the same to say, upon which torchrun ends this one
+        message = f"process {number}: {message}"
     with contextlib.suppress(BrokenPipeError):
         print(f"planlm: error: {' '.join(message.split())}", file=sys.stderr, flush=True)
     return status

@@ -130,6 +130,7 @@ class PlannerConfig(CommandConfig):
     checkpoint_every: int = option(500, "steps between checkpoints", limit=COUNT)
     keep_checkpoints: int = option(2, "checkpoints kept", limit=COUNT)
     log_every: int = option(20, "steps between lines of metrics.jsonl", limit=COUNT)
+    tensorboard: bool = option(False, "write OUT/tensorboard too, with planlm[tensorboard] installed")
     seed: int = option(0, "seed of initialisation, order and dropout", limit=SEED)
     resume: bool = option(False, "continue from the newest sound checkpoint in --out")
 
@@ -152,8 +153,13 @@ class TrainConfig(CommandConfig):
     )
     gate: bool = option(False, "multiply the plan with a gate per channel, initialised with zero")
     lm_mode: str = option(
-        "freeze", "freeze: only adapter, codebook and planner train; full: the LM too", choices=("freeze", "full")
+        "freeze",
+        "freeze: only adapter, codebook and planner train; lora: low-rank additions to the LM's linear layers too; "
+        "full: all of the LM",
+        choices=("freeze", "lora", "full"),
     )
+    lora_rank: int = option(16, "inner size of the additions of --lm-mode lora", limit=COUNT)
+    lora_alpha: float = option(32.0, "scale of the additions of --lm-mode lora, times the rank", limit=POSITIVE)
     freeze_planner: bool = option(False, "keep the planner as pre-trained")
     unfreeze_planner_at: float = option(
         0.4, "fraction of training after which the planner joins; 0: from the start", limit=SHARE
@@ -175,7 +181,11 @@ class TrainConfig(CommandConfig):
     lr: float = option(1e-3, "peak learning rate of the new parameters (adapter)", limit=NOT_NEGATIVE)
     planner_lr: float = option(3e-4, "peak learning rate of the planner", limit=NOT_NEGATIVE)
     codebook_lr: float = option(1e-4, "peak learning rate of the codebook", limit=NOT_NEGATIVE)
-    lm_lr: float = option(5e-5, "peak learning rate of the LM in mode full", limit=NOT_NEGATIVE)
+    lm_lr: float | None = option(
+        None,
+        "peak learning rate of the LM; default: 5e-5 in mode full, ten times as much in lora",
+        limit=NOT_NEGATIVE,
+    )
     warmup: float = option(0.05, "fraction of training with linearly rising learning rate", limit=SHARE)
     schedule: str = option("cosine", "learning rate after the warm-up", choices=("cosine", "linear", "constant"))
     weight_decay: float = option(0.0, "AdamW weight decay", limit=NOT_NEGATIVE)
@@ -183,10 +193,20 @@ class TrainConfig(CommandConfig):
         1.0, "gradient norm, per parameter group, above which gradients are scaled down", limit=POSITIVE
     )
     precision: str = option("auto", "auto: bf16 autocast where the processor has it", choices=("auto", "bf16", "fp32"))
+    loss_kernel: str = option(
+        "chunked",
+        "cross-entropy of the tokens; liger: Liger-Kernel's, on CUDA, with planlm[liger] installed",
+        choices=("chunked", "liger"),
+    )
+    compile: bool = option(False, "compile the LM with torch.compile: the first steps take minutes")
+    checkpoint_activations: bool = option(
+        False, "keep only each layer's input for the backward pass and compute the rest again: less memory, more time"
+    )
     shard: bool = option(False, "under torchrun: divide weights and moments among the processes (FSDP2)")
     checkpoint_every: int = option(500, "steps between checkpoints", limit=COUNT)
     keep_checkpoints: int = option(2, "checkpoints kept", limit=COUNT)
     log_every: int = option(10, "steps between lines of metrics.jsonl", limit=COUNT)
+    tensorboard: bool = option(False, "write OUT/tensorboard too, with planlm[tensorboard] installed")
     seed: int = option(0, "seed of initialisation, order, noise and oracle mixing", limit=SEED)
     resume: bool = option(False, "continue from the newest sound checkpoint in --out")
 

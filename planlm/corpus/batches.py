@@ -17,10 +17,14 @@ import pyarrow.compute
 import torch
 from torch import Tensor
 
+from planlm.corpus.mapped import MappedFiles
 from planlm.corpus.packing import fill, packs
 
 IGNORED = -100
 """Label of a position that is not scored, as in torch's and transformers' cross-entropies."""
+
+RELEASED_AFTER = 1024
+"""Documents read between releases of the mapped files: for each the system maps some 64 KiB of every column."""
 
 Batch = TypeVar("Batch", "PlanBatch", "SentenceBatch")
 
@@ -320,8 +324,13 @@ class _Documents:
 
     def __init__(self, dataset: datasets.Dataset, columns: tuple[str, ...]) -> None:
         self._rows = dataset.with_format("arrow", columns=list(columns))
+        self._files = MappedFiles(file["filename"] for file in dataset.cache_files)
+        self._read = 0
 
     def __getitem__(self, document: int) -> dict[str, np.ndarray]:
+        self._read += 1
+        if self._read % RELEASED_AFTER == 0:
+            self._files.release()
         table = self._rows[document]
         return {name: _array(table[name].chunk(0)) for name in table.column_names}
 

@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors.torch import load_file, save
+from transformers import PreTrainedTokenizerFast
 
 from planlm.config import PrepareConfig
 from planlm.corpus.codebook import SAMPLE_PER_ACTION, SENTENCES_PER_ACTION, fit_codebook
@@ -29,6 +30,7 @@ from planlm.corpus.sources import Fields, read_documents, scan
 from planlm.corpus.splits import assign_splits
 from planlm.corpus.store import CODEBOOK, FORMAT_VERSION, MANIFEST, SPLITS, Manifest, PreparedCorpus
 from planlm.corpus.writing import storage_errors, write_json
+from planlm.distribution import any_rank, first_rank_does
 from planlm.errors import InputError
 from planlm.files import replacing
 from planlm.precision import compute_dtype, device
@@ -36,6 +38,9 @@ from planlm.text.alignment import load_tokenizer, start_tokens, tokenizer_finger
 
 DEFAULT_ACTIONS = 1024
 """K of the papers."""
+
+PARTIAL = "partial"
+"""Folder of an unfinished preparation."""
 
 ENCODING = ("encoder", "tokenizer", "tokenizer_fingerprint", "precision", "min_sentences", "shard_documents")
 """Settings that the shards in OUT/partial depend on."""
@@ -49,7 +54,7 @@ PACKAGES = ("planlm", "torch", "transformers", "sentence-transformers", "dataset
 def prepare(config: PrepareConfig) -> PreparedCorpus:
     """Prepare a corpus, or go on with one that was interrupted; a finished one of the same kind is returned as it is.
 
-    The same settings and sources give the same bytes.
+    The same settings and sources give the same bytes. Under torchrun the processes share the shards.
 
     Raises:
         InputError: faulty input or settings, or an `out` that holds something else.
@@ -69,38 +74,62 @@ def prepare(config: PrepareConfig) -> PreparedCorpus:
         "settings": _settings(config, tokenizer_fingerprint(tokenizer)),
         "sources": [dataclasses.asdict(source) for source in scan(config.inputs, fields, config.max_documents)],
     }
-    if (out / MANIFEST).exists():
-        return _finished(out, arguments)
-    with storage_errors(out), _partial(out, arguments) as partial:
-        total = sum(source["documents"] for source in arguments["sources"])
-        documents = read_documents(config.inputs, fields, config.max_documents)
-        shards = EncodedShards(encode_shards(documents, total, partial, config))
-        try:
-            splits = _splits(shards, total, config)
-        except InputError:  # three documents at most are kept: nothing to go on with after the settings are mended
-            _discard(out)
-            raise
-        codebook = _codebook(out, shards, splits == SPLITS.index("train"), config)
-        totals = shards.write_corpus(out, splits, codebook)
-        manifest = Manifest(
-            format_version=FORMAT_VERSION,
-            num_actions=codebook.shape[0],
-            action_dim=codebook.shape[1],
-            encoder=config.encoder,
-            tokenizer=config.tokenizer,
-            tokenizer_fingerprint=tokenizer_fingerprint(tokenizer),
-            has_start_token=bool(start_tokens(tokenizer)),
-            splits=totals,
-            left_out=total - len(shards.hashes),
-            seed=config.seed,
-            sources=arguments["sources"],
-            settings=arguments["settings"],
-            versions=_versions(),
-        )
-        with replacing(out / MANIFEST) as file:
-            file.write(manifest.to_json().encode())
-        shutil.rmtree(partial)
+    with storage_errors(out), contextlib.ExitStack() as held:
+        # Whether shards are to be made; the first process asks, holds the folder and finishes the corpus.
+        is_new = first_rank_does(lambda: _begin(out, arguments, held))
+        if any_rank(bool(is_new)):
+            total = sum(source["documents"] for source in arguments["sources"])
+            documents = read_documents(config.inputs, fields, config.max_documents)
+            paths = encode_shards(documents, total, out / PARTIAL, config)
+            any_rank(False)  # wait for the others
+            first_rank_does(lambda: _finish(out, paths, total, arguments, tokenizer, config))
     return PreparedCorpus.load(out)
+
+
+def _begin(out: Path, arguments: dict[str, Any], held: contextlib.ExitStack) -> bool:
+    """Claim `out` for as long as `held` is; False where it holds the corpus asked for already."""
+    if (out / MANIFEST).exists():
+        _check_finished(out, arguments)
+        return False
+    held.enter_context(_partial(out, arguments))
+    return True
+
+
+def _finish(
+    out: Path,
+    paths: list[Path],
+    total: int,
+    arguments: dict[str, Any],
+    tokenizer: PreTrainedTokenizerFast,
+    config: PrepareConfig,
+) -> None:
+    """From shards to the corpus' files, the manifest last."""
+    shards = EncodedShards(paths)
+    try:
+        splits = _splits(shards, total, config)
+    except InputError:  # three documents at most are kept: nothing to go on with after the settings are mended
+        _discard(out)
+        raise
+    codebook = _codebook(out, shards, splits == SPLITS.index("train"), config)
+    totals = shards.write_corpus(out, splits, codebook)
+    manifest = Manifest(
+        format_version=FORMAT_VERSION,
+        num_actions=codebook.shape[0],
+        action_dim=codebook.shape[1],
+        encoder=config.encoder,
+        tokenizer=config.tokenizer,
+        tokenizer_fingerprint=tokenizer_fingerprint(tokenizer),
+        has_start_token=bool(start_tokens(tokenizer)),
+        splits=totals,
+        left_out=total - len(shards.hashes),
+        seed=config.seed,
+        sources=arguments["sources"],
+        settings=arguments["settings"],
+        versions=_versions(),
+    )
+    with replacing(out / MANIFEST) as file:
+        file.write(manifest.to_json().encode())
+    shutil.rmtree(out / PARTIAL)
 
 
 def _absolute(name: str) -> str:
@@ -126,21 +155,20 @@ def _differences(found: dict[str, Any], asked: dict[str, Any], settings: tuple[s
     return ", ".join(differences)
 
 
-def _finished(out: Path, arguments: dict[str, Any]) -> PreparedCorpus:
-    """The corpus that is in `out` already, if it is the one asked for."""
+def _check_finished(out: Path, arguments: dict[str, Any]) -> None:
+    """Refuse the corpus that is in `out` already if it is not the one asked for."""
     corpus = PreparedCorpus.load(out)
     found = {"settings": corpus.manifest.settings, "sources": corpus.manifest.sources}
     if differences := _differences(found, arguments, ENCODING + ASSEMBLY):
         raise InputError(f"{out}: holds another prepared corpus ({differences}); give another --out")
-    shutil.rmtree(out / "partial", ignore_errors=True)  # left where a call was killed after writing the manifest
+    shutil.rmtree(out / PARTIAL, ignore_errors=True)  # left where a call was killed after writing the manifest
     _note(f"{out} is prepared already, from the same documents and with the same settings")
-    return corpus
 
 
 @contextlib.contextmanager
-def _partial(out: Path, arguments: dict[str, Any]) -> Iterator[Path]:
-    """The folder OUT/partial, checked to belong to `arguments` and held against other processes."""
-    partial = out / "partial"
+def _partial(out: Path, arguments: dict[str, Any]) -> Iterator[None]:
+    """The folder OUT/partial, checked to belong to `arguments` and held against other calls."""
+    partial = out / PARTIAL
     record = partial / "arguments.json"
     ours = {partial.name, "lock", f"{record.name}.partial"}  # all there is before the record
     if not record.exists() and any(file.name not in ours for file in out.rglob("*")):
@@ -164,7 +192,7 @@ def _partial(out: Path, arguments: dict[str, Any]) -> Iterator[Path]:
             _note(f"going on with the preparation in {out}")
         write_json(record, arguments)
         try:
-            yield partial
+            yield
         except BaseException:
             if not _shards(partial):
                 _discard(out)
@@ -177,7 +205,7 @@ def _shards(partial: Path) -> list[Path]:
 
 def _discard(out: Path) -> None:
     """Remove a preparation with nothing in it to go on with."""
-    shutil.rmtree(out / "partial", ignore_errors=True)
+    shutil.rmtree(out / PARTIAL, ignore_errors=True)
     with contextlib.suppress(OSError):
         out.rmdir()
 

@@ -15,6 +15,7 @@ from planlm.corpus.codebook import assign_actions
 from planlm.corpus.sources import Document, id_hash
 from planlm.corpus.store import SPLITS, document_features
 from planlm.corpus.writing import lists, read_arrow, write_arrow, write_json, write_split_files
+from planlm.distribution import num_ranks, rank
 from planlm.errors import InputError
 from planlm.progress import Progress
 from planlm.text.alignment import load_tokenizer, tokenize
@@ -30,6 +31,8 @@ ENCODED_TOGETHER = 2048
 
 def encode_shards(documents: Iterable[Document], total: int, folder: Path, config: PrepareConfig) -> list[Path]:
     """First pass: split, tokenise and embed, one shard at a time; shards already in `folder` are not redone.
+
+    Of several processes each makes its share, and all return all paths.
 
     Args:
         documents: all of them, in order.
@@ -47,7 +50,7 @@ def encode_shards(documents: Iterable[Document], total: int, folder: Path, confi
         for number, shard in enumerate(_grouped(documents, config.shard_documents)):
             path = folder / f"shard-{number:05d}.arrow"
             paths.append(path)
-            if path.exists():
+            if path.exists() or number % num_ranks() != rank():
                 progress.advance(len(shard))
                 continue
             if tools is None:

@@ -9,6 +9,7 @@ from typing import Any
 
 from planlm.config import SELECTIONS, EvaluateConfig
 from planlm.corpus.store import PreparedCorpus
+from planlm.distribution import first_rank_does, rank
 from planlm.errors import InputError
 from planlm.evaluation.perplexity import default_window, score_documents
 from planlm.evaluation.planner_metrics import planner_metrics
@@ -28,7 +29,7 @@ _LARGEST_NLL = 700.0
 
 
 def evaluate(config: EvaluateConfig) -> dict[str, Any]:
-    """Evaluate a run on a split of a prepared corpus.
+    """Evaluate a run on a split of a prepared corpus; under torchrun the processes share the windows.
 
     In a run directory the result is also written to `evaluation.json`, under the split's name (other splits' results
     stay), together with every document's scores, from which `planlm report` compares runs with paired intervals.
@@ -56,7 +57,8 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     versus = config.versus
     if versus not in plans:
         versus = plans[0]
-        print(f"evaluate: {config.versus} is not among the plans; differences refer to {versus}", file=sys.stderr)
+        if rank() == 0:
+            print(f"evaluate: {config.versus} is not among the plans; differences refer to {versus}", file=sys.stderr)
 
     scores = score_documents(
         model,
@@ -68,22 +70,26 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
         precision=config.precision,
     )
     _check_scores(scores, config)
-    rows = compare_rows(scores, versus, resamples=config.bootstrap, seed=config.seed)
-    result = {
-        "run": str(run),
-        "split": config.split,
-        "window": window,
-        "stride": stride,
-        "tokens": rows[0]["tokens"],
-        "documents": rows[0]["documents"],
-        "versus": versus,
-        "rows": rows,
-        "planner": planner_metrics(model.planner, dataset, corpus.action_counts) if is_planned else None,
-    }
-    if (run / "model").is_dir():
-        results = earlier | {config.split: result | {"scores": _scores_to_json(scores)}}
-        write_text(run / RESULTS, json.dumps(results, indent=1) + "\n")
-    return result
+
+    def finish() -> dict[str, Any]:
+        rows = compare_rows(scores, versus, resamples=config.bootstrap, seed=config.seed)
+        result = {
+            "run": str(run),
+            "split": config.split,
+            "window": window,
+            "stride": stride,
+            "tokens": rows[0]["tokens"],
+            "documents": rows[0]["documents"],
+            "versus": versus,
+            "rows": rows,
+            "planner": planner_metrics(model.planner, dataset, corpus.action_counts) if is_planned else None,
+        }
+        if (run / "model").is_dir():
+            results = earlier | {config.split: result | {"scores": _scores_to_json(scores)}}
+            write_text(run / RESULTS, json.dumps(results, indent=1) + "\n")
+        return result
+
+    return first_rank_does(finish) or {}
 
 
 def _parse(config: EvaluateConfig) -> list[str]:

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 
 from planlm.corpus.batches import PlanLoader, windows
+from planlm.distribution import num_ranks, rank, total
 from planlm.evaluation.significance import DocumentScores
 from planlm.precision import autocast
 from planlm.progress import Progress
@@ -58,7 +59,7 @@ def score_documents(
         selections: docs/method.md's names; `none` scores the LM alone.
         window: positions W per window, at most the LM's context.
         stride: tokens by which windows advance; default the window.
-        batch_size: windows B per forward pass.
+        batch_size: windows B per forward pass, of all processes together, which share them.
         precision: `fp32`, `bf16` or `auto`.
 
     Returns:
@@ -68,6 +69,7 @@ def score_documents(
     whole = windows(dataset, _WHOLE)
     order = whole.document[np.argsort(-whole.length, kind="stable")]  # [n], less the documents of one token
     loader = PlanLoader(dataset.select(order), window=window, stride=stride, batch_size=batch_size, shuffle=False)
+    loader.share = (rank(), num_ranks())
     device = next(model.parameters()).device
     nll = torch.zeros(len(selections), len(dataset), dtype=torch.float64)
     tokens = torch.zeros(len(dataset), dtype=torch.int64)
@@ -93,4 +95,5 @@ def score_documents(
                 nll[row].index_add_(0, documents, output.token_nll.double().sum(dim=1).cpu())
                 progress.advance()
     model.train(was_training)
+    nll, tokens = total(nll.to(device)).cpu(), total(tokens.to(device)).cpu()
     return {selection: DocumentScores(nll[row].numpy(), tokens.numpy()) for row, selection in enumerate(selections)}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from planlm.errors import InputError
 
@@ -50,7 +51,7 @@ def lm_layers(lm: PreTrainedModel) -> list[nn.Module]:
 def input_width(projection: nn.Module) -> int:
     """Width of a projection's input: heads times head size, which need not be the LM's hidden size.
 
-    GPT-2's Conv1D stores its weight transposed, `[in, out]`.
+    GPT-2's Conv1D has another name for it.
     """
-    weight: nn.Parameter = projection.weight  # type: ignore[assignment]
-    return weight.shape[1] if isinstance(projection, nn.Linear) else weight.shape[0]
+    width: int = projection.nx if isinstance(projection, Conv1D) else projection.in_features  # type: ignore[assignment]
+    return width

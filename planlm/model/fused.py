@@ -14,7 +14,7 @@ from transformers.activations import NewGELUActivation
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from planlm.kernels import has_packed_attention, packed_attention
+from planlm.kernels import gelu, has_packed_attention, packed_attention
 
 ATTENTION = "planlm"
 """transformers' name of `attention`: its `sdpa`, and `packed_attention` where `document_starts` stand for the mask."""
@@ -31,7 +31,7 @@ def fuse(lm: PreTrainedModel) -> None:
 
 
 class FusedGELU(NewGELUActivation):
-    """GPT-2's activation. transformers' eight operations keep five matrices for the backward pass, this one one.
+    """GPT-2's activation. transformers' eight operations keep five matrices for the backward pass, this one its input.
 
     Without a backward pass it stays transformers' own, so that an LM evaluates to the same bits as there.
     """
@@ -39,7 +39,7 @@ class FusedGELU(NewGELUActivation):
     def forward(self, input: Tensor) -> Tensor:
         """The activation of each element."""
         if input.requires_grad:
-            return nn.functional.gelu(input, approximate="tanh")
+            return gelu(input)
         plain: Tensor = super().forward(input)
         return plain
 

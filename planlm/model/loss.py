@@ -7,12 +7,15 @@ linear cross-entropy work alike), so at most `[CHUNK, V]` logits exist at a time
 
 from __future__ import annotations
 
+import importlib.util
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from planlm.errors import InputError
 from planlm.kernels import cross_entropy_
 
 CHUNK = 512
@@ -87,3 +90,35 @@ def linear_cross_entropy(
     with torch.autocast(device, enabled=False):
         nll_sum, token_nll = _LinearCrossEntropy.apply(hidden, weight, bias, labels, ignore_index)
     return nll_sum, token_nll
+
+
+def _liger(hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None = None) -> tuple[Tensor, None]:
+    """`linear_cross_entropy` by Liger-Kernel, which gives no token's own NLL; weight gradients add up in float32."""
+    from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy
+
+    device = hidden.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
+    hidden, weight = hidden.to(dtype), weight.to(dtype)
+    bias = None if bias is None else bias.to(dtype)
+    with torch.autocast(device, enabled=False):
+        nll_sum = liger_fused_linear_cross_entropy(
+            hidden, weight, labels, bias, reduction="sum", accum_dtype=torch.float32
+        )
+    return nll_sum, None
+
+
+LOSSES: dict[str, Callable[..., tuple[Tensor, Tensor | None]]] = {"chunked": linear_cross_entropy, "liger": _liger}
+"""Ways to compute `linear_cross_entropy`, by the name that `--loss-kernel` takes."""
+
+
+def usable_loss(name: str, device: torch.device) -> str:
+    """`name`, of `LOSSES`, checked to run here.
+
+    Raises:
+        InputError: it needs CUDA or a package that is not there.
+    """
+    if name == "liger" and device.type != "cuda":
+        raise InputError(f"--loss-kernel liger: needs CUDA, and this is {device.type}; choose chunked")
+    if name == "liger" and importlib.util.find_spec("liger_kernel") is None:
+        raise InputError("--loss-kernel liger: needs Liger-Kernel: pip install planlm[liger]")
+    return name

@@ -21,7 +21,8 @@ from planlm.model.adapter import PlanAdapter
 from planlm.model.configuration import PlanLMConfig
 from planlm.model.families import check_family, output_projections
 from planlm.model.fused import document_starts, fuse
-from planlm.model.loss import linear_cross_entropy
+from planlm.model.lora import add_lora
+from planlm.model.loss import LOSSES
 from planlm.model.planner import Planner, codebook_fingerprint, default_heads
 from planlm.model.tracking import SentenceTracker
 from planlm.text.alignment import load_tokenizer
@@ -41,7 +42,8 @@ class PlanLMOutput(ModelOutput):
     Attributes:
         loss: mean NLL of the labelled tokens (nats), where labels were given.
         nll_sum: their sum, differentiable.
-        token_nll: `[B, W]` float32 NLL of each labelled token, detached, 0 elsewhere.
+        token_nll: `[B, W]` float32 NLL of each labelled token, detached, 0 elsewhere; None from a loss kernel that
+            sums them itself.
         oracle_nll: `[S]` planner cross-entropy with the oracle action, where actions were given; differentiable.
         action_logits: `[S, K]` planner logits, where the planner ran.
         logits: `[B, W or logits_to_keep, V]`, where no labels were given or they were in transformers' form.
@@ -80,6 +82,9 @@ class PlanLMForCausalLM(PreTrainedModel, GenerationMixin):
     _supports_flash_attn = True
     _supports_attention_backend = True
 
+    loss_kernel = "chunked"
+    """Which of `LOSSES` scores labelled tokens; a matter of speed, so not in the configuration."""
+
     def __init__(self, config: PlanLMConfig, lm: PreTrainedModel | None = None) -> None:
         super().__init__(config)
         check_family(config.text_config)
@@ -116,6 +121,7 @@ class PlanLMForCausalLM(PreTrainedModel, GenerationMixin):
         planner: Planner | None = None,
         conditioned_layers: int | None = None,
         dtype: torch.dtype = torch.float32,
+        lora: tuple[int, float] | None = None,
         **options: Any,
     ) -> PlanLMForCausalLM:
         """Condition a pre-trained LM.
@@ -126,12 +132,15 @@ class PlanLMForCausalLM(PreTrainedModel, GenerationMixin):
             planner: pre-trained planner; by default an untrained one whose head is the codebook.
             conditioned_layers: topmost layers to condition; default all but two, at least one (the papers').
             dtype: of all weights.
+            lora: rank and alpha of `add_lora`, for training; `merged` makes weights that can be saved.
             options: further fields of `PlanLMConfig`.
 
         Raises:
             InputError: the LM cannot be loaded, its family is not supported, or the planner does not fit the codebook.
         """
         base = _load_lm(lm, dtype)
+        if lora is not None:
+            add_lora(base, *lora)
         num_actions, action_dim = codebook.shape
         fingerprint = codebook_fingerprint(codebook)
         if planner is None:
@@ -327,8 +336,10 @@ class PlanLMForCausalLM(PreTrainedModel, GenerationMixin):
         if shift_labels is not None:
             head: nn.Linear = self.get_output_embeddings()  # type: ignore[assignment]
             targets = shift_labels.reshape(-1)
-            nll_sum, token_nll = linear_cross_entropy(hidden.reshape(len(targets), -1), head.weight, targets, head.bias)
-            result.nll_sum, result.token_nll = nll_sum, token_nll.view(shift_labels.shape)
+            loss = LOSSES[self.loss_kernel]
+            nll_sum, token_nll = loss(hidden.reshape(len(targets), -1), head.weight, targets, head.bias)
+            result.nll_sum = nll_sum
+            result.token_nll = None if token_nll is None else token_nll.view(shift_labels.shape)
             result.loss = nll_sum / (targets != -100).sum().clamp(min=1)
 
     def generate(

@@ -15,6 +15,8 @@ from planlm.corpus.store import PreparedCorpus
 from planlm.distribution import counted, first_rank_does, num_ranks, rank, total
 from planlm.errors import InputError
 from planlm.model.families import lm_layers
+from planlm.model.lora import lora_parameters, merged
+from planlm.model.loss import usable_loss
 from planlm.model.modeling import PlanLMForCausalLM, PlanLMOutput
 from planlm.model.planner import Planner
 from planlm.precision import autocast, compute_dtype, device
@@ -69,6 +71,38 @@ def train(config: TrainConfig) -> dict[str, Any]:
     check_batch_size(config.batch_size)
     loader.share = (rank(), num_ranks())
     steps = num_steps(config, loader.num_batches, config.accumulate)
+    model = _model(config, corpus, lm, planner)
+    parallel = Parallel(model, lm_layers(model.lm) if config.shard else None)
+    groups = trainable_groups(model, config, steps)
+    run = Run(config)
+    objective = Objective(parallel, config, steps, ratios)
+    full = config.lm_mode == "full"
+    below = model.lm.config.num_hidden_layers - model.config.conditioned_layers
+    first_layer = below if config.lm_mode == "freeze" else 0
+
+    def flops(batches: list[PlanBatch]) -> float:
+        num_tokens = sum(batch.input_ids.numel() for batch in batches)
+        return lm_flops(model.lm, num_tokens, config.window, trained=full, first_layer=first_layer)
+
+    rate = matrix_product_rate(compute_dtype(config.precision, model.device), model.device)
+    task = Task(parallel, groups, loader, config.accumulate, steps, objective.backward, flops, rate)
+    fit(task, run, config)
+    model.eval()
+    has_lora = config.lm_mode == "lora"
+    weights = parallel.weights() if parallel.is_sharded or has_lora else None
+
+    def finish() -> dict[str, Any]:
+        own = merged(model, weights) if has_lora and weights is not None else weights
+        folder = save_model(model.cpu() if own is None else model, run.path / "model", own)
+        last = {key: value for key, value in run.last_line().items() if isinstance(value, int | float)}
+        return {"run": str(run.path), "model": str(folder), "selection": config.selection, **last}
+
+    return first_rank_does(finish) or {}
+
+
+def _model(config: TrainConfig, corpus: PreparedCorpus, lm: str, planner: Planner | None) -> PlanLMForCausalLM:
+    """The joint model on the device, ready to train."""
+    loss_kernel = usable_loss(config.loss_kernel, device())
     torch.manual_seed(config.seed)
     model = PlanLMForCausalLM.from_lm(
         lm,
@@ -81,33 +115,17 @@ def train(config: TrainConfig) -> dict[str, Any]:
         plan_top_k=config.top_k,
         gumbel_scale=config.gumbel_scale,
         encoder=corpus.manifest.encoder,
+        lora=(config.lora_rank, config.lora_alpha) if config.lm_mode == "lora" else None,
     ).to(device())
     context = model.lm.config.max_position_embeddings
     if config.window > context:
         raise InputError(f"--window {config.window}: the context of {lm} is {context} tokens; set at most that")
-    parallel = Parallel(model, lm_layers(model.lm) if config.shard else None)
-    groups = trainable_groups(model, config, steps)
-    run = Run(config)
-    objective = Objective(parallel, config, steps, ratios)
-    full = config.lm_mode == "full"
-    first_layer = model.lm.config.num_hidden_layers - model.config.conditioned_layers
-
-    def flops(batches: list[PlanBatch]) -> float:
-        num_tokens = sum(batch.input_ids.numel() for batch in batches)
-        return lm_flops(model.lm, num_tokens, config.window, trained=full, first_layer=first_layer)
-
-    rate = matrix_product_rate(compute_dtype(config.precision, model.device), model.device)
-    task = Task(parallel, groups, loader, config.accumulate, steps, objective.backward, flops, rate)
-    fit(task, run, config)
-    model.eval()
-    weights = parallel.weights() if parallel.is_sharded else None
-
-    def finish() -> dict[str, Any]:
-        folder = save_model(model.cpu() if weights is None else model, run.path / "model", weights)
-        last = {key: value for key, value in run.last_line().items() if isinstance(value, int | float)}
-        return {"run": str(run.path), "model": str(folder), "selection": config.selection, **last}
-
-    return first_rank_does(finish) or {}
+    model.loss_kernel = loss_kernel
+    if config.checkpoint_activations:
+        model.lm.gradient_checkpointing_enable({"use_reentrant": False})
+    if config.compile:
+        model.lm.base_model.compile()
+    return model
 
 
 def _check(config: TrainConfig, ratios: tuple[float, float]) -> None:
@@ -115,7 +133,7 @@ def _check(config: TrainConfig, ratios: tuple[float, float]) -> None:
     problems = []
     if config.selection == "none" and config.lm_mode == "freeze":
         problems.append(
-            "--selection none with --lm-mode freeze trains nothing; choose another selection or --lm-mode full"
+            "--selection none with --lm-mode freeze trains nothing; choose another selection, or --lm-mode lora or full"
         )
     if config.selection == "top-k" and config.top_k is None:
         problems.append("--selection top-k needs --top-k")
@@ -146,12 +164,19 @@ def trainable_groups(model: PlanLMForCausalLM, config: TrainConfig, steps: int) 
         named = model.planner.named_parameters(prefix="planner")
         parts.append(("planner", named, config.planner_lr, config.unfreeze_planner_at))
     if config.lm_mode == "full":
-        parts.append(("lm", model.lm.named_parameters(prefix="lm"), config.lm_lr, 0.0))
+        parts.append(("lm", model.lm.named_parameters(prefix="lm"), _lm_lr(config), 0.0))
+    if config.lm_mode == "lora":
+        parts.append(("lm", lora_parameters(model.lm, prefix="lm").items(), _lm_lr(config), 0.0))
     return [
         ParameterGroup(name, dict(parameters), lr, start=round(at * steps))
         for name, parameters, lr, at in parts
         if at < 1.0
     ]
+
+
+def _lm_lr(config: TrainConfig) -> float:
+    """LoRA's best learning rate is about ten times that of all weights (Schulman et al., LoRA Without Regret, 2025)."""
+    return config.lm_lr if config.lm_lr is not None else 5e-4 if config.lm_mode == "lora" else 5e-5
 
 
 class Objective:

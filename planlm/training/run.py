@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -14,7 +16,7 @@ from planlm.distribution import first_rank_does, rank
 from planlm.errors import InputError
 from planlm.files import write_text
 
-FREE_TO_CHANGE = {"resume", "json", "shard", "log_every", "checkpoint_every", "keep_checkpoints"}
+FREE_TO_CHANGE = {"resume", "json", "shard", "log_every", "checkpoint_every", "keep_checkpoints", "tensorboard"}
 """Settings that may differ when a run is resumed: they leave weights and losses as they are."""
 
 
@@ -33,7 +35,10 @@ class Run:
         self.checkpoints = self.path / "checkpoints"
         self.metrics = self.path / "metrics.jsonl"
         written = self.path / "config.yaml"
+        if config.tensorboard and importlib.util.find_spec("tensorboard") is None:
+            raise InputError("--tensorboard: needs the package tensorboard: pip install planlm[tensorboard]")
         first_rank_does(lambda: self._open(config, written))
+        self._has_board, self._board = config.tensorboard, None
 
     def _open(self, config: PlannerConfig | TrainConfig, written: Path) -> None:
         settings = asdict(config)
@@ -61,9 +66,15 @@ class Run:
             return
         with self.metrics.open("a") as file:
             file.write(json.dumps(line) + "\n")
+        if self._board is not None:
+            for name, value in _flat(line):
+                self._board.add_scalar(name, value, line["step"])
+            self._board.flush()
 
     def forget_after(self, step: int) -> None:
         """Drop logged lines of steps after `step`: a resumed run writes them again."""
+        if self._has_board and rank() == 0:
+            self._board = _board(self.path / "tensorboard", step + 1)
         if not self.metrics.exists() or rank() > 0:
             return
         kept = []
@@ -75,6 +86,22 @@ class Run:
             if line["step"] <= step:
                 kept.append(text)
         write_text(self.metrics, "".join(text + "\n" for text in kept))
+
+
+def _board(folder: Path, step: int) -> Any:
+    """TensorBoard's writer, which drops what is there from `step` on."""
+    from torch.utils.tensorboard import SummaryWriter
+
+    return SummaryWriter(str(folder), purge_step=step)
+
+
+def _flat(line: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:
+    """Names and numbers of a log line; those of inner objects as `outer/inner`."""
+    for name, value in line.items():
+        if isinstance(value, dict):
+            yield from _flat(value, f"{prefix}{name}/")
+        elif name != "step":
+            yield prefix + name, value
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -29,6 +33,37 @@ def test_agrees_with_the_unchunked_loss(num_rows: int, with_bias: bool) -> None:
     torch.testing.assert_close(nll_sum, expected.sum())
     for mine, part in zip(got, [p for p in (hidden, weight, bias) if p is not None], strict=True):
         torch.testing.assert_close(mine, part.grad)
+
+
+LIGER = """
+import torch
+import torch.nn.functional as F
+from planlm.model.loss import LOSSES
+torch.manual_seed(0)
+for dtype, allowance in ((torch.float32, 1e-6), (torch.bfloat16, 1e-3)):
+    for bias in (None, torch.randn(300, requires_grad=True)):
+        hidden, weight = torch.randn(70, 64, dtype=dtype, requires_grad=True), torch.randn(300, 64, requires_grad=True)
+        labels = torch.randint(300, (70,))
+        labels[5:9] = -100
+        inputs = [part for part in (hidden, weight, bias) if part is not None]
+        exact = F.cross_entropy(F.linear(*(part.double() for part in inputs)), labels, reduction="sum")
+        found = [LOSSES[name](hidden, weight, labels, bias)[0].double() for name in ("chunked", "liger")]
+        losses = [exact, *found]
+        gradients = zip(*(torch.autograd.grad(0.37 * loss, inputs) for loss in losses), strict=True)
+        for part, (want, own, gradient) in zip(inputs, gradients, strict=True):
+            assert gradient.dtype == part.dtype
+            errors = [((each - want).float().norm() / want.float().norm()).item() for each in (own, gradient)]
+            assert errors[1] < 2 * errors[0] + allowance, (dtype, errors)
+        assert abs(found[1] - exact) < 2 * abs(found[0] - exact) + allowance * exact
+"""
+
+
+def test_liger_agrees_in_the_interpreter() -> None:
+    pytest.importorskip("triton")
+    pytest.importorskip("liger_kernel")
+    environment = os.environ | {"TRITON_INTERPRET": "1"}
+    done = subprocess.run([sys.executable, "-c", LIGER], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
 
 
 def test_all_ignored_is_zero_with_zero_gradient() -> None:

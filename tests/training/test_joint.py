@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -131,6 +133,72 @@ def test_frozen_lm_is_untouched_and_full_is_not(
         assert trained["adapter.weight"].abs().sum() > 0
 
 
+def test_lora_trains_its_own_and_leaves_a_plain_model(
+    planted: dict[str, str], planner: dict[str, Any], tmp_path: Path
+) -> None:
+    config = {"planner": planner["run"], "lm_mode": "lora", "lora_rank": 2, "lm_lr": 1e-2}
+    train(settings(planted, tmp_path / "whole", **config))
+    stored = load_file(tmp_path / "whole" / "checkpoints" / "step-6" / "tensors.safetensors")
+    names = {name for name in stored if name.startswith("model/lm.")}
+    assert names and all(".lora_" in name for name in names), "of the LM only the additions are stored"
+    base = AutoModelForCausalLM.from_pretrained(planted["lm"], dtype=torch.float32).state_dict()
+    trained = load_file(tmp_path / "whole" / "model" / "model.safetensors")
+    matrices = {"attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"}
+    for name, value in trained.items():
+        if name.startswith("lm."):
+            changes = name.endswith(".weight") and any(f".{matrix}." in name for matrix in matrices)
+            assert torch.equal(base[name[3:]], value) is not changes, name
+    _, loading = PlanLMForCausalLM.from_pretrained(tmp_path / "whole" / "model", output_loading_info=True)
+    assert not any(loading.values()), loading
+    train(settings(planted, tmp_path / "cut", **config))
+    shutil.rmtree(tmp_path / "cut" / "checkpoints" / "step-6")
+    train(settings(planted, tmp_path / "cut", **config, resume=True))
+    assert losses(tmp_path / "cut") == losses(tmp_path / "whole")
+    again = load_file(tmp_path / "cut" / "model" / "model.safetensors")
+    assert all(torch.equal(value, trained[name]) for name, value in again.items())
+
+
+@pytest.mark.parametrize("lm_mode", ["freeze", "lora", "full"])
+def test_activations_computed_again_are_the_same(
+    lm_mode: str, planted: dict[str, str], planner: dict[str, Any], tmp_path: Path
+) -> None:
+    runs = []
+    for again in (False, True):
+        out = tmp_path / str(again)
+        changes = {"planner": planner["run"], "lm_mode": lm_mode, "accumulate": 2, "checkpoint_activations": again}
+        train(settings(planted, out, unfreeze_planner_at=0.0, **changes))
+        runs.append((losses(out), load_file(out / "model" / "model.safetensors")))
+    assert runs[0][0] == runs[1][0]
+    for name, value in runs[0][1].items():
+        torch.testing.assert_close(runs[1][1][name], value, rtol=1e-6, atol=1e-8)
+
+
+def test_compiled_run_has_the_losses_of_the_plain_one(
+    planted: dict[str, str], planner: dict[str, Any], tmp_path: Path
+) -> None:
+    for compiled in (False, True):
+        changes = {"planner": planner["run"], "lm_mode": "full", "compile": compiled}
+        train(settings(planted, tmp_path / str(compiled), unfreeze_planner_at=0.5, **changes))
+    plain, fast = (dict(losses(tmp_path / name)) for name in ("False", "True"))
+    assert fast == pytest.approx(plain, rel=1e-5)
+    names = [load_file(tmp_path / name / "model" / "model.safetensors").keys() for name in ("False", "True")]
+    assert names[0] == names[1]
+
+
+def test_tensorboard_has_every_logged_figure_once(planted: dict[str, str], tmp_path: Path) -> None:
+    events = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    config = settings(planted, tmp_path / "run", tensorboard=True)
+    train(config)
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "step-6")
+    train(replace(config, resume=True))
+    board = events.EventAccumulator(str(tmp_path / "run" / "tensorboard"))
+    board.Reload()
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    for tag in ("loss", "lr/adapter", "tokens_per_second"):
+        assert [event.step for event in board.Scalars(tag)] == [1, 2, 3, 4, 5, 6]
+    assert [event.value for event in board.Scalars("loss")] == pytest.approx([line["loss"] for line in lines])
+
+
 def test_gradients_are_computed_for_what_trains_only(planted: dict[str, str], tmp_path: Path) -> None:
     corpus = PreparedCorpus.load(planted["corpus"])
     model = PlanLMForCausalLM.from_lm(planted["lm"], corpus.codebook)
@@ -174,6 +242,7 @@ def test_planner_joins_at_its_fraction(planted: dict[str, str], planner: dict[st
         ({"lm": "nowhere/at/all"}, "nowhere/at/all: no such folder"),
         ({"planner": "nowhere"}, "nowhere.*planner: no planner here"),
         ({"epochs": 0.0}, "--epochs 0.0: expected more than 0"),
+        ({"loss_kernel": "liger"}, "--loss-kernel liger: needs CUDA, and this is cpu; choose chunked"),
         ({"window": 65}, "--window 65: the context of .* is 64 tokens"),
         ({"selection": "top-k", "top_k": 5}, "--top-k 5: .* has 4 actions"),
     ],

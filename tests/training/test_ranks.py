@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections import Counter
@@ -120,6 +121,47 @@ def test_an_epoch_has_every_token_as_a_label_once(planted: dict[str, str], ranks
             break
     every = ((document, token) for document, ids in enumerate(dataset["input_ids"]) for token in ids[1:])
     assert counts == Counter(every)
+
+
+def test_two_processes_evaluate_as_one_does(alone: Path, still: dict[str, str], tmp_path: Path) -> None:
+    tables = []
+    for processes in (1, 2):
+        run = tmp_path / str(processes)
+        shutil.copytree(alone, run)
+        flags = ["--corpus", still["corpus"], "--plans", "none,hard,soft", "--window", "16", "--versus", "none"]
+        done = command(processes, ["evaluate", str(run), *flags, "--batch-size", "5", "--json"])
+        assert done.returncode == 0, done.stderr[-3000:]
+        assert done.stdout.count("\n") == 1
+        result = json.loads((run / "evaluation.json").read_text())["test"]
+        assert {**json.loads(done.stdout), "scores": 0} == {**result, "scores": 0}
+        tables.append(result)
+    first, second = tables
+    assert second["scores"]["tokens"] == first["scores"]["tokens"]
+    for plan, scores in first["scores"]["nll"].items():
+        np.testing.assert_allclose(second["scores"]["nll"][plan], scores, rtol=1e-6)
+    assert second["planner"] == first["planner"]
+
+
+def test_three_processes_prepare_the_same_bytes(planted: dict[str, str], tmp_path: Path) -> None:
+    texts = [" ".join(f"Mill number {number} made {n} sacks of flour." for n in range(9)) for number in range(70)]
+    (tmp_path / "texts.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    found = []
+    for processes in (1, 3):
+        out = tmp_path / f"corpus{processes}"
+        flags = ["--out", str(out), "--tokenizer", planted["lm"], "--actions", "7", "--shard-documents", "8"]
+        done = command(processes, ["prepare", str(tmp_path / "texts.jsonl"), *flags, "--json"])
+        assert done.returncode == 0, done.stderr[-3000:]
+        assert json.loads(done.stdout)["num_actions"] == 7
+        files = {file.relative_to(out): file.read_bytes() for file in out.rglob("*") if file.is_file()}
+        assert not (out / "partial").exists()
+        found.append(files)
+    assert found[0] == found[1]
+
+
+def test_a_mistake_is_one_line(planted: dict[str, str], tmp_path: Path) -> None:
+    done = command(2, ["evaluate", str(tmp_path / "nowhere"), "--corpus", planted["corpus"]])
+    assert done.returncode != 0
+    assert len([line for line in done.stderr.splitlines() if line.startswith("planlm: error")]) == 1, done.stderr
 
 
 def test_too_small_a_batch_is_refused(planted: dict[str, str], tmp_path: Path) -> None:
