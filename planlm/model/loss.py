@@ -1,7 +1,7 @@
 """Cross-entropy of a large-vocabulary linear head without keeping the logits.
 
 The gradient of the logits is formed chunk by chunk in the forward pass (Liger-Kernel's and torch's chunked
-linear cross-entropy work alike), so at most `[CHUNK, V]` logits exist at a time. torch 2.13's own
+linear cross-entropy work alike), so at most `CHUNK` bytes of logits exist at a time. torch 2.13's own
 `linear_cross_entropy` with options does the same, but took 4 to 18 times as long on a CPU (docs/log.md).
 """
 
@@ -18,8 +18,9 @@ from torch import Tensor
 from planlm.errors import InputError
 from planlm.kernels import cross_entropy_
 
-CHUNK = 512
-"""Rows per chunk: 512 rows of 50,000 float32 logits are 100 MB, and enough for full matrix-product speed."""
+CHUNK = 100 << 20
+"""Bytes of logits at a time: 1,000 rows of 50,000 in bf16, enough for full matrix-product speed and few enough sums of
+the weight's gradient: at half of it they took a fortieth of a step of GPT-2-small."""
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -34,8 +35,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
         grad_bias = torch.zeros_like(bias, dtype=torch.float32) if needs_bias and bias is not None else None
         compute_weight = weight.to(hidden.dtype)
         compute_bias = None if bias is None else bias.to(hidden.dtype)
-        for begin in range(0, labels.shape[0], CHUNK):
-            rows = slice(begin, begin + CHUNK)
+        size = max(1, CHUNK // (weight.shape[0] * hidden.element_size()))  # rows of a chunk
+        for begin in range(0, labels.shape[0], size):
+            rows = slice(begin, begin + size)
             target = labels[rows].masked_fill(labels[rows] == ignore_index, -1)
             logits = F.linear(hidden[rows], compute_weight, compute_bias)  # [chunk, V]
             grad, token_nll[rows] = cross_entropy_(logits, target)

@@ -10,12 +10,17 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from planlm.model.loss import CHUNK, linear_cross_entropy
+from planlm.model import loss
+from planlm.model.loss import linear_cross_entropy
+
+CHUNK = 64
+"""Rows of a chunk of 11 float32 logits each."""
 
 
 @pytest.mark.parametrize("num_rows", [1, CHUNK, 2 * CHUNK + 37])
 @pytest.mark.parametrize("with_bias", [False, True])
-def test_agrees_with_the_unchunked_loss(num_rows: int, with_bias: bool) -> None:
+def test_agrees_with_the_unchunked_loss(num_rows: int, with_bias: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loss, "CHUNK", CHUNK * 11 * 4)
     hidden = torch.randn(num_rows, 8, requires_grad=True)
     weight = torch.randn(11, 8, requires_grad=True)
     bias = torch.randn(11, requires_grad=True) if with_bias else None
