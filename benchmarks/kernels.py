@@ -16,7 +16,7 @@ from benchmarks.cases import Row, measure
 from benchmarks.clock import Budget, note
 from benchmarks.correctness import WrongResultError
 from benchmarks.results import Bar, comparison, draw, judged, read_rows, table, write_rows
-from planlm.allocator import keep_memory
+from planlm.allocator import keep_memory, start_with_huge_pages
 from planlm.errors import InputError
 
 _CPU_SHAPES = ("gpt2", "smollm2", "large-K")
@@ -43,6 +43,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--bars", action="store_true", help="judge the medians; exit status 1 where one fails")
     options = parser.parse_args(arguments)
+    if options.malloc == "keep" and arguments is None:
+        start_with_huge_pages()
     try:
         check_arguments(options)
         rows = _both(options) if options.malloc == "both" else _measured(options)

@@ -18,7 +18,7 @@ from benchmarks.cases import Row, paired, provenance, quantiles
 from benchmarks.clock import Budget, interleaved, note
 from benchmarks.results import write_rows
 from benchmarks.steps import MODELS, PLAIN, PROVIDERS, Case, make_lm
-from planlm.allocator import keep_memory
+from planlm.allocator import keep_memory, start_with_huge_pages
 from planlm.errors import InputError
 from planlm.progress import process_memory
 from planlm.training.flops import lm_flops, matrix_product_rate
@@ -43,6 +43,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         check_names(options, known)
         if options.repetitions < 2:
             raise InputError(f"--repetitions: got {options.repetitions}, needs at least 2 for a spread")
+        if options.malloc == "keep" and arguments is None:
+            start_with_huge_pages()
         if options.malloc == "keep" and not keep_memory():
             raise InputError("--malloc keep: needs glibc, and this system has another C library")
     except InputError as error:

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from planlm import __version__, arguments, config, show
-from planlm.allocator import keep_memory
+from planlm.allocator import keep_memory, start_with_huge_pages
 from planlm.errors import InputError, MachineError
 from planlm.quiet import silence_libraries
 
@@ -128,7 +128,7 @@ def main(argv: list[str] | None = None) -> int:
     """
     try:
         with _terminable():
-            return _run(sys.argv[1:] if argv is None else argv)
+            return _run(sys.argv[1:] if argv is None else argv, is_program=argv is None)
     except InputError as error:
         return _fail(2, str(error))
     except BrokenPipeError:
@@ -148,8 +148,8 @@ def main(argv: list[str] | None = None) -> int:
         return _fail(1, failure)
 
 
-def _run(argv: list[str]) -> int:
-    """Parse, run and print; the exit status."""
+def _run(argv: list[str], is_program: bool) -> int:
+    """Parse, run and print; the exit status. `is_program`: the process is this command's alone."""
     if not argv:
         _top_parser().print_help(sys.stderr)
         return 2
@@ -163,6 +163,8 @@ def _run(argv: list[str]) -> int:
         return int(done.code or 0)
     silence_libraries()
     if command.allocates:
+        if is_program:
+            start_with_huge_pages()
         keep_memory()
     module, function = command.run.split(":")
     with (
