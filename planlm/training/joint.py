@@ -122,7 +122,7 @@ def _model(config: TrainConfig, corpus: PreparedCorpus, lm: str, planner: Planne
         raise InputError(f"--window {config.window}: the context of {lm} is {context} tokens; set at most that")
     model.loss_kernel = loss_kernel
     if config.checkpoint_activations:
-        model.lm.gradient_checkpointing_enable({"use_reentrant": False})
+        model.lm.activation_checkpointing_enable({"use_reentrant": False})
     if config.compile:
         model.lm.base_model.compile()
     return model
