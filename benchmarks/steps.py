@@ -93,6 +93,7 @@ def make_batch(case: Case, seed: int = 0) -> PlanBatch:
         segment_rows=torch.stack((rows.repeat_interleave(per_row), torch.arange(per_row).repeat(case.rows)), dim=1),
         actions=torch.randint(NUM_ACTIONS, (case.rows * per_row,), generator=random),
         sentence_embeddings=F.normalize(embeddings, dim=-1),
+        sentence_positions=torch.arange(per_row).expand(case.rows, per_row),
         documents=rows[:, None].expand(shape),
     )
 

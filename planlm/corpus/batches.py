@@ -1,6 +1,7 @@
 """From a split of a prepared corpus to batches: what the model sees of a corpus.
 
-B windows, W positions, D documents, n sentences at most, S segments (sentences as far as a window shows them), A dims.
+B rows of W positions for the LM, R rows of n places for the planner, D documents, S segments (sentences as far as a
+window shows them), A dimensions of an embedding.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from planlm.corpus.packing import fill, packs
 IGNORED = -100
 """Label of a position that is not scored, as in torch's and transformers' cross-entropies."""
 
-RELEASED_AFTER = 1024
+RELEASED_AFTER = 64
 """Documents read between releases of the mapped files: for each the system maps some 64 KiB of every column."""
 
 Batch = TypeVar("Batch", "PlanBatch", "SentenceBatch")
@@ -42,10 +43,11 @@ class PlanBatch:
             a new sequence that does not attend to what stands before it.
         labels: [B, W] int64, already shifted: the token after each input; -100 is not scored.
         segment_ids: [B, W] int64, index into the segments; -1 on padding; sorted over the batch, padding aside.
-        segment_rows: [S, 2] int64, row of the document in `sentence_embeddings` and number of the sentence in it.
+        segment_rows: [S, 2] int64, row and place of the sentence in `sentence_embeddings`.
         actions: [S] int64, the oracle action of the sentence.
-        sentence_embeddings: [D, n, A] float32, zero-padded, each document once; it ends before the last sentence
-            that a segment needs (n may be 0), since a plan is made from the sentences before.
+        sentence_embeddings: [R, n, A] float32, at each place the embedding of the sentence before, 0 where there is
+            none; each document once, as far as a segment needs it.
+        sentence_positions: [R, n] int64, number of the sentence in its document; 0 on padding.
         documents: [B, W] int64, number of the document in the split, -1 on padding.
     """
 
@@ -56,6 +58,7 @@ class PlanBatch:
     segment_rows: Tensor
     actions: Tensor
     sentence_embeddings: Tensor
+    sentence_positions: Tensor
     documents: Tensor
 
     def to(self, device: torch.device | str) -> PlanBatch:
@@ -74,11 +77,14 @@ class SentenceBatch:
     """Whole documents for the planner.
 
     Attributes:
-        sentence_embeddings: [D, n, A] float32, zero-padded.
-        actions: [D, n] int64, -100 on padding.
+        sentence_embeddings: [R, n, A] float32, at each place the embedding of the sentence before, 0 where there is
+            none.
+        sentence_positions: [R, n] int64, number of the sentence in its document; 0 on padding.
+        actions: [R, n] int64, of the sentences; -100 on padding.
     """
 
     sentence_embeddings: Tensor
+    sentence_positions: Tensor
     actions: Tensor
 
     def to(self, device: torch.device | str) -> SentenceBatch:
@@ -263,18 +269,20 @@ class PlanLoader(_Loader[PlanBatch]):
                 segments.append(np.stack([np.full_like(shown, row), shown], axis=1))
                 num_segments += len(shown)
                 begin = end
-        segment_rows = np.concatenate(segments)  # [S, 2]
+        document, number = np.concatenate(segments).T  # [S] each
         needed = np.zeros(len(unique), dtype=np.int64)
-        np.maximum.at(needed, segment_rows[:, 0], segment_rows[:, 1])
-        actions = [contents[row]["actions"][number] for row, number in segment_rows]
+        np.maximum.at(needed, document, number + 1)
+        actions = [contents[row]["actions"][sentence] for row, sentence in zip(document, number, strict=True)]
+        placed = _Places(needed)
         return PlanBatch(
             input_ids=torch.from_numpy(input_ids),
             position_ids=torch.from_numpy(position_ids),
             labels=torch.from_numpy(labels),
             segment_ids=torch.from_numpy(segment_ids),
-            segment_rows=torch.from_numpy(segment_rows),
+            segment_rows=torch.from_numpy(np.stack([placed.rows[document], placed.begins[document] + number], axis=1)),
             actions=torch.tensor(np.array(actions, dtype=np.int64)),
-            sentence_embeddings=_padded([content["embeddings"] for content in contents], needed),
+            sentence_embeddings=placed.embeddings([content["embeddings"] for content in contents]),
+            sentence_positions=placed.positions(),
             documents=torch.from_numpy(documents),
         )
 
@@ -286,36 +294,20 @@ class SentenceLoader(_Loader[SentenceBatch]):
         dataset: a split of a prepared corpus.
         batch_size: documents per batch; the last batch may have fewer.
         seed: of the order.
-        shuffle: documents in random order, new in every epoch, those of like length together; or in that of the split.
+        shuffle: documents in random order, new in every epoch, or in that of the split.
     """
 
     def __init__(self, dataset: datasets.Dataset, *, batch_size: int, seed: int = 0, shuffle: bool = True) -> None:
         super().__init__(len(dataset), batch_size, seed, shuffle)
         self._documents = _Documents(dataset, ("actions", "embeddings"))
-        self._lengths = _lengths(dataset, "actions")
-
-    def _order(self, random: np.random.Generator) -> np.ndarray:
-        # One article of 400 sentences in a batch of 30-sentence ones is 12 parts of padding to one of text: a random
-        # pool of batches is sorted by length, then its batches are shuffled.
-        order = random.permutation(self._num_items)
-        pool = 32 * self._batch_size
-        batches: list[np.ndarray] = []
-        for start in range(0, self._num_items, pool):
-            part = order[start : start + pool]
-            part = part[np.argsort(-self._lengths[part], kind="stable")]
-            batches += np.split(part, range(self._batch_size, len(part), self._batch_size))
-        last = batches.pop()  # may be short, and then must stay the last
-        return np.concatenate([*(batches[at] for at in random.permutation(len(batches))), last])
 
     def _collate(self, items: np.ndarray) -> SentenceBatch:
         contents = [self._documents[int(document)] for document in items]
-        lengths = np.array([len(content["actions"]) for content in contents])
-        actions = np.full((len(items), lengths.max()), IGNORED, dtype=np.int64)  # [D, n]
-        for row, content in enumerate(contents):
-            actions[row, : lengths[row]] = content["actions"]
+        placed = _Places(np.array([len(content["actions"]) for content in contents]))
         return SentenceBatch(
-            sentence_embeddings=_padded([content["embeddings"] for content in contents], lengths),
-            actions=torch.from_numpy(actions),
+            sentence_embeddings=placed.embeddings([content["embeddings"] for content in contents]),
+            sentence_positions=placed.positions(),
+            actions=placed.fill(IGNORED, [content["actions"] for content in contents]),
         )
 
 
@@ -350,12 +342,44 @@ def _lengths(dataset: datasets.Dataset, column: str) -> np.ndarray:
     return np.concatenate([np.zeros(0, dtype=np.int64), *lengths])
 
 
-def _padded(embeddings: list[np.ndarray], lengths: np.ndarray) -> Tensor:
-    """The first `lengths[i]` rows of each array, zero-padded to one float32 tensor [D, max length, A]."""
-    padded = np.zeros((len(embeddings), int(lengths.max()), embeddings[0].shape[1]), dtype=np.float32)
-    for row, (rows, length) in enumerate(zip(embeddings, lengths, strict=True)):
-        padded[row, :length] = rows[:length]
-    return torch.from_numpy(padded)
+class _Places:
+    """Where the documents of a batch stand in the planner's rows, which are as long as the longest of them.
+
+    Args:
+        lengths: [D] sentences of each document, at least 1.
+
+    Attributes:
+        rows, begins: [D], row of each document and place of its first sentence there.
+    """
+
+    def __init__(self, lengths: np.ndarray) -> None:
+        width = int(lengths.max())
+        members, first = fill(packs(lengths, width), lengths, np.random.default_rng(0))
+        self._lengths = lengths
+        self._shape = (len(first) - 1, width + width % 2)  # what `packed_attention`'s kernel takes is even
+        self.rows, self.begins = np.empty_like(lengths), np.empty_like(lengths)
+        for row in range(len(first) - 1):
+            inside = members[first[row] : first[row + 1]]
+            self.rows[inside] = row
+            self.begins[inside] = np.cumsum(lengths[inside]) - lengths[inside]
+
+    def positions(self) -> Tensor:
+        """[R, n] int64, number of each sentence in its document; 0 on padding."""
+        return self.fill(0, [np.arange(length) for length in self._lengths])
+
+    def embeddings(self, embeddings: list[np.ndarray]) -> Tensor:
+        """[R, n, A] float32, at each place the embedding of the sentence before; 0 where there is none."""
+        placed = np.zeros((*self._shape, embeddings[0].shape[1]), dtype=np.float32)
+        for rows, row, begin, length in zip(embeddings, self.rows, self.begins, self._lengths, strict=True):
+            placed[row, begin + 1 : begin + length] = rows[: length - 1]
+        return torch.from_numpy(placed)
+
+    def fill(self, padding: int, values: list[np.ndarray]) -> Tensor:
+        """[R, n] int64, one value for each sentence of each document."""
+        placed = np.full(self._shape, padding, dtype=np.int64)
+        for own, row, begin, length in zip(values, self.rows, self.begins, self._lengths, strict=True):
+            placed[row, begin : begin + length] = own
+        return torch.from_numpy(placed)
 
 
 def _to(batch: Any, device: torch.device | str) -> Any:

@@ -89,6 +89,7 @@ def score_documents(
                     segment_ids=on_device.segment_ids[:, :width],
                     segment_rows=on_device.segment_rows,
                     sentence_embeddings=on_device.sentence_embeddings,
+                    sentence_positions=on_device.sentence_positions,
                     actions=on_device.actions,
                     selection=selection,
                 )

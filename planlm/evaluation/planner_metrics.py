@@ -1,6 +1,6 @@
 """How well the planner predicts the next sentence's action, against baselines without a planner.
 
-Legend: N documents, n sentences, A embedding, K actions, M = all sentences of the split.
+Legend: R rows of n places, A embedding, K actions, M = all sentences of the split.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def planner_metrics(
     """Next-action prediction over every sentence of a split, whole documents at a time.
 
     Args:
-        planner: maps sentence embeddings `[N, n, A]` to hidden states `[N, n+1, A]`, and those to logits by `.head`.
+        planner: maps sentence embeddings and positions to hidden states, and those to logits by `.head`.
         dataset: a split of a prepared corpus.
         action_counts: how often each action occurs in the training split, `[K]`.
         batch_size: documents at once.
@@ -51,13 +51,14 @@ def planner_metrics(
     repeated, most_frequent = 0, int(action_counts.argmax())
     with Progress("planner", total=len(dataset), unit="documents") as progress:
         for batch in loader:
-            hidden = planner(batch.sentence_embeddings.to(device))[:, :-1]  # [N, n, A]
+            on_device = batch.to(device)
+            hidden = planner(on_device.sentence_embeddings, on_device.sentence_positions)  # [R, n, A]
             labelled = batch.actions >= 0
             actions = batch.actions[labelled]
             parts.append(_rank_sentences(planner, hidden[labelled.to(device)], actions))
-            last = torch.cat([torch.full_like(batch.actions[:, :1], most_frequent), batch.actions[:, :-1]], dim=1)
+            last = batch.actions.roll(1, dims=1).masked_fill(batch.sentence_positions == 0, most_frequent)
             repeated += int((last == batch.actions)[labelled].sum())
-            progress.advance(len(batch.actions))
+            progress.advance(int((batch.sentence_positions == 0)[labelled].sum()))
     planner.train(was_training)
 
     rank, nll, confidence, actions = (torch.cat([part[key] for part in parts]) for key in parts[0])  # [M]

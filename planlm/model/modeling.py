@@ -1,7 +1,7 @@
 """The joint model: a planner, a codebook and a Hugging Face causal LM conditioned on the planner's mixture.
 
-Sizes: B windows, W positions, T = B W, N documents, n sentences, S plan segments, K actions, A action dimension,
-D stacked input widths of the conditioned layers, V vocabulary.
+Sizes: B windows, W positions, T = B W, R rows of n places of the planner, S plan segments, K actions, A action
+dimension, D stacked input widths of the conditioned layers, V vocabulary.
 """
 
 from __future__ import annotations
@@ -215,6 +215,7 @@ class PlanLMForCausalLM(PreTrainedModel, GenerationMixin):
         self,
         segment_rows: Tensor,
         sentence_embeddings: Tensor,
+        sentence_positions: Tensor | None = None,
         *,
         actions: Tensor | None = None,
         selection: str | None = None,
@@ -224,8 +225,9 @@ class PlanLMForCausalLM(PreTrainedModel, GenerationMixin):
         """Plan the given segments.
 
         Args:
-            segment_rows: `[S, 2]` (row of `sentence_embeddings`, sentence number).
-            sentence_embeddings: `[N, n, A]`.
+            segment_rows: `[S, 2]`, row and place in `sentence_embeddings`.
+            sentence_embeddings: `[R, n, A]`, see `Planner`.
+            sentence_positions: `[R, n]`, see `Planner`.
             actions: `[S]` oracle actions, -1 for none.
             selection: docs/method.md's selection; default the configuration's.
             oracle_weight: share of the oracle action in the mixture, a number or `[S]`.
@@ -237,7 +239,8 @@ class PlanLMForCausalLM(PreTrainedModel, GenerationMixin):
         selection = selection or self.config.selection
         logits = None
         if selection in PLANNED or want_oracle_nll:
-            hidden = self.planner(sentence_embeddings)[segment_rows[:, 0], segment_rows[:, 1]]  # [S, A]
+            states = self.planner(sentence_embeddings, sentence_positions)  # [R, n, A]
+            hidden = states[segment_rows[:, 0], segment_rows[:, 1]]  # [S, A]
             logits = self.planner.head(hidden).float()  # [S, K]
         noise = None
         if selection in GUMBEL and self.training:  # without noise gumbel is soft, and gumbel-hard takes its arg-max
@@ -269,6 +272,7 @@ class PlanLMForCausalLM(PreTrainedModel, GenerationMixin):
         segment_ids: Tensor | None = None,
         segment_rows: Tensor | None = None,
         sentence_embeddings: Tensor | None = None,
+        sentence_positions: Tensor | None = None,
         actions: Tensor | None = None,
         selection: str | None = None,
         oracle_weight: float | Tensor = 0.0,
@@ -297,6 +301,7 @@ class PlanLMForCausalLM(PreTrainedModel, GenerationMixin):
             projection, result.action_logits = self.plan(
                 segment_rows,
                 sentence_embeddings,
+                sentence_positions,
                 actions=actions,
                 selection="uniform" if selection == "none" else selection,
                 oracle_weight=oracle_weight,

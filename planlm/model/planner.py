@@ -1,8 +1,11 @@
 """The planner: a causal transformer over sentence embeddings that predicts the next sentence's action.
 
-One pass over a document's sentence embeddings gives the prediction for every sentence: row `i` of the output has
-seen `x_{<i}` and nothing else, since a learned start vector takes the first place and moves the rest by one
-(docs/method.md, "Which action reaches which token").
+One pass over a document's sentence embeddings gives the prediction for every sentence. A place stands for a sentence
+and is given the embedding of the one before it, the first a learned start vector: the state there has seen `x_{<i}` and
+nothing else (docs/method.md, "Which action reaches which token"). Documents of any length share a row, as windows share
+the LM's: padded to the longest of a batch, most places would be padding.
+
+Sizes: R rows, n places, A = width, H heads.
 """
 
 from __future__ import annotations
@@ -18,6 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from planlm.errors import InputError
+from planlm.kernels import packed_attention
 
 
 def sinusoidal_positions(length: int, width: int, device: torch.device) -> Tensor:
@@ -26,6 +30,41 @@ def sinusoidal_positions(length: int, width: int, device: torch.device) -> Tenso
     half = torch.arange(0, width, 2, device=device, dtype=torch.float32)
     angle = position * torch.exp(half * (-math.log(10000.0) / width))  # [length, ceil(width / 2)]
     return torch.stack((angle.sin(), angle.cos()), dim=-1).flatten(1)[:, :width]
+
+
+class PlannerLayer(nn.Module):
+    """A transformer layer with layer norms first, whose attention stays within documents.
+
+    Args:
+        width: A.
+        heads: H.
+        dropout: behind both halves and within the feed-forward one.
+    """
+
+    def __init__(self, width: int, heads: int, dropout: float) -> None:
+        super().__init__()
+        self.heads = heads
+        self.attention_norm = nn.LayerNorm(width)
+        self.inputs = nn.Linear(width, 3 * width)
+        self.output = nn.Linear(width, width)
+        self.feed_forward = nn.Sequential(
+            nn.LayerNorm(width),
+            nn.Linear(width, 4 * width),
+            nn.GELU(),
+            nn.Dropout(dropout),
+            nn.Linear(4 * width, width),
+            nn.Dropout(dropout),
+        )
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, x: Tensor, first: Tensor) -> Tensor:
+        """`[R, n, A]` to the same; `first` `[R, n]` is the place in the row at which each place's document begins."""
+        heads = self.inputs(self.attention_norm(x)).unflatten(-1, (3, self.heads, -1))  # [R, n, 3, H, A / H]
+        query, key, value = heads.unbind(2)
+        mixed = packed_attention(query, key, value, first, query.shape[-1] ** -0.5)
+        x = x + self.dropout(self.output(mixed.flatten(2)))
+        out: Tensor = x + self.feed_forward(x)
+        return out
 
 
 def default_heads(width: int) -> int:
@@ -76,12 +115,8 @@ class Planner(nn.Module):
             "codebook_fingerprint": codebook_fingerprint,
         }
         self.start = nn.Parameter(torch.randn(action_dim) * action_dim**-0.5)
-        layer = nn.TransformerEncoderLayer(
-            action_dim, heads, 4 * action_dim, dropout, activation="gelu", batch_first=True, norm_first=True
-        )
-        self.transformer = nn.TransformerEncoder(
-            layer, layers, norm=nn.LayerNorm(action_dim), enable_nested_tensor=False
-        )
+        self.layers = nn.ModuleList(PlannerLayer(action_dim, heads, dropout) for _ in range(layers))
+        self.norm = nn.LayerNorm(action_dim)
         self.head = nn.Linear(action_dim, num_actions)
 
     @torch.no_grad()
@@ -90,22 +125,28 @@ class Planner(nn.Module):
         self.head.weight.copy_(codebook)
         self.head.bias.zero_()
 
-    def forward(self, sentence_embeddings: Tensor) -> Tensor:
-        """Planner states of every sentence and of the one after the last.
+    def forward(self, sentence_embeddings: Tensor, sentence_positions: Tensor | None = None) -> Tensor:
+        """Planner states of every sentence.
 
         Args:
-            sentence_embeddings: `[N, n, A]`, documents padded at the end.
+            sentence_embeddings: `[R, n, A]`, at each place that of the sentence before; not read where there is none.
+            sentence_positions: int64 `[R, n]`, the sentence's number within its document, whose places stand side by
+                side; by default a row is one document.
 
         Returns:
-            `[N, n + 1, A]`; row `i` is a function of the sentences before `i` only.
+            `[R, n, A]`; the state at a place is a function of the sentences before it in its document only.
         """
-        num_documents, num_sentences, width = sentence_embeddings.shape
-        start = self.start.expand(num_documents, 1, width)
-        x = torch.cat((start, sentence_embeddings.to(start.dtype)), dim=1)  # [N, n + 1, A]
+        _, num_places, width = sentence_embeddings.shape
+        at = torch.arange(num_places, device=sentence_embeddings.device)
+        positions = at.expand(sentence_embeddings.shape[:2]) if sentence_positions is None else sentence_positions
+        x = torch.where((positions == 0)[..., None], self.start, sentence_embeddings.to(self.start.dtype))
         # Sentence embeddings have unit length: at unit variance they stand beside position codes of the same size.
-        x = x * width**0.5 + sinusoidal_positions(num_sentences + 1, width, x.device).to(x.dtype)
-        mask = nn.Transformer.generate_square_subsequent_mask(num_sentences + 1, device=x.device, dtype=x.dtype)
-        return self.transformer(x, mask=mask, is_causal=True)
+        x = x * width**0.5 + sinusoidal_positions(num_places, width, x.device).to(x.dtype)[positions]
+        first = at - positions
+        for layer in self.layers:
+            x = layer(x, first)
+        states: Tensor = self.norm(x)
+        return states
 
     def save(self, folder: Path) -> None:
         """Write `planner.json` and `planner.safetensors` into `folder`."""

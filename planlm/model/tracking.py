@@ -66,7 +66,8 @@ class SentenceTracker:
 
         Returns:
             `segment_ids` `[B, length]`, -1 on padding; `segment_rows` `[S, 2]`; `sentence_embeddings` `[B, n, A]`
-            float32; forced actions `[S]` (-1: the planner's choice), or None where none are forced.
+            float32, a document a row as `Planner` has them; forced actions `[S]` (-1: the planner's choice), or None
+            where none are forced.
         """
         num_rows, width = input_ids.shape
         length = width if length is None else length
@@ -88,10 +89,10 @@ class SentenceTracker:
                 segments[row][segments[row] >= 0] += len(rows) - first
                 rows += [(row, sentence) for sentence in range(first, last + 1)]
         longest = max(len(state.embeddings) for state in states)
-        embeddings = torch.zeros(num_rows, longest, self.encoder.dim)
+        embeddings = torch.zeros(num_rows, longest + 1, self.encoder.dim)
         for row, state in enumerate(states):
             if state.embeddings:
-                embeddings[row, : len(state.embeddings)] = torch.from_numpy(np.stack(state.embeddings))
+                embeddings[row, 1 : len(state.embeddings) + 1] = torch.from_numpy(np.stack(state.embeddings))
         device = input_ids.device
         segment_rows = torch.tensor(rows, dtype=torch.long, device=device).reshape(-1, 2)
         return segments.to(device), segment_rows, embeddings.to(device), self._forced(states, rows, device)

@@ -239,6 +239,7 @@ class Objective:
             segment_ids=batch.segment_ids,
             segment_rows=batch.segment_rows,
             sentence_embeddings=batch.sentence_embeddings,
+            sentence_positions=batch.sentence_positions,
             actions=batch.actions,
             oracle_weight=weight,
             want_oracle_nll=self.config.planner_loss > 0,

@@ -56,11 +56,13 @@ def pretrain_planner(config: PlannerConfig) -> dict[str, Any]:
 
     def backward(step: int, batches: list[SentenceBatch]) -> dict[str, float]:
         batch = batches[0].to(device())
-        (count,) = counted(int((batch.actions != -100).sum()))
-        logits = planner.head(model(batch.sentence_embeddings)[:, :-1])  # [N, n, K]
-        nll = F.cross_entropy(logits.flatten(0, 1), batch.actions.flatten(), ignore_index=-100, reduction="sum")
+        labelled = batch.actions != -100
+        (count,) = counted(int(labelled.sum()))
+        states = model(batch.sentence_embeddings, sentence_positions=batch.sentence_positions)
+        logits, actions = planner.head(states[labelled]), batch.actions[labelled]  # [S, K], [S]
+        nll = F.cross_entropy(logits, actions, reduction="sum")
         (nll * num_ranks() / count).backward()  # gradients are averaged over processes
-        nll_sum, right = counted(nll.item(), int((logits.argmax(dim=-1) == batch.actions).sum()))
+        nll_sum, right = counted(nll.item(), int((logits.argmax(dim=-1) == actions).sum()))
         loss = nll_sum / count
         return {"loss": loss, "planner_loss": loss, "planner_accuracy": right / count, "tokens": count}
 

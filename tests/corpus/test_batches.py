@@ -49,6 +49,11 @@ def owners(row: dict[str, list[int]]) -> np.ndarray:
     return np.repeat(np.arange(len(row["sentence_tokens"])), row["sentence_tokens"])
 
 
+def sentence_numbers(batch: PlanBatch) -> torch.Tensor:
+    """[S]: which sentence of its document each segment belongs to."""
+    return batch.sentence_positions[batch.segment_rows[:, 0], batch.segment_rows[:, 1]]
+
+
 def check_window(batch: PlanBatch, at: int, row: dict[str, list[int]], document: int) -> list[int]:
     """Hold one window against its document; returns the positions of the tokens that it scores."""
     length = int((batch.segment_ids[at] >= 0).sum())
@@ -65,10 +70,13 @@ def check_window(batch: PlanBatch, at: int, row: dict[str, list[int]], document:
             scored.append(target)
         segment = batch.segment_ids[at, position]
         number = owners(row)[target]
-        assert batch.segment_rows[segment, 1] == number
+        assert sentence_numbers(batch)[segment] == number
         assert batch.actions[segment] == row["actions"][number]
-        before = batch.sentence_embeddings[batch.segment_rows[segment, 0], :number]
-        assert (before[:, 0] == document + 1).all() and before[:, 1].tolist() == list(range(1, number + 1))
+        planned_in, place = batch.segment_rows[segment].tolist()
+        before = batch.sentence_embeddings[planned_in, place - number : place + 1]
+        assert batch.sentence_positions[planned_in, place - number : place + 1].tolist() == list(range(number + 1))
+        assert (before[0] == 0).all()
+        assert (before[1:, 0] == document + 1).all() and before[1:, 1].tolist() == list(range(1, number + 1))
     return scored
 
 
@@ -94,14 +102,14 @@ def test_every_token_but_the_first_is_scored_once(window: int, stride: int | Non
 
 def test_plan_of_the_next_window_s_sentence_reaches_the_last_position() -> None:
     batch = next(iter(PlanLoader(dataset([[4, 4]]), window=4, batch_size=2, shuffle=False)))
-    assert batch.segment_rows[batch.segment_ids[0]][:, 1].tolist() == [0, 0, 0, 1]
-    assert batch.segment_rows[batch.segment_ids[1, :3]][:, 1].tolist() == [1, 1, 1]
+    assert sentence_numbers(batch)[batch.segment_ids[0]].tolist() == [0, 0, 0, 1]
+    assert sentence_numbers(batch)[batch.segment_ids[1, :3]].tolist() == [1, 1, 1]
     assert batch.labels.tolist() == [[2, 3, 4, 5], [6, 7, 8, IGNORED]]
 
 
 def test_a_sentence_longer_than_the_window_is_a_segment_of_each() -> None:
     batch = next(iter(PlanLoader(dataset([[2, 9, 1]]), window=4, batch_size=9, shuffle=False)))
-    assert batch.segment_rows[:, 1].tolist() == [0, 1, 1, 1, 2]
+    assert sentence_numbers(batch).tolist() == [0, 1, 1, 1, 2]
 
 
 def test_later_windows_score_only_what_is_new() -> None:
@@ -116,11 +124,19 @@ def test_embeddings_end_before_the_last_sentence_needed_and_documents_come_once(
     loader = PlanLoader(dataset([[4, 4, 4, 4], [3, 3]]), window=4, batch_size=3, shuffle=False)
     first, second = loader
     assert first.documents[:, 0].tolist() == [0, 0, 0]
-    assert first.sentence_embeddings.shape == (1, 3, DIM)  # the last position predicts the fourth sentence
-    assert second.documents[:, 0].tolist() == [0, 1, 1] and second.sentence_embeddings.shape == (2, 3, DIM)
-    assert second.sentence_embeddings[1, 1:].abs().sum() == 0
+    assert first.sentence_positions.tolist() == [[0, 1, 2, 3]]  # the last position predicts the fourth sentence
+    assert second.documents[:, 0].tolist() == [0, 1, 1]
+    assert second.sentence_positions.tolist() == [[0, 1, 2, 3], [0, 1, 0, 0]]
+    assert second.sentence_embeddings[1, 2:].abs().sum() == 0
     (only,) = PlanLoader(dataset([[5]]), window=4, batch_size=1, shuffle=False)
-    assert only.sentence_embeddings.shape == (1, 0, DIM)
+    assert only.sentence_embeddings.shape == (1, 2, DIM) and only.sentence_embeddings.abs().sum() == 0
+
+
+def test_documents_share_the_planner_s_rows() -> None:
+    """One long document and many short ones: few places stay empty, where a row each would leave nine in ten."""
+    rows = dataset([[2] * 100, *([[2] * 7] * 30), *([[2] * 3] * 20)])
+    batch = next(iter(SentenceLoader(rows, batch_size=51, shuffle=False)))
+    assert batch.actions.shape == (4, 100) and (batch.actions != IGNORED).sum() == 100 + 210 + 60
 
 
 def test_selected_documents_read_like_others() -> None:
@@ -181,16 +197,26 @@ def test_last_batch_may_be_smaller() -> None:
 def test_whole_documents() -> None:
     rows = random_dataset()
     loader = SentenceLoader(rows, batch_size=6, shuffle=False)
-    document = 0
-    for batch in loader:
+    for number, batch in enumerate(loader):
         assert batch.sentence_embeddings.dtype == torch.float32
-        for embeddings, actions in zip(batch.sentence_embeddings, batch.actions, strict=True):
-            row = rows[document]
-            size = len(row["actions"])
-            assert actions.tolist() == row["actions"] + [IGNORED] * (len(actions) - size)
-            assert embeddings[:size].tolist() == row["embeddings"] and embeddings[size:].abs().sum() == 0
-            document += 1
-    assert document == len(rows)
+        expected = {document: rows[document] for document in range(6 * number, min(6 * number + 6, len(rows)))}
+        real = batch.actions != IGNORED
+        for at, place in ((batch.sentence_positions == 0) & real).nonzero().tolist():
+            until = next(
+                (end for end in range(place + 1, real.shape[1]) if batch.sentence_positions[at, end] == 0),
+                real.shape[1],
+            )
+            actions = batch.actions[at, place:until].tolist()
+            embeddings = batch.sentence_embeddings[at, place:until].tolist()
+            assert batch.sentence_positions[at, place:until].tolist() == list(range(len(actions)))
+            document = next(  # embeddings name it, where it has any in front of its last sentence
+                document
+                for document, row in expected.items()
+                if row["actions"] == actions and embeddings == [[0.0] * DIM, *row["embeddings"][:-1]]
+            )
+            del expected[document]
+        assert not expected
+        assert batch.sentence_embeddings[~real].abs().sum() == 0
 
 
 @pytest.mark.parametrize(
@@ -221,7 +247,7 @@ def test_packed_epochs_have_every_token_but_the_first_as_a_label_once(window: in
             for at, position in (batch.labels != IGNORED).nonzero().tolist():
                 document = int(batch.documents[at, position])
                 labels[document].append(int(batch.labels[at, position]))
-                number = int(batch.segment_rows[batch.segment_ids[at, position], 1])
+                number = int(sentence_numbers(batch)[batch.segment_ids[at, position]])
                 owners = np.repeat(np.arange(len(rows[document]["actions"])), rows[document]["sentence_tokens"])
                 target = rows[document]["input_ids"].index(int(batch.labels[at, position]))
                 assert owners[target] == number

@@ -11,23 +11,22 @@ from planlm.model import Planner
 
 
 class Oracle(nn.Module):
-    """Stands in for a planner: its hidden states are the logits it is told, sentence by sentence."""
+    """Stands in for a planner: its hidden states are the logits it is told; no two documents are of one length."""
 
     def __init__(self, logits):
         super().__init__()
-        self.logits = logits  # by document, [n, K]
+        self.logits = {len(one): one for one in logits}  # [n, K] each
         num_actions = logits[0].shape[1]
         self.head = nn.Linear(num_actions, num_actions, bias=False)
         self.head.weight.data = torch.eye(num_actions)
-        self.documents = 0
 
-    def forward(self, sentence_embeddings):
-        num_documents, num_sentences, _ = sentence_embeddings.shape
-        hidden = torch.full((num_documents, num_sentences + 1, self.head.weight.shape[0]), 1e9)
-        for row in range(num_documents):
-            logits = self.logits[self.documents]
-            hidden[row, : len(logits)] = logits
-            self.documents += 1
+    def forward(self, sentence_embeddings, sentence_positions):
+        hidden = torch.full((*sentence_positions.shape, self.head.weight.shape[0]), 1e9)
+        for row, positions in enumerate(sentence_positions.tolist()):
+            begins = [place for place, position in enumerate(positions) if position == 0]
+            for begin, end in zip(begins, [*begins[1:], len(positions)], strict=True):
+                if end - begin in self.logits:
+                    hidden[row, begin:end] = self.logits[end - begin]
         return hidden
 
 

@@ -20,7 +20,7 @@ def test_merged_weights_compute_the_same(family: str, lm_folder: Callable[[str],
         "input_ids": torch.randint(300, (2, 12)),
         "segment_ids": torch.arange(2)[:, None].expand(2, 12),
         "segment_rows": torch.tensor([[0, 0], [1, 1]]),
-        "sentence_embeddings": torch.randn(2, 1, 16),
+        "sentence_embeddings": torch.randn(2, 2, 16),
     }
     torch.nn.init.normal_(model.adapter.weight)
     for part in ("adapter", "planner"):  # drawn at random

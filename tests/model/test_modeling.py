@@ -41,7 +41,7 @@ def batch() -> dict[str, Tensor]:
         "input_ids": torch.randint(0, 300, (2, 10)),
         "segment_ids": torch.tensor([[0] * 5 + [1] * 5, [2] * 5 + [3] * 4 + [-1]]),
         "segment_rows": torch.tensor([[0, 0], [0, 1], [1, 1], [1, 2]]),
-        "sentence_embeddings": torch.nn.functional.normalize(torch.randn(2, 3, A), dim=-1),
+        "sentence_embeddings": torch.nn.functional.normalize(torch.randn(2, 4, A), dim=-1),
         "actions": torch.tensor([1, 2, 3, 4]),
     }
 
@@ -163,7 +163,8 @@ def test_plans_the_text_by_itself_as_a_prepared_batch_does(lm_folder: Callable[[
     ids = model.tokenizer("The cat sat. It was warm.", return_tensors="pt").input_ids
     first = len(model.tokenizer("The cat sat.").input_ids)  # start token included
     segments = torch.tensor([[0] * (first - 1) + [1] * (ids.shape[1] - first) + [2]])
-    embeddings = torch.from_numpy(model.encoder.encode(["The cat sat.", "It was warm."]))[None]
+    before = torch.from_numpy(model.encoder.encode(["The cat sat.", "It was warm."]))
+    embeddings = torch.cat((torch.zeros(1, A), before))[None]
     rows = torch.tensor([[0, 0], [0, 1], [0, 2]])
     prepared = model(ids, segment_ids=segments, segment_rows=rows, sentence_embeddings=embeddings)
     assert torch.equal(model(ids).logits, prepared.logits)
