@@ -343,7 +343,9 @@ def _lengths(dataset: datasets.Dataset, column: str) -> np.ndarray:
 
 
 class _Places:
-    """Where the documents of a batch stand in the planner's rows, which are as long as the longest of them.
+    """Where the documents of a batch stand in the planner's rows.
+
+    A row is as long as the longest of them, at most twice as long: as many full rows as there can be.
 
     Args:
         lengths: [D] sentences of each document, at least 1.
@@ -353,7 +355,10 @@ class _Places:
     """
 
     def __init__(self, lengths: np.ndarray) -> None:
-        width = int(lengths.max())
+        num_rows = int(lengths.sum() // lengths.max())
+        width = -(-int(lengths.sum()) // num_rows)
+        while sum(count for count, _ in packs(lengths, width)) > num_rows:
+            width += 1 + width // 64
         members, first = fill(packs(lengths, width), lengths, np.random.default_rng(0))
         self._lengths = lengths
         self._shape = (len(first) - 1, width + width % 2)  # what `packed_attention`'s kernel takes is even
