@@ -49,7 +49,7 @@ lint: $(INSTALLED)
 
 bench: $(INSTALLED)
 	@mkdir -p bench
-	@$(BIN)/python -m benchmarks.kernels --malloc both --bars --out bench/kernels.jsonl --plot bench/kernels.png
+	@$(BIN)/python -m benchmarks.kernels --malloc both --processes 3 --bars --out bench/kernels.jsonl --plot bench/kernels.png
 
 clean:
 	rm -rf $(VENV) quickstart bench build .mypy_cache .pytest_cache .ruff_cache

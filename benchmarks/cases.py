@@ -12,7 +12,6 @@ import statistics
 import subprocess
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -31,10 +30,8 @@ from benchmarks.blocks import (
 from benchmarks.clock import Budget, interleaved, note, peak_memory
 from benchmarks.correctness import check
 from benchmarks.floor import Rates, compulsory, measure_rates
+from benchmarks.results import Row, quantiles, spread
 from planlm.kernels.backend import choose
-
-Row = dict[str, Any]
-"""One result, ready for JSON; `results.py` says what stands in it."""
 
 
 def measure(
@@ -155,6 +152,7 @@ def _timing(times: Sequence[float], shape: Shape, dtype: torch.dtype, rates: Rat
     floor = rates.floor(work)
     return {
         "repetitions": len(times),
+        "processes": 1,
         "median": median,
         "p20": p20,
         "p80": p80,
@@ -166,16 +164,10 @@ def _timing(times: Sequence[float], shape: Shape, dtype: torch.dtype, rates: Rat
     }
 
 
-def quantiles(values: Sequence[float]) -> tuple[float, float, float]:
-    """20 %, median, 80 %."""
-    p20, *_, p80 = statistics.quantiles(values, n=5, method="inclusive")
-    return p20, statistics.median(values), p80
-
-
 def paired(times: Sequence[float], others: Sequence[float]) -> Row:
     """Times over those of another provider, round by round: what slowed a whole round down cancels."""
     rounds = [ours / theirs for ours, theirs in zip(times, others, strict=False)]
-    return dict(zip(("p20", "median", "p80"), quantiles(rounds), strict=True))
+    return spread(rounds)
 
 
 def _processor() -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import subprocess
 import sys
 import tempfile
@@ -12,10 +13,10 @@ from pathlib import Path
 import torch
 
 from benchmarks.arguments import add_arguments, check_arguments
-from benchmarks.cases import Row, measure
+from benchmarks.cases import measure
 from benchmarks.clock import Budget, note
 from benchmarks.correctness import WrongResultError
-from benchmarks.results import Bar, comparison, draw, judged, read_rows, table, write_rows
+from benchmarks.results import Bar, Row, comparison, draw, judged, pooled, read_rows, table, write_rows
 from planlm.allocator import keep_memory, start_with_huge_pages
 from planlm.errors import InputError
 
@@ -41,13 +42,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
         default="default",
         help="keep: glibc's malloc keeps freed memory, as in `planlm train`; both: two runs, one after the other",
     )
+    parser.add_argument(
+        "--processes", type=int, default=1, help="repeat everything in so many, and take medians; default %(default)s"
+    )
     parser.add_argument("--bars", action="store_true", help="judge the medians; exit status 1 where one fails")
     options = parser.parse_args(arguments)
     if options.malloc == "keep" and arguments is None:
         start_with_huge_pages()
     try:
         check_arguments(options)
-        rows = _both(options) if options.malloc == "both" else _measured(options)
+        if options.processes < 1:
+            raise InputError(f"--processes: got {options.processes}, needs at least 1")
+        alone = options.malloc != "both" and options.processes == 1
+        rows = _measured(options) if alone else _in_processes(options)
         report(options, rows)
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -89,11 +96,12 @@ def _measured(options: argparse.Namespace) -> list[Row]:
     return collect(options, torch.device("cpu"), options.malloc)
 
 
-def _both(options: argparse.Namespace) -> list[Row]:
-    """A process for each setting, since malloc cannot be told to go back."""
+def _in_processes(options: argparse.Namespace) -> list[Row]:
+    """New processes for each setting, since malloc cannot be told to go back."""
     rows: list[Row] = []
-    for malloc in ("default", "keep"):
-        note(f"malloc {malloc}")
+    settings = ("default", "keep") if options.malloc == "both" else (options.malloc,)
+    for number, malloc in itertools.product(range(1, options.processes + 1), settings):
+        note(f"process {number} of {options.processes}, malloc {malloc}")
         with tempfile.TemporaryDirectory() as folder:
             out = Path(folder) / "rows.jsonl"
             command = [sys.executable, "-m", "benchmarks.kernels", f"--malloc={malloc}", f"--out={out}"]
@@ -105,8 +113,8 @@ def _both(options: argparse.Namespace) -> list[Row]:
                 raise WrongResultError(f"the run with malloc {malloc} ended with status {done.returncode}")
             rows += read_rows(out)
         if options.out:
-            write_rows(options.out, rows)
-    return rows
+            write_rows(options.out, pooled(rows))
+    return pooled(rows)
 
 
 if __name__ == "__main__":

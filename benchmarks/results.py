@@ -2,7 +2,7 @@
 
 A row is one provider on one shape in one dtype. Its keys: shape, dtype, provider, malloc, status ("ok" or "out of
 memory"); flops, bytes (compulsory), flops_per_s, bytes_per_s (measured), floor; repetitions, median, p20, p80, min
-(seconds); ratio (median to floor), roofline (share of it that is reached), gb_per_s, tflop_per_s (compulsory work over
+(seconds; of several processes these are over their medians); processes; ratio (median to floor), roofline (share of it that is reached), gb_per_s, tflop_per_s (compulsory work over
 median); over (by other provider: median, p20, p80 of the time over its time in the same round); memory, process_memory
 (bytes at the peak beyond inputs and results); device, driver, threads, torch, triton,
 planlm, backend (PlanLM's), commit, date.
@@ -11,6 +11,7 @@ planlm, backend (PlanLM's), commit, date.
 from __future__ import annotations
 
 import json
+import statistics
 from collections.abc import Iterator, Sequence
 from itertools import groupby
 from pathlib import Path
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 Row = dict[str, Any]
+"""One result, ready for JSON."""
+
 
 KEY = ("device", "threads", "malloc", "shape", "dtype", "provider")
 """What says that two rows measure the same."""
@@ -71,6 +74,46 @@ def read_rows(path: Path) -> list[Row]:
         if not isinstance(row, dict) or not {*KEY, "status"} <= row.keys():
             raise InputError(f"{path}: row {number} is none that --out wrote; it needs {', '.join((*KEY, 'status'))}")
     return rows
+
+
+def pooled(rows: Sequence[Row]) -> list[Row]:
+    """One row for those that measure the same in several processes: medians, and the spread of the processes' medians.
+
+    Where memory lies decides about a process's speed for as long as it lives, so repetitions within one say little
+    about the next. The share of a round that `over` compares is within a process as before.
+    """
+    same: dict[tuple[Any, ...], list[Row]] = {}
+    for row in rows:
+        same.setdefault(_key(row), []).append(row)
+    return [_pool(members) if len(members) > 1 else members[0] for members in same.values()]
+
+
+def _pool(members: Sequence[Row]) -> Row:
+    sound = [row for row in members if row["status"] == "ok"]
+    if not sound:
+        return members[0]
+    typical = ("flops_per_s", "bytes_per_s", "floor", "ratio", "roofline", "gb_per_s", "tflop_per_s")
+    others = [name for name in sound[0]["over"] if all(name in row["over"] for row in sound)]
+    return (
+        sound[0]
+        | {name: statistics.median(row[name] for row in sound) for name in typical}
+        | spread([row["median"] for row in sound])
+        | {"over": {name: spread([row["over"][name]["median"] for row in sound]) for name in others}}
+        | {"min": min(row["min"] for row in sound), "processes": len(sound)}
+        | {"repetitions": sum(row["repetitions"] for row in sound)}
+        | {name: max(row[name] or 0 for row in sound) or None for name in ("memory", "process_memory")}
+    )
+
+
+def spread(values: Sequence[float]) -> Row:
+    """p20, median and p80."""
+    return dict(zip(("p20", "median", "p80"), quantiles(values), strict=True))
+
+
+def quantiles(values: Sequence[float]) -> tuple[float, float, float]:
+    """20 %, median, 80 %."""
+    p20, *_, p80 = statistics.quantiles(values, n=5, method="inclusive")
+    return p20, statistics.median(values), p80
 
 
 def table(rows: Sequence[Row]) -> str:

@@ -14,9 +14,9 @@ import torch
 
 from benchmarks.arguments import check_names, names_in
 from benchmarks.blocks import DTYPES
-from benchmarks.cases import Row, paired, provenance, quantiles
+from benchmarks.cases import paired, provenance
 from benchmarks.clock import Budget, interleaved, note
-from benchmarks.results import write_rows
+from benchmarks.results import Row, quantiles, write_rows
 from benchmarks.steps import MODELS, PLAIN, PROVIDERS, Case, make_lm
 from planlm.allocator import keep_memory, start_with_huge_pages
 from planlm.errors import InputError

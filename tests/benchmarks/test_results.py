@@ -10,7 +10,7 @@ import pytest
 from benchmarks import cases, gpu, kernels
 from benchmarks.blocks import SHAPES, Shape
 from benchmarks.floor import Rates
-from benchmarks.results import Bar, comparison, judged, read_rows, table, write_rows
+from benchmarks.results import Bar, comparison, judged, pooled, read_rows, table, write_rows
 
 COMMON = {
     "shape": "gpt2", "dtype": "float32", "malloc": "default", "status": "ok", "flops": 10**9, "bytes": 10**8,
@@ -54,6 +54,17 @@ def test_bars_are_judged_by_medians_and_skip_what_is_not_there() -> None:
     assert [passed for passed, _ in verdicts] == [True, False, True]
     assert verdicts[0][1] == "PASS  gpt2 float32: median 1.25 [1.12, 1.38] × floor, at most 1.3"
     assert verdicts[1][1].startswith("FAIL  gpt2 float32: median 1.04 [0.99, 1.07] × strong eager")
+
+
+def test_processes_are_pooled_by_their_medians() -> None:
+    over = [{"strong eager": {"p20": 0.5, "median": value, "p80": 2.0}} for value in (0.9, 1.3, 1.0)]
+    rows = [row("planlm", ms, memory=ms, over=ratio) for ms, ratio in zip((30, 20, 24), over, strict=True)]
+    other = row("strong eager", 24, over={})
+    found, kept = pooled([rows[0], other, *rows[1:]])
+    assert kept == other
+    assert found["median"] == 0.024 and found["min"] == pytest.approx(0.018) and found["memory"] == 30
+    assert 0.02 < found["p20"] < 0.024 < found["p80"] < 0.03
+    assert found["over"]["strong eager"]["median"] == 1.0 and (found["repetitions"], found["processes"]) == (15, 3)
 
 
 def test_the_table_has_a_line_for_every_row() -> None:
