@@ -31,6 +31,7 @@ from benchmarks.clock import Budget, interleaved, note, peak_memory
 from benchmarks.correctness import check
 from benchmarks.floor import Rates, compulsory, measure_rates
 from benchmarks.results import Row, quantiles, spread
+from planlm.kernels import cpp
 from planlm.kernels.backend import choose
 
 
@@ -51,6 +52,8 @@ def measure(
         refuse_beyond_memory()
     if "compiled" in names and (reason := why_not_compiled(device)):
         note(f"left out: compiled ({reason})")
+    if "planlm" in names and device.type == "cpu" and (reason := cpp.why_not()):
+        note(f"planlm runs its eager reference: {reason}")
     if (load := os.getloadavg()[0]) > 0.5:
         note(f"load average {load:.1f} at the start: times are good only where nothing else runs")
     for dtype in dtypes:

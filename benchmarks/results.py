@@ -1,11 +1,11 @@
 """Results: JSON lines, a table, a bar chart, comparison with earlier ones, and the bars that they have to pass.
 
 A row is one provider on one shape in one dtype. Its keys: shape, dtype, provider, malloc, status ("ok" or "out of
-memory"); flops, bytes (compulsory), flops_per_s, bytes_per_s (measured), floor; repetitions, median, p20, p80, min
-(seconds; of several processes these are over their medians); processes; ratio (median to floor), roofline (share of it that is reached), gb_per_s, tflop_per_s (compulsory work over
-median); over (by other provider: median, p20, p80 of the time over its time in the same round); memory, process_memory
-(bytes at the peak beyond inputs and results); device, driver, threads, torch, triton,
-planlm, backend (PlanLM's), commit, date.
+memory"); flops, bytes (compulsory), flops_per_s, bytes_per_s (measured), floor; repetitions, processes; median, p20,
+p80, min (seconds; of several processes the first three are over the processes' medians); ratio (median to floor),
+roofline (share of it that is reached), gb_per_s, tflop_per_s (compulsory work over median); over (by other provider:
+median, p20, p80 of the time over its time in the same round); memory, process_memory (bytes at the peak beyond inputs
+and results); device, driver, threads, torch, triton, planlm, backend (PlanLM's), commit, date.
 """
 
 from __future__ import annotations
