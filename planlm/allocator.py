@@ -9,6 +9,10 @@ import platform
 import sys
 from pathlib import Path
 
+import torch
+
+from planlm.kernels import cpp
+
 # Parameters of mallopt(3), from glibc's malloc.h.
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
 
@@ -34,7 +38,10 @@ def keep_memory() -> bool:
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     libc = ctypes.CDLL(None)
     # No block is mapped for itself, and the heap is never trimmed (-1 is mallopt's word for "never").
-    return bool(libc.mallopt(_M_MMAP_MAX, 0) and libc.mallopt(_M_TRIM_THRESHOLD, -1))
+    kept = bool(libc.mallopt(_M_MMAP_MAX, 0) and libc.mallopt(_M_TRIM_THRESHOLD, -1))
+    if kept and cpp.why_not() is None:
+        torch.ops.planlm.keep_blocks()
+    return kept
 
 
 def start_with_huge_pages() -> None:

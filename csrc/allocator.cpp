@@ -1,0 +1,151 @@
+// What a training process gives torch for an allocator: large blocks stay with the process, in huge pages.
+//
+// A step allocates much what the step before did. glibc's malloc maps every block over 32 MiB anew and gives it back,
+// which costs zeroing of all pages. Told to keep everything, it cuts up its holes where sizes change a little from step
+// to step, as those of the planner do with the sentences of a batch, and the process grows by hundreds of megabytes
+// a step. Here a released block waits in a list of blocks of its size and is taken from there. Sizes are rounded up to
+// eighths of a power of two, so there are few lists, and blocks that wait are unmapped, the longest waiting first,
+// before the process would hold more than it has had in use at once and a little.
+#include <c10/core/Allocator.h>
+#include <c10/core/CPUAllocator.h>
+#include <torch/library.h>
+
+#include <algorithm>
+#include <bit>
+#include <deque>
+#include <mutex>
+#include <unordered_map>
+
+#if defined(__linux__)
+#include <sys/mman.h>
+
+namespace planlm {
+namespace {
+
+constexpr size_t page = size_t(2) << 20;
+constexpr size_t least = size_t(1) << 20;  // smaller blocks are malloc's
+
+size_t rounded(size_t bytes) {
+  const size_t step = std::max(page, std::bit_floor(bytes) / 8);
+  return (bytes + step - 1) / step * step;
+}
+
+// An aligned block of huge pages, or null.
+void* map(size_t size) {
+  void* const room = mmap(nullptr, size + page, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+  if (room == MAP_FAILED) return nullptr;
+  char* const begin = static_cast<char*>(room);
+  const size_t skip = (page - reinterpret_cast<uintptr_t>(room) % page) % page;
+  if (skip > 0) munmap(begin, skip);
+  if (skip < page) munmap(begin + skip + size, page - skip);
+  madvise(begin + skip, size, MADV_HUGEPAGE);  // advice: failing is no harm
+  return begin + skip;
+}
+
+class Blocks final : public c10::Allocator {
+ public:
+  explicit Blocks(c10::Allocator* small) : small_(small) {}
+
+  c10::DataPtr allocate(size_t bytes) override {
+    if (bytes < least) return of(small_->raw_allocate(bytes));
+    const size_t size = rounded(bytes);
+    void* block = nullptr;
+    {
+      const std::lock_guard guard(mutex_);
+      block = take(size);
+      if (block) {
+        in_use_.emplace(block, size);
+        used_ += size;
+        most_used_ = std::max(most_used_, used_);
+      }
+    }
+    if (!block) return of(small_->raw_allocate(bytes));  // torch's own error
+    c10::profiledCPUMemoryReporter().New(block, bytes);
+    return of(block);
+  }
+
+  c10::DeleterFnPtr raw_deleter() const override { return &give_back; }  // oneDNN's working memory comes raw
+
+  void copy_data(void* to, const void* from, size_t bytes) const override { default_copy_data(to, from, bytes); }
+
+  static Blocks* instance;
+
+ private:
+  struct Idle {
+    void* block;
+    uint64_t since;
+  };
+
+  static c10::DataPtr of(void* block) { return {block, block, &give_back, c10::Device(c10::DeviceType::CPU)}; }
+
+  void* take(size_t size) {
+    auto& waiting = idle_[size];
+    if (!waiting.empty()) {  // the last one released is the likeliest to be in a cache
+      void* const block = waiting.back().block;
+      waiting.pop_back();
+      idle_bytes_ -= size;
+      return block;
+    }
+    const size_t most = std::max(most_used_, used_ + size);
+    while (idle_bytes_ > 0 && used_ + idle_bytes_ + size > most + most / slack) unmap_oldest();
+    void* block = map(size);
+    for (; !block && idle_bytes_ > 0; block = map(size)) unmap_oldest();
+    return block;
+  }
+
+  void unmap_oldest() {
+    auto oldest = idle_.end();
+    for (auto at = idle_.begin(); at != idle_.end(); ++at)
+      if (!at->second.empty() && (oldest == idle_.end() || at->second.front().since < oldest->second.front().since))
+        oldest = at;
+    munmap(oldest->second.front().block, oldest->first);
+    oldest->second.pop_front();
+    idle_bytes_ -= oldest->first;
+  }
+
+  static void give_back(void* block) {
+    if (reinterpret_cast<uintptr_t>(block) % page != 0 || !instance->keep(block)) instance->small_->raw_deallocate(block);
+  }
+
+  bool keep(void* block) {
+    const std::lock_guard guard(mutex_);
+    const auto found = in_use_.find(block);
+    if (found == in_use_.end()) return false;
+    c10::profiledCPUMemoryReporter().Delete(block);
+    const size_t size = found->second;
+    in_use_.erase(found);
+    used_ -= size;
+    idle_[size].push_back({block, ++clock_});
+    idle_bytes_ += size;
+    return true;
+  }
+
+  static constexpr size_t slack = 16;  // a sixteenth
+
+  c10::Allocator* const small_;
+  std::mutex mutex_;
+  std::unordered_map<void*, size_t> in_use_;
+  std::unordered_map<size_t, std::deque<Idle>> idle_;
+  size_t used_ = 0, most_used_ = 0, idle_bytes_ = 0;
+  uint64_t clock_ = 0;
+};
+
+Blocks* Blocks::instance = nullptr;  // lives as long as the process: tensors may outlive every other object
+
+}  // namespace
+
+void keep_blocks() {
+  if (Blocks::instance) return;
+  Blocks::instance = new Blocks(c10::GetDefaultCPUAllocator());
+  c10::SetCPUAllocator(Blocks::instance);
+}
+
+}  // namespace planlm
+
+#else
+namespace planlm {
+void keep_blocks() {}
+}  // namespace planlm
+#endif
+
+TORCH_LIBRARY_FRAGMENT(planlm, library) { library.def("keep_blocks() -> ()", &planlm::keep_blocks); }
