@@ -9,10 +9,6 @@ import platform
 import sys
 from pathlib import Path
 
-import torch
-
-from planlm.kernels import cpp
-
 # Parameters of mallopt(3), from glibc's malloc.h.
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
 
@@ -39,6 +35,10 @@ def keep_memory() -> bool:
     libc = ctypes.CDLL(None)
     # No block is mapped for itself, and the heap is never trimmed (-1 is mallopt's word for "never").
     kept = bool(libc.mallopt(_M_MMAP_MAX, 0) and libc.mallopt(_M_TRIM_THRESHOLD, -1))
+    import torch  # here: a command that shows its help needs neither
+
+    from planlm.kernels import cpp
+
     if kept and cpp.why_not() is None:
         torch.ops.planlm.keep_blocks()
     return kept

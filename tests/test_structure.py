@@ -22,7 +22,7 @@ ALLOWED = {
     "files": set(),
     "precision": set(),
     "distribution": {"precision"},
-    "allocator": set(),
+    "allocator": {"kernels"},
     "quiet": set(),
     "kernels": set(),
     "text": LEAVES,
