@@ -4,6 +4,10 @@
 // tile of logits into weights, a matrix product of torch's own library takes the weights on. So the probabilities never
 // exist as a whole, and where the logits come from the planner's states neither do the logits.
 //
+// Where there are actions enough every thread has a range of them to itself, and what is summed over actions is summed
+// up once at the end. Threads that share tiles read what another has just written: cores without a common third-level
+// cache then took 1.3 times as long, and a virtual machine's may be such cores at one moment and not at the next.
+//
 // With p = softmax(scores / t), w the oracle's share, M the gradient of the mixture and E the action embeddings:
 //   gradient of scores  = p * ((1 - w) (M E^T - M . mixture) + gradient of log_normalizer) / t
 //   gradient of logits  = gradient of scores + gradient of oracle_nll * (softmax(logits) - onehot(oracle))
@@ -14,6 +18,7 @@
 #include <array>
 #include <cmath>
 #include <limits>
+#include <utility>
 #include <vector>
 
 #include "product.h"
@@ -30,14 +35,26 @@ struct Tile {
   int64_t row, rows, first, count;
 };
 
+// All actions, cut into `count` ranges of `size`, the last one perhaps shorter; tiles take `step` of them at a time.
+struct Ranges {
+  int64_t count, size, step;
+};
+
+// The tile in the room made for one; none in none.
+Tensor of_tile(const Tensor& room, const Tile& tile) {
+  return room.defined() ? room.narrow(0, 0, tile.rows * tile.count).view({tile.rows, tile.count}) : Tensor();
+}
+
+// The room of one range.
+Tensor of_range(const Tensor& rooms, int64_t range) { return rooms.defined() ? rooms.select(0, range) : Tensor(); }
+
 // Where logits come from, and how they become scores.
 struct Planner {
   Tensor source, head, head_bias, noise;
   at::ScalarType working;
   double temperature;
   int64_t top_k;
-  int64_t num_rows, num_actions, row_step, action_step;
-  Tensor room;  // for a tile of logits that come from a head
+  int64_t num_rows, num_actions, row_step;
 
   Planner(const Tensor& source_, const OptionalTensor& head_, const OptionalTensor& head_bias_,
           const OptionalTensor& noise_, at::ScalarType working_, double temperature_, int64_t top_k_)
@@ -51,27 +68,59 @@ struct Planner {
         num_rows(source_.size(0)),
         num_actions(head.defined() ? head.size(0) : source_.size(1)) {
     row_step = std::max<int64_t>(1, std::min(num_rows, most_rows));
-    action_step = std::max<int64_t>(128, tile_elements / row_step / 128 * 128);
-    if (head.defined()) {
-      // The logits of all sentences may not exist at once, however small the problem.
-      action_step = std::min(action_step, (num_actions + 3) / 4);
-      if (head_bias.defined()) head_bias = head_bias.to(working);
-    }
-    action_step = std::min(action_step, num_actions);
+    if (head_bias.defined()) head_bias = head_bias.to(working);
   }
 
   bool separate() const { return temperature != 1.0 || noise.defined() || top_k > 0; }
 
-  // Calls `body(tile, logits of the tile)` for every tile, all rows of a strip of actions before the next strip.
+  // A range for each thread, where each has a sum of `size` values a row of its own; one for all where such sums would
+  // outgrow the logits, or the threads have more to do together.
+  Ranges ranges(int64_t size) const {
+    const int64_t threads = at::get_num_threads();
+    return in_ranges(threads * std::max<int64_t>(size, 256) <= num_actions ? threads : 1);
+  }
+
+  Ranges in_ranges(int64_t count) const {
+    const int64_t size = (num_actions + count - 1) / count;
+    // The logits of all sentences may not exist at once, however small the problem.
+    const int64_t most = head.defined() ? (size + 3) / 4 : size;
+    return {count, size, std::min(std::max<int64_t>(128, tile_elements / row_step / 128 * 128), most)};
+  }
+
+  // Calls `body(range, first action, action behind the last)` for every range, at once where there are several.
   template <class Body>
-  void each_tile(Body body) {
-    for (int64_t first = 0; first < num_actions; first += action_step) {
-      const int64_t count = std::min(action_step, num_actions - first);
+  void each_range(const Ranges& ranges, Body body) const {
+    const auto run = [&](int64_t range) {
+      body(range, std::min(range * ranges.size, num_actions), std::min((range + 1) * ranges.size, num_actions));
+    };
+    if (ranges.count == 1) return run(0);  // not in parallel: so what is in the body can be
+    at::parallel_for(0, ranges.count, 1, [&](int64_t begin, int64_t end) {
+      const at::AutoDispatchBelowADInplaceOrView below;  // the caller's own holds for its thread
+      for (int64_t range = begin; range < end; ++range) run(range);
+    });
+  }
+
+  // Calls `body(tile, logits of the tile)` for the tiles of actions `from` to `to`, all rows of a strip of actions
+  // before the next strip. `room`: a tile's, for logits that come from a head.
+  template <class Body>
+  void each_tile(int64_t from, int64_t to, int64_t step, const Tensor& room, Body body) const {
+    for (int64_t first = from; first < to; first += step) {
+      const int64_t count = std::min(step, to - first);
       for (int64_t row = 0; row < num_rows; row += row_step) {
         const Tile tile{row, std::min(row_step, num_rows - row), first, count};
-        body(tile, head.defined() ? projected(tile) : source.narrow(0, row, tile.rows).narrow(1, first, count));
+        body(tile, head.defined() ? projected(tile, room) : source.narrow(0, row, tile.rows).narrow(1, first, count));
       }
     }
+  }
+
+  // Room for one tile a range, `[ranges, elements of a tile]`; none where it is not wanted.
+  Tensor tiles(const Ranges& ranges, bool wanted, const at::TensorOptions& options) const {
+    return wanted ? empty({ranges.count, row_step * ranges.step}, options) : Tensor();
+  }
+
+  // Room for the logits of tiles, where they come from a head.
+  Tensor logits_tiles(const Ranges& ranges) const {
+    return tiles(ranges, head.defined(), source.options().dtype(working));
   }
 
   // A strip of one row: of the logits handed to `each_tile`'s body and of the noise.
@@ -93,9 +142,8 @@ struct Planner {
   }
 
  private:
-  Tensor projected(const Tile& tile) {
-    if (!room.defined()) room = empty({row_step * action_step}, source.options().dtype(working));
-    Tensor logits = room.narrow(0, 0, tile.rows * tile.count).view({tile.rows, tile.count});
+  Tensor projected(const Tile& tile, const Tensor& room) const {
+    Tensor logits = of_tile(room, tile);
     if (head_bias.defined()) logits.copy_(head_bias.narrow(0, tile.first, tile.count).expand_as(logits));
     multiply(logits, source.narrow(0, tile.row, tile.rows), head.narrow(0, tile.first, tile.count),
              /*transposed=*/true, /*add=*/head_bias.defined());
@@ -115,11 +163,13 @@ void find_largest(Planner& planner, Tensor& statistics, Tensor& cut) {
   // Candidates of all rows at once could outgrow the logits: half of those at most, and as many passes as that takes.
   const int64_t group = std::max<int64_t>(1, planner.num_rows * planner.num_actions / (8 * (kept + slack)));
   R* threshold = statistics.data_ptr<R>() + 4 * planner.num_rows;
+  const Ranges whole = planner.in_ranges(1);
+  const Tensor room = of_range(planner.logits_tiles(whole), 0);
   for (int64_t from = 0; from < planner.num_rows; from += group) {
     const int64_t to = std::min(planner.num_rows, from + group);
     std::vector<std::vector<Candidate>> found(to - from);
     for (auto& best : found) best.reserve(std::min(kept + slack, planner.num_actions));
-    planner.each_tile([&](const Tile& tile, const Tensor& logits) {
+    planner.each_tile(0, planner.num_actions, whole.step, room, [&](const Tile& tile, const Tensor& logits) {
       const int64_t first = std::max(from, tile.row), last = std::min(to, tile.row + tile.rows);
       at::parallel_for(first, std::max(first, last), 1, [&](int64_t begin, int64_t end) {
         Buffer<R> buffer(tile.count);
@@ -155,6 +205,18 @@ struct Forward {
   Tensor log_normalizer, oracle_nll, best, mixture, statistics, cut;
 };
 
+// Adds one online softmax to another. Returns what was weighted by either has to be multiplied with.
+template <class R>
+std::pair<R, R> add_softmax(R& largest, R& sum, R other_largest, R other_sum, R inverse_temperature) {
+  const R most = std::max(largest, other_largest);
+  const R shift = most == -std::numeric_limits<R>::infinity() ? R(0) : most;  // no score yet in either
+  const std::pair<R, R> scales{std::exp((largest - shift) * inverse_temperature),
+                               std::exp((other_largest - shift) * inverse_temperature)};
+  sum = sum * scales.first + other_sum * scales.second;
+  largest = most;
+  return scales;
+}
+
 // Softmax statistics of every row and, where there are action embeddings, their mixture.
 template <class R>
 Forward mix(Planner& planner, const Tensor& codebook, const Tensor& oracle) {
@@ -169,35 +231,54 @@ Forward mix(Planner& planner, const Tensor& codebook, const Tensor& oracle) {
   if (planner.top_k > 0 && num_rows > 0) find_largest<R>(planner, result.statistics, result.cut);
 
   constexpr R lowest = -std::numeric_limits<R>::infinity();
-  std::vector<RowState<R>> states(num_rows, {lowest, 0, lowest, 0, 0, 0});
+  const Ranges ranges = planner.ranges(size);
+  std::vector<RowState<R>> states(ranges.count * num_rows, {lowest, 0, lowest, 0, 0, 0});
   const int64_t* labels = oracle.defined() ? oracle.const_data_ptr<int64_t>() : nullptr;
   const bool separate = planner.separate() && oracle.defined();
-  R* mixture = result.mixture.template data_ptr<R>();
-  Tensor weights_room;
-  if (codebook.defined()) weights_room = empty({planner.row_step * planner.action_step}, codebook.options());
-  planner.each_tile([&](const Tile& tile, const Tensor& logits) {
-    Tensor weights;
-    if (codebook.defined())
-      weights = weights_room.narrow(0, 0, tile.rows * tile.count).view({tile.rows, tile.count});
-    at::parallel_for(0, tile.rows, 1, [&](int64_t begin, int64_t end) {
-      Buffer<R> buffer(tile.count);
-      for (int64_t row = begin; row < end; ++row) {
-        const int64_t s = tile.row + row;
-        const R rescale =
-            rows<R>().advance(planner.scores<R>(tile, logits, row, result.statistics, result.cut), states[s], separate,
-                              labels ? labels[s] : -1, strip(weights, row), buffer.data());
-        if (rescale != R(1))
-          for (int64_t a = 0; a < size; ++a) mixture[s * size + a] *= rescale;
-      }
+  const Tensor mixtures =
+      ranges.count == 1 ? result.mixture.unsqueeze(0) : at::zeros({ranges.count, num_rows, size}, real);
+  const Tensor weights_rooms =
+      planner.tiles(ranges, codebook.defined(), codebook.defined() ? codebook.options() : real);
+  const Tensor logits_rooms = planner.logits_tiles(ranges);
+  planner.each_range(ranges, [&](int64_t range, int64_t from, int64_t to) {
+    const Tensor sums = mixtures.select(0, range), weights_room = of_range(weights_rooms, range);
+    R* const mixture = sums.template data_ptr<R>();
+    planner.each_tile(from, to, ranges.step, of_range(logits_rooms, range), [&](const Tile& tile, const Tensor& logits) {
+      const Tensor weights = of_tile(weights_room, tile);
+      at::parallel_for(0, tile.rows, 1, [&](int64_t begin, int64_t end) {
+        Buffer<R> buffer(tile.count);
+        for (int64_t row = begin; row < end; ++row) {
+          const int64_t s = tile.row + row;
+          const auto scores = planner.scores<R>(tile, logits, row, result.statistics, result.cut);
+          const R rescale = rows<R>().advance(scores, states[range * num_rows + s], separate, labels ? labels[s] : -1,
+                                              strip(weights, row), buffer.data());
+          if (rescale != R(1))
+            for (int64_t a = 0; a < size; ++a) mixture[s * size + a] *= rescale;
+        }
+      });
+      if (!codebook.defined()) return;
+      Tensor sum = sums.narrow(0, tile.row, tile.rows);
+      multiply(sum, weights, codebook.narrow(0, tile.first, tile.count), /*transposed=*/false, /*add=*/true);
     });
-    if (!codebook.defined()) return;
-    Tensor sum = result.mixture.narrow(0, tile.row, tile.rows);
-    multiply(sum, weights, codebook.narrow(0, tile.first, tile.count), /*transposed=*/false, /*add=*/true);
   });
 
-  R* statistics = result.statistics.template data_ptr<R>();
+  const R* const parts = mixtures.const_data_ptr<R>();
+  R* const mixture = result.mixture.template data_ptr<R>();
+  R* const statistics = result.statistics.template data_ptr<R>();
   for (int64_t s = 0; s < num_rows; ++s) {
     auto state = states[s];
+    R* const total = mixture + s * size;
+    if (ranges.count > 1) std::copy_n(parts + s * size, size, total);
+    for (int64_t range = 1; range < ranges.count; ++range) {
+      const auto& other = states[range * num_rows + s];
+      if (other.score_max > state.score_max) state.best = other.best;
+      if (labels && labels[s] >= range * ranges.size) state.logit_of_oracle = other.logit_of_oracle;
+      add_softmax(state.logit_max, state.logit_sum, other.logit_max, other.logit_sum, R(1));
+      const auto [ours, theirs] = add_softmax(state.score_max, state.score_sum, other.score_max, other.score_sum,
+                                              R(1.0 / planner.temperature));
+      const R* const part = parts + (range * num_rows + s) * size;
+      for (int64_t a = 0; a < size; ++a) total[a] = total[a] * ours + part[a] * theirs;
+    }
     if (state.score_max == lowest) state.score_sum = std::numeric_limits<R>::quiet_NaN();  // -inf everywhere, or NaN
     if (!separate) {
       state.logit_max = state.score_max;
@@ -213,7 +294,7 @@ Forward mix(Planner& planner, const Tensor& codebook, const Tensor& oracle) {
     if (labels && labels[s] >= 0)
       result.oracle_nll.template data_ptr<R>()[s] =
           (state.logit_max - state.logit_of_oracle) + statistics[3 * num_rows + s];
-    for (int64_t a = 0; a < size; ++a) mixture[s * size + a] /= state.score_sum;
+    for (int64_t a = 0; a < size; ++a) total[a] /= state.score_sum;
   }
   return result;
 }
@@ -275,8 +356,9 @@ Backward differentiate(Planner& planner, const Tensor& codebook, const Tensor& m
   };
   const auto real = planner.source.options().dtype(planner.working);
   if (to_noise) result.noise = empty(planner.noise.sizes(), planner.noise.options());
-  Tensor states_gradient;
-  if (hidden && to_source) states_gradient = at::zeros(planner.source.sizes(), real);
+  const Ranges ranges = planner.ranges(hidden && to_source ? planner.source.size(1) : 0);
+  Tensor states_gradients;
+  if (hidden && to_source) states_gradients = at::zeros({ranges.count, num_rows, planner.source.size(1)}, real);
   if (!hidden && to_source) result.source = empty(planner.source.sizes(), planner.source.options());
   if (to_head) result.head = summed(planner.head, true);
   if (to_head_bias) result.head_bias = at::zeros({num_actions}, real);
@@ -299,69 +381,67 @@ Backward differentiate(Planner& planner, const Tensor& codebook, const Tensor& m
   const bool separate = planner.separate();
 
   const bool stream = result.source.defined() && worth_streaming(result.source);
-  const int64_t tile_size = planner.row_step * planner.action_step;
-  const auto room = [&](bool wanted, const Tensor& like) {
-    return wanted ? empty({tile_size}, like.options()) : Tensor();
-  };
-  const Tensor product_room = room(mixes && to_scores, offset), weights_room = room(weighs, codebook);
-  const Tensor logits_room = room(hidden && to_logits, planner.source);
-  const auto of_tile = [](const Tensor& all, const Tile& tile) {
-    return all.defined() ? all.narrow(0, 0, tile.rows * tile.count).view({tile.rows, tile.count}) : Tensor();
-  };
+  const Tensor product_rooms = planner.tiles(ranges, mixes && to_scores, real);
+  const Tensor weights_rooms = planner.tiles(ranges, weighs, weighs ? codebook.options() : real);
+  const Tensor gradient_rooms = planner.tiles(ranges, hidden && to_logits, planner.source.options());
+  const Tensor logits_rooms = planner.logits_tiles(ranges);
   // Several tiles of rows add to the same actions: summed in the working dtype, rounded once.
   const bool several = num_rows > planner.row_step;
-  Tensor codebook_sum, head_sum;
-  planner.each_tile([&](const Tile& tile, const Tensor& logits) {
-    const Tensor upstream = mixes ? mixture_gradient.narrow(0, tile.row, tile.rows) : Tensor();
-    Tensor product = of_tile(product_room, tile), weights = of_tile(weights_room, tile);
-    Tensor logits_gradient = hidden ? of_tile(logits_room, tile) : Tensor();
-    if (product.defined())
-      multiply(product, upstream, codebook.narrow(0, tile.first, tile.count), /*transposed=*/true, /*add=*/false);
-    at::parallel_for(0, tile.rows, 1, [&](int64_t begin, int64_t end) {
-      Buffer<R> buffer(tile.count);
-      for (int64_t row = begin; row < end; ++row) {
-        const int64_t s = tile.row + row;
-        const RowGradient<R> gradient{stats[s],
-                                      stats[num_rows + s],
-                                      stats[2 * num_rows + s],
-                                      stats[3 * num_rows + s],
-                                      shares ? shares[s] : R(0),
-                                      offsets[s],
-                                      nlls ? nlls[s] : R(0),
-                                      labels ? labels[s] : -1,
-                                      separate};
-        const Strip to = hidden ? strip(logits_gradient, row)
-                                : strip(to_source ? result.source : Tensor(), s, tile.first);
-        rows<R>().differentiate(planner.scores<R>(tile, logits, row, statistics, cut), gradient, strip(product, row),
-                                to, to_noise ? strip(result.noise, s, tile.first) : Strip{}, strip(weights, row),
-                                buffer.data(), stream);
+  planner.each_range(ranges, [&](int64_t range, int64_t from, int64_t to) {
+    Tensor codebook_sum, head_sum;
+    planner.each_tile(from, to, ranges.step, of_range(logits_rooms, range), [&](const Tile& tile, const Tensor& logits) {
+      const Tensor upstream = mixes ? mixture_gradient.narrow(0, tile.row, tile.rows) : Tensor();
+      Tensor product = of_tile(of_range(product_rooms, range), tile);
+      Tensor weights = of_tile(of_range(weights_rooms, range), tile);
+      Tensor logits_gradient = of_tile(of_range(gradient_rooms, range), tile);
+      if (product.defined())
+        multiply(product, upstream, codebook.narrow(0, tile.first, tile.count), /*transposed=*/true, /*add=*/false);
+      at::parallel_for(0, tile.rows, 1, [&](int64_t begin, int64_t end) {
+        Buffer<R> buffer(tile.count);
+        for (int64_t row = begin; row < end; ++row) {
+          const int64_t s = tile.row + row;
+          const RowGradient<R> gradient{stats[s],
+                                        stats[num_rows + s],
+                                        stats[2 * num_rows + s],
+                                        stats[3 * num_rows + s],
+                                        shares ? shares[s] : R(0),
+                                        offsets[s],
+                                        nlls ? nlls[s] : R(0),
+                                        labels ? labels[s] : -1,
+                                        separate};
+          const Strip to = hidden ? strip(logits_gradient, row)
+                                  : strip(to_source ? result.source : Tensor(), s, tile.first);
+          rows<R>().differentiate(planner.scores<R>(tile, logits, row, statistics, cut), gradient, strip(product, row),
+                                  to, to_noise ? strip(result.noise, s, tile.first) : Strip{}, strip(weights, row),
+                                  buffer.data(), stream);
+        }
+        if (stream) rows<R>().fence();
+      });
+      // A sum over rows: the strip of `whole` is left^T right, directly where one product gives it.
+      const auto add_product = [&](const Tensor& whole, Tensor& sum, const Tensor& left, const Tensor& right) {
+        Tensor wanted = whole.narrow(0, tile.first, tile.count);
+        if (!several) {
+          at::mm_out(wanted, left.t(), right);
+          return;
+        }
+        if (tile.row == 0) sum = at::zeros(wanted.sizes(), real);
+        at::addmm_out(sum, sum, left.to(planner.working).t(), right.to(planner.working));
+        if (tile.row + tile.rows == num_rows) wanted.copy_(sum);
+      };
+      if (weighs) add_product(result.codebook, codebook_sum, weights, upstream);
+      if (!logits_gradient.defined()) return;
+      const Tensor of_states = planner.source.narrow(0, tile.row, tile.rows);
+      if (to_head) add_product(result.head, head_sum, logits_gradient, of_states);
+      if (to_head_bias)
+        result.head_bias.narrow(0, tile.first, tile.count).add_(sum_of_rows(logits_gradient, planner.working));
+      if (states_gradients.defined()) {
+        Tensor sum = states_gradients.select(0, range).narrow(0, tile.row, tile.rows);
+        multiply(sum, logits_gradient, planner.head.narrow(0, tile.first, tile.count), /*transposed=*/false,
+                 /*add=*/true);
       }
-      if (stream) rows<R>().fence();
     });
-    // A sum over rows: the strip of `whole` is left^T right, directly where one product gives it.
-    const auto add_product = [&](const Tensor& whole, Tensor& sum, const Tensor& left, const Tensor& right) {
-      Tensor wanted = whole.narrow(0, tile.first, tile.count);
-      if (!several) {
-        at::mm_out(wanted, left.t(), right);
-        return;
-      }
-      if (tile.row == 0) sum = at::zeros(wanted.sizes(), real);
-      at::addmm_out(sum, sum, left.to(planner.working).t(), right.to(planner.working));
-      if (tile.row + tile.rows == num_rows) wanted.copy_(sum);
-    };
-    if (weighs) add_product(result.codebook, codebook_sum, weights, upstream);
-    if (!logits_gradient.defined()) return;
-    const Tensor of_states = planner.source.narrow(0, tile.row, tile.rows);
-    if (to_head) add_product(result.head, head_sum, logits_gradient, of_states);
-    if (to_head_bias)
-      result.head_bias.narrow(0, tile.first, tile.count).add_(sum_of_rows(logits_gradient, planner.working));
-    if (states_gradient.defined()) {
-      Tensor sum = states_gradient.narrow(0, tile.row, tile.rows);
-      multiply(sum, logits_gradient, planner.head.narrow(0, tile.first, tile.count), /*transposed=*/false,
-               /*add=*/true);
-    }
   });
-  if (states_gradient.defined()) result.source = states_gradient.to(planner.source.scalar_type());
+  if (states_gradients.defined()) result.source = states_gradients.sum(0).to(planner.source.scalar_type());
   return result;
 }
 

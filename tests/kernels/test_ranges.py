@@ -1,0 +1,92 @@
+"""The C++ operators with a range of the actions for every thread, as there are where actions are many."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from planlm.kernels import cpp, plan_projection, plan_projection_from_hidden, use_backend
+
+from .cases import (
+    MIXINGS,
+    assert_close,
+    gradients,
+    hidden_inputs,
+    in_float64,
+    leaves,
+    projection_inputs,
+    projection_options,
+)
+
+pytestmark = pytest.mark.skipif(cpp.why_not() is not None, reason=str(cpp.why_not()))
+
+# Three threads get 259, 259 and 258 of the actions: the ranges end inside vectors and are not even.
+SIZES = {"num_sentences": 6, "num_actions": 776}
+
+
+@pytest.fixture(params=[1, 2, 3], ids=lambda number: f"{number} threads")
+def threads(request: pytest.FixtureRequest) -> Iterator[int]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("mixing", MIXINGS)
+@pytest.mark.parametrize("selection", ["soft", "gumbel", "top-k", "straight-through"])
+@pytest.mark.parametrize("function", [plan_projection, plan_projection_from_hidden], ids=lambda f: f.__name__)
+def test_ranges_add_up(threads: int, function, selection: str, mixing: str) -> None:
+    make = projection_inputs if function is plan_projection else hidden_inputs
+    inputs, options = make(**SIZES, dtype=torch.float32), projection_options(selection, mixing, **SIZES)
+    options = {n: v.detach().float().requires_grad_(v.requires_grad) if n in ("noise", "oracle_weight") and isinstance(v, torch.Tensor) else v for n, v in options.items()}  # fmt: skip
+    with use_backend("cpp"):
+        got = function(**inputs, **options)
+        found = gradients(got, leaves(inputs, options))
+        again = function(**inputs, **options)
+        repeated = gradients(again, leaves(inputs, options))
+    exact_inputs, exact_options = in_float64(inputs), in_float64(options)
+    with use_backend("reference"):
+        want = function(**exact_inputs, **exact_options)
+        truths = gradients(want, leaves(exact_inputs, exact_options))
+    for name, value, same, truth in zip(got._fields, got, again, want, strict=True):
+        assert_close(name, value, truth, 1e-5)
+        assert torch.equal(value, same), f"{name} does not repeat"
+    for name, truth in truths.items():
+        assert_close(f"gradient of {name}", found[name], truth, 1e-5)
+        assert torch.equal(found[name], repeated[name]), f"gradient of {name} does not repeat"
+
+
+@pytest.mark.parametrize("filled", [slice(0, 259), slice(259, 518), slice(518, 776)], ids=["first", "middle", "last"])
+def test_ranges_without_a_finite_score_count_for_nothing(threads: int, filled: slice) -> None:
+    inputs = projection_inputs(**SIZES, dtype=torch.float32)
+    logits = torch.full_like(inputs["logits"], -torch.inf)
+    logits[:, filled] = inputs["logits"].detach()[:, filled]
+    logits[5] = -torch.inf  # nowhere a score
+    logits[4, 100] = torch.nan
+    oracle = torch.tensor([filled.start, filled.stop - 1, -1, filled.start + 7, 0, 0])
+    inputs["logits"] = logits.requires_grad_()
+    with use_backend("cpp"):
+        got = plan_projection(**inputs, oracle=oracle, temperature=0.5)
+        grad = gradients([value[:4] for value in got], leaves(inputs, {}))["logits"]
+    with use_backend("reference"):
+        exact = in_float64(inputs)
+        want = plan_projection(**exact, oracle=oracle, temperature=0.5)
+        truth = gradients([value[:4] for value in want], leaves(exact, {}))["logits"]
+    for name, value, wanted in zip(got._fields, got, want, strict=True):
+        assert_close(name, value[:4], wanted[:4], 1e-5)
+        assert value[4:].isnan().all(), name
+    assert_close("gradient of logits", grad[:4], truth[:4], 1e-5)
+
+
+def test_the_first_of_equals_is_the_largest_in_whatever_range(threads: int) -> None:
+    inputs = projection_inputs(**SIZES, dtype=torch.float32)
+    logits = torch.zeros_like(inputs["logits"])
+    for row, actions in enumerate([(300, 700), (10, 300), (0, 775), (258, 259), (517, 518), (775,)]):
+        logits[row, list(actions)] = 3.0
+    inputs["logits"] = logits
+    with use_backend("cpp"):
+        chosen = plan_projection(**inputs, selection="hard").projected
+    first = torch.tensor([300, 10, 0, 258, 517, 775])
+    assert_close("projected", chosen, inputs["codebook"][first] @ inputs["weight"].t() + inputs["bias"], 1e-5)
