@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, GPT2Config, PreTrainedModel
+from transformers.models.gpt2.modeling_gpt2 import GPT2MLP
 
 from planlm.kernels import has_packed_attention, use_backend
-from planlm.model.fused import ATTENTION, FusedGELU, document_starts, fuse
+from planlm.model.fused import ATTENTION, FusedGELU, FusedMLP, document_starts, fuse
 
 CPU = torch.device("cpu")
 FAMILIES = ("gpt2", "llama")
@@ -68,6 +70,37 @@ def test_transformers_masks_serve_where_the_kernel_does_not(pair: tuple[PreTrain
     else:
         lm.config.attention_dropout = 0.1
     assert document_starts(lm, positions, torch.bfloat16) is None
+
+
+@pytest.mark.parametrize("trained", ["everything", "the input", "the weights"])
+def test_feed_forward_half_keeps_what_enters_the_activation(trained: str) -> None:
+    mlp = GPT2MLP(20, GPT2Config(n_embd=6, resid_pdrop=0.0)).requires_grad_(trained != "the input")
+    x = torch.randn(2, 3, 6, requires_grad=trained != "the weights")
+    inputs = [tensor for tensor in (x, *mlp.parameters()) if tensor.requires_grad]
+    upstream = torch.randn(2, 3, 6)
+    for dtype, within in ((torch.float32, 1e-5), (torch.bfloat16, 2e-2)):
+        found = []
+        for module in (mlp, fused_mlp(mlp)):
+            kept: list[torch.Size] = []
+            hooks = torch.autograd.graph.saved_tensors_hooks(
+                lambda t, kept=kept: kept.append(t.shape) or t, lambda t: t
+            )
+            with torch.autocast("cpu", dtype, enabled=dtype != torch.float32), hooks:
+                out = module(x)
+            if module is not mlp:
+                assert sum(20 in shape and 6 not in shape for shape in kept) == 1
+            found.append([out, *torch.autograd.grad(out, inputs, upstream.to(out.dtype))])
+        for mine, theirs in zip(*found, strict=True):
+            assert mine.dtype == theirs.dtype
+            assert (mine - theirs).norm() <= within * theirs.norm()
+
+
+def fused_mlp(mlp: GPT2MLP) -> GPT2MLP:
+    """The fused form on the same weights."""
+    fused = copy.copy(mlp)
+    fused._modules = dict(mlp._modules, act=FusedGELU())
+    fused.__class__ = FusedMLP
+    return fused
 
 
 def test_fused_activation_keeps_one_matrix() -> None:
