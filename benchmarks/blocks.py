@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from planlm.kernels import add_plan, plan_projection
+from planlm.kernels import StackedPlan, plan_projection
 
 
 @dataclass(frozen=True)
@@ -174,8 +174,8 @@ def strong_eager(block: Block) -> list[Tensor]:
 def planlm(block: Block) -> list[Tensor]:
     """`planlm.kernels` with the backend that it chooses."""
     projected = plan_projection(block.logits, block.codebook, block.weight, block.bias).projected  # [S, D]
-    plans = projected.split(block.shape.width, dim=1)
-    return [add_plan(state, plan, block.segment_ids) for state, plan in zip(block.states, plans, strict=True)]
+    plan = StackedPlan(projected, [block.shape.width] * block.shape.num_layers)
+    return [plan.add(layer, state, block.segment_ids) for layer, state in enumerate(block.states)]
 
 
 PROVIDERS = ("token-level", "strong eager", "compiled", "planlm")

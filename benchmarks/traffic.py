@@ -30,11 +30,23 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 from benchmarks.arguments import check_names, names_in
-from benchmarks.blocks import DTYPES, SHAPES, Block, Provider, Shape, forward_backward, setup, strong_eager, token_level
+from benchmarks.blocks import (
+    DTYPES,
+    SHAPES,
+    Block,
+    Provider,
+    Shape,
+    forward_backward,
+    planlm,
+    setup,
+    strong_eager,
+    token_level,
+)
 from benchmarks.cases import Row
 from benchmarks.floor import Rates, compulsory
 from planlm.errors import InputError
 from planlm.files import write_text
+from planlm.kernels import use_backend
 
 if TYPE_CHECKING:
     from planlm.kernels.triton_tiles import Launch
@@ -124,21 +136,9 @@ def count(provider: Provider, block: Block) -> list[Kernel]:
 
 
 def planlm_on_triton(block: Block) -> list[Tensor]:
-    """What `planlm.kernels` runs on CUDA: its public functions choose the reference for tensors without data."""
-    from planlm.kernels import fused, operators
-    from planlm.kernels.backend import Backend
-
-    operators.define("planlm")
-    backend = Backend("triton", "planlm")
-    projected = fused.plan_projection(
-        backend, block.logits, None, None, block.codebook, block.weight, block.bias, temperature=1.0, selection="soft",
-        oracle=None, oracle_weight=0.0, noise=None, top_k=None,
-    ).projected  # fmt: skip
-    plans = projected.split(block.shape.width, dim=1)
-    return [
-        fused.add_plan(backend, state, plan, block.segment_ids, None)
-        for state, plan in zip(block.states, plans, strict=True)
-    ]
+    """What `planlm.kernels` runs on CUDA."""
+    with use_backend("triton"):
+        return list(planlm(block))
 
 
 _ASSUMPTIONS = (

@@ -1,9 +1,9 @@
 """The fused plan operations: public functions, their eager reference and the choice of backend.
 
 `plan_projection` turns planner logits into plans in the LM's space, `plan_projection_from_hidden` does so from the
-planner's states, and `add_plan` adds each token's plan to its LM state. `packed_attention`, `gelu` and `cross_entropy_`
-are what the LM around them spends its time on besides matrix products. Imports torch only; a backend's own
-dependencies are imported when it is first used.
+planner's states, and `add_plan` adds each token's plan to its LM state; `StackedPlan` does that layer by layer.
+`packed_attention`, `gelu` and `cross_entropy_` are what the LM around them spends its time on besides matrix products.
+Imports torch only; a backend's own dependencies are imported when it is first used.
 """
 
 # transformers looks for a package called `kernels` and, where the project's root is on the path, imports this folder
@@ -14,11 +14,13 @@ if __name__ == "planlm.kernels":
     from .backend import use_backend
     from .cross_entropy import cross_entropy_
     from .gelu import gelu
+    from .layers import StackedPlan
     from .projection import plan_projection, plan_projection_from_hidden
     from .reference import PlanProjection
 
     __all__ = [
         "PlanProjection",
+        "StackedPlan",
         "add_plan",
         "cross_entropy_",
         "gelu",

@@ -143,7 +143,9 @@ def _no_triton(device: str, index: int | None) -> str | None:
 @functools.cache
 def _find_triton(device: str, index: int | None) -> str | None:
     reason = _triton_lacks(device, index)
-    if reason is None:
+    if reason is None and device == "meta":
+        operators.define("planlm")
+    elif reason is None:
         _register_triton(device)
     elif device == "cuda":
         logger.warning("planlm.kernels: %s; the eager reference runs instead", reason)
@@ -156,6 +158,8 @@ def _triton_lacks(device: str, index: int | None) -> str | None:
     if device == "cpu":
         if not environment.interpreted():
             return "triton runs on a CPU only in its interpreter (TRITON_INTERPRET=1 from the start of the process)"
+    elif device == "meta":  # without data: shapes, and for observers what would be launched
+        return None
     elif device != "cuda":
         return f"triton has no {device} implementation"
     elif torch.cuda.get_device_capability(index) < (8, 0):

@@ -71,7 +71,7 @@ def _token_before(segment_ids, segment, num_tokens, PROBES: tl.constexpr):
 @triton.jit
 def add_plan_bwd_kernel(
     grad, plan, segment_ids, gate, grad_plan, gate_parts, num_tokens, num_segments, size, grad_stride, plan_stride,
-    SEGMENTS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    grad_plan_stride, SEGMENTS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """Gradient of SEGMENTS plans and their part of the gate's, `[S / SEGMENTS, D]`. Grid: groups of segments, D."""
     places = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
@@ -96,7 +96,8 @@ def add_plan_bwd_kernel(
         if grad_plan is not None:
             if gate is not None:
                 sums *= tl.load(gate + places, mask=places < size, other=0.0).to(tl.float32)
-            tl.store(grad_plan + wide * size + places, rounded(sums, grad_plan.dtype.element_ty), mask=places < size)
+            to = grad_plan + wide * grad_plan_stride + places
+            tl.store(to, rounded(sums, grad_plan.dtype.element_ty), mask=places < size)
     if gate_parts is not None:
         tl.store(gate_parts + tl.program_id(0).to(tl.int64) * size + places, part, mask=places < size)
 
@@ -150,7 +151,12 @@ def add_plan(x: Tensor, plan: Tensor, segment_ids: Tensor, gate: Tensor | None) 
 
 
 def add_plan_backward(
-    grad: Tensor, plan: Tensor, segment_ids: Tensor, gate: Tensor | None, needs: list[bool]
+    grad: Tensor,
+    plan: Tensor,
+    segment_ids: Tensor,
+    gate: Tensor | None,
+    needs: list[bool],
+    into: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Gradients of plan and gate; that of x is `grad` itself.
 
@@ -158,6 +164,7 @@ def add_plan_backward(
         grad (Tensor): gradient of the result, `[T, D]`.
         plan, segment_ids, gate: as in the forward.
         needs (list[bool]): whether to compute the gradient of plan, and that of gate.
+        into (Tensor | None): where plan's goes, `[S, D]` with adjacent columns; None: a new matrix.
 
     Returns:
         tuple[Tensor, Tensor]: `[S, D]` in plan's dtype and `[D]` in gate's; an empty tensor for one that is not needed.
@@ -166,11 +173,16 @@ def add_plan_backward(
     needs_plan, wants_gate = needs[0], needs[1] and gate is not None
     num_parts = triton.cdiv(num_segments, _SEGMENTS)
     like = partial(torch.empty, device=plan.device)
-    grad_plan = like(num_segments, size, dtype=plan.dtype) if needs_plan else plan.new_empty(0)
+    if into is not None:
+        grad_plan = into
+    else:
+        grad_plan = like(num_segments, size, dtype=plan.dtype) if needs_plan else plan.new_empty(0)
     grad_gate = like(size, dtype=gate.dtype) if wants_gate and gate is not None else plan.new_empty(0)
     if num_segments == 0 or size == 0 or not (needs_plan or wants_gate):
         return grad_plan, grad_gate.zero_()
-    grad, plan, segment_ids = with_unit_columns(grad), with_unit_columns(plan), segment_ids.contiguous()
+    grad, segment_ids = with_unit_columns(grad), segment_ids.contiguous()
+    if wants_gate:  # else the plan is only asked for its shape: it need not have values
+        plan = with_unit_columns(plan)
     factors = None if gate is None else gate.contiguous()
     gate_parts = like(num_parts, size, dtype=torch.float32) if wants_gate else None
 
@@ -183,7 +195,8 @@ def add_plan_backward(
             writes=(grad_plan, gate_parts),
             grad=grad, plan=plan, segment_ids=segment_ids, gate=factors, grad_plan=grad_plan if needs_plan else None,
             gate_parts=gate_parts, num_tokens=grad.shape[0], num_segments=num_segments, size=size,
-            grad_stride=grad.stride(0), plan_stride=plan.stride(0), SEGMENTS=_SEGMENTS,
+            grad_stride=grad.stride(0), plan_stride=plan.stride(0),
+            grad_plan_stride=grad_plan.stride(0) if needs_plan else size, SEGMENTS=_SEGMENTS,
         )  # fmt: skip
 
     run(choose_tiles("add_plan_bwd", (size,), grad, plan, trial=run))

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from planlm.kernels import add_plan
+from planlm.kernels import StackedPlan
 from planlm.model.families import input_width, output_projections
 
 
@@ -34,7 +34,7 @@ class PlanAdapter(nn.Module):
         self.gate = nn.Parameter(torch.zeros(total)) if gate else None
         if gate:
             nn.init.xavier_normal_(self.weight)
-        self._plans: tuple[Tensor, ...] = ()
+        self._plan: StackedPlan | None = None
         self._gates: tuple[Tensor | None, ...] = ()
         self._segment_ids: Tensor | None = None
         for layer, projection in enumerate(conditioned):
@@ -42,11 +42,11 @@ class PlanAdapter(nn.Module):
 
     def _hook(self, layer: int) -> Any:
         def add(_: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
-            if self._segment_ids is None:
+            if self._plan is None or self._segment_ids is None:
                 return None
             x = inputs[0]  # [B, W, d]
             tokens = x.reshape(-1, x.shape[-1])  # [T, d]
-            planned = add_plan(tokens, self._plans[layer], self._segment_ids, self._gates[layer])
+            planned = self._plan.add(layer, tokens, self._segment_ids, self._gates[layer])
             return (planned.view(x.shape), *inputs[1:])
 
         return add
@@ -59,9 +59,8 @@ class PlanAdapter(nn.Module):
             segment_ids: `[B, W]` row of `projected` for each position, -1 for none.
         """
         if projected is None or segment_ids is None:
-            self._plans, self._gates, self._segment_ids = (), (), None
+            self._plan, self._gates, self._segment_ids = None, (), None
             return
-        # Split once: as many slices would each have a gradient of the full width.
-        self._plans = projected.split(self.widths, dim=1)
+        self._plan = StackedPlan(projected, self.widths)
         self._gates = (None,) * len(self.widths) if self.gate is None else self.gate.split(self.widths)
         self._segment_ids = segment_ids.reshape(-1)

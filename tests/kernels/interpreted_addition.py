@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
 
-from planlm.kernels import add_plan, reference, triton_addition, use_backend
+from planlm.kernels import StackedPlan, add_plan, reference, triton_addition, use_backend
 
 from .cases import assert_close, gradients, in_float64, random, upstream
 
@@ -132,3 +133,82 @@ def test_add_plan_of_a_column_slice_and_other_strides() -> None:
     assert torch.equal(
         expanded, triton_addition.add_plan_backward(torch.ones(30, 17), part, ids, None, [True, False])[0]
     )
+
+
+def stacked(widths: tuple[int, ...], dtype: torch.dtype = torch.float32) -> tuple[dict[str, Tensor], list[Tensor]]:
+    """`projected` and each layer's `x` and gate, as leaves; and the layers' random upstream gradients."""
+    generator = torch.Generator().manual_seed(2)
+    inputs = {"projected": random(5, sum(widths), generator=generator, dtype=dtype)}
+    for layer, width in enumerate(widths):
+        inputs[f"x{layer}"] = random(12, width, generator=generator, dtype=dtype)
+        inputs[f"gate{layer}"] = random(width, generator=generator, dtype=dtype)
+    return inputs, [torch.randn(12, width, generator=generator).to(dtype) for width in widths]
+
+
+def plan_layers(inputs: dict[str, Tensor], widths: tuple[int, ...], gated: bool, together: bool) -> list[Tensor]:
+    """Every layer planned: by `StackedPlan`, or by `add_plan` on columns."""
+    ids = sorted_ids(12, 5)
+    gates = [inputs[f"gate{layer}"] if gated else None for layer in range(len(widths))]
+    if together:
+        plan = StackedPlan(inputs["projected"], widths)
+        return [plan.add(layer, inputs[f"x{layer}"], ids, gate) for layer, gate in enumerate(gates)]
+    plans = inputs["projected"].split(list(widths), dim=1)
+    return [add_plan(inputs[f"x{n}"], plan, ids, gate) for n, (plan, gate) in enumerate(zip(plans, gates, strict=True))]
+
+
+@pytest.mark.parametrize("gated", [True, False], ids=["gate", "no gate"])
+@pytest.mark.parametrize("widths", [(4, 7, 5), (9,)], ids=str)
+def test_stacked_plan_is_add_plan_on_columns(widths: tuple[int, ...], gated: bool) -> None:
+    inputs, ups = stacked(widths)
+    wanted = [value for name, value in inputs.items() if gated or not name.startswith("gate")]
+    with use_backend("triton"):
+        found = [plan_layers(inputs, widths, gated, together) for together in (True, False)]
+    gradients_of = [torch.autograd.grad(outputs, wanted, ups) for outputs in found]
+    for mine, theirs in zip((*found[0], *gradients_of[0]), (*found[1], *gradients_of[1]), strict=True):
+        assert torch.equal(mine, theirs)
+
+
+def test_stacked_plan_s_gradient_is_not_gathered() -> None:
+    inputs, ups = stacked((4, 7, 5))
+    with use_backend("triton"):
+        outputs = plan_layers(inputs, (4, 7, 5), gated=False, together=True)
+    with profile(activities=[ProfilerActivity.CPU]) as profiler:
+        torch.autograd.grad(outputs, inputs["projected"], ups)
+    assert "aten::cat" not in {event.name for event in profiler.events()}
+
+
+def test_stacked_plan_used_in_other_ways() -> None:
+    """Twice a layer, some layers, one layer's plan alone, the graph again: always as with columns of their own."""
+    widths = (4, 7, 5)
+    inputs, ups = stacked(widths)
+    ids, projected = sorted_ids(12, 5), inputs["projected"]
+    with use_backend("triton"):
+        results = []
+        for together in (True, False):
+            plan = StackedPlan(projected, widths)
+            plans = plan._plans if together else projected.split(list(widths), dim=1)
+
+            def add(layer: int, plan=plan, plans=plans, together=together) -> Tensor:
+                x = inputs[f"x{layer}"]
+                return plan.add(layer, x, ids) if together else add_plan(x, plans[layer], ids)
+
+            first, again, third = add(0), add(0), add(2)
+            found = list(torch.autograd.grad([first], [plans[0]], [ups[0]], retain_graph=True))  # not to the split
+            outputs, arriving = [first, again, third], [ups[0], 2 * ups[0], ups[2]]
+            for _ in range(2):
+                found += torch.autograd.grad(outputs, [projected, inputs["x0"]], arriving, retain_graph=True)
+            found += torch.autograd.grad([third], [projected], [ups[2]])
+            results.append(found)
+    for mine, theirs in zip(*results, strict=True):
+        assert torch.equal(mine, theirs)
+
+
+def test_stacked_plan_has_first_derivatives_only() -> None:
+    inputs, ups = stacked((4, 5))
+    ups = [up.requires_grad_() for up in ups]
+    with use_backend("triton"):
+        outputs = plan_layers(inputs, (4, 5), gated=True, together=True)
+    for name in ("projected", "x0", "gate1"):
+        (grad,) = torch.autograd.grad(outputs, [inputs[name]], ups, create_graph=True, retain_graph=True)
+        with pytest.raises(RuntimeError, match="first derivatives only"):
+            grad.sum().backward()

@@ -39,8 +39,8 @@ def threads(request: pytest.FixtureRequest) -> Iterator[int]:
 @pytest.mark.parametrize("function", [plan_projection, plan_projection_from_hidden], ids=lambda f: f.__name__)
 def test_ranges_add_up(threads: int, function, selection: str, mixing: str) -> None:
     make = projection_inputs if function is plan_projection else hidden_inputs
-    inputs, options = make(**SIZES, dtype=torch.float32), projection_options(selection, mixing, **SIZES)
-    options = {n: v.detach().float().requires_grad_(v.requires_grad) if n in ("noise", "oracle_weight") and isinstance(v, torch.Tensor) else v for n, v in options.items()}  # fmt: skip
+    inputs = make(**SIZES, dtype=torch.float32)
+    options = projection_options(selection, mixing, **SIZES, dtype=torch.float32)
     with use_backend("cpp"):
         got = function(**inputs, **options)
         found = gradients(got, leaves(inputs, options))
