@@ -49,7 +49,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 grad_weight += grad.t() @ hidden[rows]
             if grad_bias is not None:
                 grad_bias += grad.sum(dim=0, dtype=torch.float32)
-        ctx.save_for_backward(grad_hidden, grad_weight, grad_bias)
+        ctx.gradients = grad_hidden, grad_weight, grad_bias
         ctx.dtypes = (weight.dtype, bias.dtype if bias is not None else None)
         ctx.mark_non_differentiable(token_nll)
         return token_nll.sum(), token_nll
@@ -57,12 +57,18 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad_sum: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        grad_hidden, grad_weight, grad_bias = ctx.saved_tensors
+        # Scaled in place and let go: at this moment a step holds the most memory, and one of them is the head's size.
+        if ctx.gradients is None:
+            raise RuntimeError("linear_cross_entropy: its backward pass ran before; compute the loss again")
+        gradients, ctx.gradients = ctx.gradients, None
+        grad_hidden, grad_weight, grad_bias = (
+            None if gradient is None else gradient.mul_(grad_sum.to(gradient.dtype)) for gradient in gradients
+        )
         weight_dtype, bias_dtype = ctx.dtypes
         return (
-            None if grad_hidden is None else grad_hidden * grad_sum.to(grad_hidden.dtype),
-            None if grad_weight is None else (grad_weight * grad_sum).to(weight_dtype),
-            None if grad_bias is None else (grad_bias * grad_sum).to(bias_dtype),
+            grad_hidden,
+            None if grad_weight is None else grad_weight.to(weight_dtype),
+            None if grad_bias is None else grad_bias.to(bias_dtype),
             None,
             None,
         )

@@ -89,3 +89,12 @@ def test_runs_in_bf16_under_autocast_and_keeps_gradient_dtypes() -> None:
     assert token_nll.dtype == torch.float32 and hidden.grad.dtype == weight.grad.dtype == torch.float32
     assert abs(rounded.item() / exact.item() - 1) < 0.01
     assert rounded.item() != exact.item()
+
+
+def test_a_second_backward_pass_is_refused() -> None:
+    """Its gradients were scaled in place: a second pass would scale them again."""
+    hidden, weight = torch.randn(5, 4, requires_grad=True), torch.randn(7, 4, requires_grad=True)
+    loss, _ = linear_cross_entropy(hidden, weight, torch.randint(7, (5,)))
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="compute the loss again"):
+        loss.backward()
