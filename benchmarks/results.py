@@ -89,9 +89,11 @@ def pooled(rows: Sequence[Row]) -> list[Row]:
 
 
 def _pool(members: Sequence[Row]) -> Row:
-    sound = [row for row in members if row["status"] == "ok"]
-    if not sound:
-        return members[0]
+    failed = [row for row in members if row["status"] != "ok"]
+    if failed:
+        return failed[0]
+    sound = members
+    # Each is a median of its own: `ratio` is what a process found, not the pooled median over the pooled floor.
     typical = ("flops_per_s", "bytes_per_s", "floor", "ratio", "roofline", "gb_per_s", "tflop_per_s")
     others = [name for name in sound[0]["over"] if all(name in row["over"] for row in sound)]
     return (

@@ -31,6 +31,9 @@ from planlm.training.parallel import Parallel
 NUM_ACTIONS, ACTION_DIM, SENTENCE = 1024, 384, 21
 """K, A, and tokens of a sentence: the mean of English Wikipedia's in GPT-2's tokens."""
 
+AUTHORS_CONTEXT, AUTHORS_BATCH = 128, 256
+"""Tokens that the authors' planner sees before a sentence, and sentences that they encode at a time."""
+
 MODELS = {
     "gpt2": GPT2Config(resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0),
     "smollm2": LlamaConfig(
@@ -134,42 +137,51 @@ def eager_joint(case: Case) -> Step:
 
 
 def authors_joint(case: Case) -> Step:
-    """The method as its authors compute it.
+    """The method as its authors compute it, with their sizes, in the case's dtype (they train in float32).
 
-    In every step each sentence of every row is encoded anew (a six-layer MiniLM), and the planner's scores are
-    gathered for every token, of which each layer takes softmax, mixture and projection again.
+    In every step a sentence encoder (MPNet-base; here BERT-base, of the same size) encodes anew the sentences in each
+    sentence's context, whole ones of the 128 tokens before it. A planner of one layer reads each context and pools it,
+    its scores are gathered for every token, and each layer takes softmax, mixture with a codebook of its own and
+    projection again.
     """
-    lm, planner, codebook, adapter = _joint_parts(case)
-    encoder = BertModel(
-        BertConfig(
-            vocab_size=30522,
-            hidden_size=ACTION_DIM,
-            num_hidden_layers=6,
-            num_attention_heads=12,
-            intermediate_size=1536,
-        )
-    ).eval()
+    lm = make_lm(case.model).train()
+    lm.requires_grad_(case.lm == "full")
+    encoder = BertModel(BertConfig()).eval()
+    size, per_context = encoder.config.hidden_size, AUTHORS_CONTEXT // SENTENCE
+    inward, head = nn.Linear(size, size), nn.Linear(size, NUM_ACTIONS)
+    layer = nn.TransformerEncoderLayer(size, nhead=2, dropout=0.0, batch_first=True)
     batch = make_batch(case)
     ids = batch.segment_ids.flatten()
     scores: list[Tensor] = []
+    parts: list[tuple[nn.Parameter, nn.Linear]] = []
 
-    def plan_of(layer: int) -> Tensor:
-        mixture = (scores[0] / 1.0).softmax(dim=-1).to(codebook.dtype) @ codebook  # [T, A]
-        return F.linear(mixture, weights[layer], biases[layer])
+    def plan_of(number: int) -> Tensor:
+        codebook, projection = parts[number]
+        planned: Tensor = projection((scores[0] / 1.0).softmax(dim=-1).to(codebook.dtype) @ codebook)  # [T, d]
+        return planned
 
-    widths = _condition(lm, plan_of)
-    weights, biases = (tensor.split(widths) for tensor in (adapter.weight, adapter.bias))
-    sentences = F.pad(batch.input_ids, (0, -case.window % SENTENCE)).view(-1, SENTENCE) % 30522
+    for width in _condition(lm, plan_of):
+        codebook = nn.Parameter(torch.randn(NUM_ACTIONS, size) * size**-0.5)
+        parts.append((codebook, nn.Linear(size, width)))
+    # Of all sentences, those that a row begins with included: what stands before them is stored.
+    contexts = torch.randint(
+        encoder.config.vocab_size,
+        (len(batch.actions) * per_context, SENTENCE + 2),  # with the encoder's first and last token
+        generator=torch.Generator().manual_seed(1),
+    )
+    positions = torch.randn(per_context, size)
 
     def loss() -> Tensor:
         with torch.no_grad():
-            states = encoder(sentences).last_hidden_state.mean(dim=1)  # [S, A]
-        embeddings = F.normalize(states.float(), dim=-1).view_as(batch.sentence_embeddings)
-        planned = planner(embeddings)[batch.segment_rows[:, 0], batch.segment_rows[:, 1]]
-        scores[:] = [planner.head(planned).index_select(0, ids)]  # [T, K]
+            states = [encoder(some).last_hidden_state.mean(dim=1) for some in contexts.split(AUTHORS_BATCH)]
+        embeddings = F.normalize(torch.cat(states).float(), dim=-1).view(-1, per_context, size)  # [S, n, A]
+        planned = layer(inward(embeddings + positions)).mean(dim=1)  # [S, A]
+        scores[:] = [head(planned).index_select(0, ids)]  # [T, K]
         return lm(batch.input_ids, labels=batch.input_ids, shift_labels=batch.labels, use_cache=False).loss
 
-    return _eager_step(case, loss, _trained(case, lm, planner, codebook, adapter))
+    own = nn.ModuleList([inward, head, layer, *(projection for _, projection in parts)])
+    parameters = [*own.parameters(), *(codebook for codebook, _ in parts)]
+    return _eager_step(case, loss, [*parameters, *lm.parameters()] if case.lm == "full" else parameters)
 
 
 def planlm_plain(case: Case) -> Step:

@@ -23,14 +23,14 @@ namespace planlm {
 namespace {
 
 constexpr size_t page = size_t(2) << 20;
-constexpr size_t least = size_t(1) << 20;  // smaller blocks are malloc's
+constexpr size_t least = page;  // smaller blocks are malloc's
 
 size_t rounded(size_t bytes) {
-  const size_t step = std::max(page, std::bit_floor(bytes) / 8);
+  const size_t step = std::bit_floor(bytes) / 8;
   return (bytes + step - 1) / step * step;
 }
 
-// An aligned block of huge pages, or null.
+// An aligned block of huge pages, but for what is left at its end, or null.
 void* map(size_t size) {
   void* const room = mmap(nullptr, size + page, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
   if (room == MAP_FAILED) return nullptr;

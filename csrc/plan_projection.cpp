@@ -74,17 +74,19 @@ struct Planner {
   bool separate() const { return temperature != 1.0 || noise.defined() || top_k > 0; }
 
   // A range for each thread, where each has a sum of `size` values a row of its own; one for all where such sums would
-  // outgrow the logits, or the threads have more to do together.
+  // outgrow the logits (or a quarter of them, if they do not exist), or the threads have more to do together.
   Ranges ranges(int64_t size) const {
-    const int64_t threads = at::get_num_threads();
-    return in_ranges(threads * std::max<int64_t>(size, 256) <= num_actions ? threads : 1);
+    const int64_t threads = at::get_num_threads(), sums = threads * (head.defined() ? 4 * size : size);
+    return in_ranges(std::max(sums, threads * 256) <= num_actions ? threads : 1);
   }
 
   Ranges in_ranges(int64_t count) const {
-    const int64_t size = (num_actions + count - 1) / count;
-    // The logits of all sentences may not exist at once, however small the problem.
+    // Ranges begin on a cache line, for what is written past the caches.
+    const int64_t size = count == 1 ? num_actions : (num_actions + 32 * count - 1) / (32 * count) * 32;
+    // The logits of all sentences may not exist at once, however small the problem or many the threads.
     const int64_t most = head.defined() ? (size + 3) / 4 : size;
-    return {count, size, std::min(std::max<int64_t>(128, tile_elements / row_step / 128 * 128), most)};
+    const int64_t elements = 2 * tile_elements / std::max<int64_t>(2, count);
+    return {count, size, std::min(std::max<int64_t>(128, elements / row_step / 128 * 128), most)};
   }
 
   // Calls `body(range, first action, action behind the last)` for every range, at once where there are several.

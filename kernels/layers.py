@@ -54,7 +54,9 @@ class StackedPlan:
     def add(self, layer: int, x: Tensor, segment_ids: Tensor, gate: Tensor | None = None) -> Tensor:
         """`add_plan(x, the layer's plan, segment_ids, gate)`: its arguments, result and errors."""
         plan = self._plans[layer]
-        if self._gradient is None or working_dtype(x, plan, gate) == torch.float64:
+        # Compiled code, the LM's alone perhaps, gets the operator: it could not trace where gradients are put.
+        plain = self._gradient is None or torch.compiler.is_compiling()
+        if plain or working_dtype(x, plan, gate) == torch.float64:
             return add_plan(x, plan, segment_ids, gate)
         check_add_plan(x, plan, segment_ids, gate)
         check_segment_ids(segment_ids, len(plan))

@@ -31,7 +31,7 @@ def fuse(lm: PreTrainedModel) -> None:
             if isinstance(child, NewGELUActivation):
                 setattr(module, name, FusedGELU())
         if type(module) is GPT2MLP:
-            module.__class__ = FusedMLP  # names, weights and hooks stay as they are
+            module.__class__ = FusedMLP  # names, weights and its own hooks stay as they are
 
 
 class FusedGELU(NewGELUActivation):
@@ -51,18 +51,24 @@ class FusedGELU(NewGELUActivation):
 class FusedMLP(GPT2MLP):
     """GPT-2's feed-forward half: it keeps what enters the activation and not what leaves it, a fifth of all it keeps.
 
-    Without a backward pass, under `torch.compile` and with other parts than its own (LoRA) it is transformers'.
+    Without a backward pass, under `torch.compile` and where its parts are others (LoRA) or have hooks, it is
+    transformers'.
     """
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """`[B, W, d]` to the same."""
         wide = self.c_fc(hidden_states)
         own = isinstance(self.act, FusedGELU) and type(self.c_proj) is Conv1D
+        own = own and not any(part._forward_hooks or part._forward_pre_hooks for part in (self.act, self.c_proj))
         if not own or not wide.requires_grad or torch.compiler.is_compiling():
             plain: Tensor = self.dropout(self.c_proj(self.act(wide)))
             return plain
         out: Tensor = self.dropout(_GELUProjection.apply(wide, self.c_proj.weight, self.c_proj.bias))
         return out
+
+
+def _sum(rows: Tensor) -> Tensor:
+    return rows.sum(dim=0, dtype=torch.promote_types(rows.dtype, torch.float32))
 
 
 class _GELUProjection(torch.autograd.Function):
@@ -72,7 +78,7 @@ class _GELUProjection(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         ctx.save_for_backward(x, weight)
         out = torch.addmm(bias.to(x.dtype), gelu(x).flatten(0, -2), weight.to(x.dtype))
-        return out.view(*x.shape[:-1], -1)
+        return out.view(*x.shape[:-1], weight.shape[1])
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -88,7 +94,7 @@ class _GELUProjection(torch.autograd.Function):
             of_weight = (activated.detach().flatten(0, -2).t() @ flat).to(weight.dtype)
         if needs_x:
             (of_x,) = torch.autograd.grad(activated, x, (flat @ weight.to(x.dtype).t()).view_as(x))
-        return of_x, of_weight, flat.sum(dim=0, dtype=torch.float32).to(weight.dtype) if needs_bias else None
+        return of_x, of_weight, _sum(flat).to(weight.dtype) if needs_bias else None
 
 
 def document_starts(lm: PreTrainedModel, position_ids: Tensor, dtype: torch.dtype) -> Tensor | None:

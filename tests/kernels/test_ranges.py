@@ -22,7 +22,7 @@ from .cases import (
 
 pytestmark = pytest.mark.skipif(cpp.why_not() is not None, reason=str(cpp.why_not()))
 
-# Three threads get 259, 259 and 258 of the actions: the ranges end inside vectors and are not even.
+# Three threads get 288, 288 and 200 of the actions, two 416 and 360.
 SIZES = {"num_sentences": 6, "num_actions": 776}
 
 
@@ -58,7 +58,7 @@ def test_ranges_add_up(threads: int, function, selection: str, mixing: str) -> N
         assert torch.equal(found[name], repeated[name]), f"gradient of {name} does not repeat"
 
 
-@pytest.mark.parametrize("filled", [slice(0, 259), slice(259, 518), slice(518, 776)], ids=["first", "middle", "last"])
+@pytest.mark.parametrize("filled", [slice(0, 288), slice(288, 576), slice(576, 776)], ids=["first", "middle", "last"])
 def test_ranges_without_a_finite_score_count_for_nothing(threads: int, filled: slice) -> None:
     inputs = projection_inputs(**SIZES, dtype=torch.float32)
     logits = torch.full_like(inputs["logits"], -torch.inf)
@@ -83,10 +83,27 @@ def test_ranges_without_a_finite_score_count_for_nothing(threads: int, filled: s
 def test_the_first_of_equals_is_the_largest_in_whatever_range(threads: int) -> None:
     inputs = projection_inputs(**SIZES, dtype=torch.float32)
     logits = torch.zeros_like(inputs["logits"])
-    for row, actions in enumerate([(300, 700), (10, 300), (0, 775), (258, 259), (517, 518), (775,)]):
+    for row, actions in enumerate([(300, 700), (10, 300), (0, 775), (287, 288), (575, 576), (775,)]):
         logits[row, list(actions)] = 3.0
     inputs["logits"] = logits
     with use_backend("cpp"):
         chosen = plan_projection(**inputs, selection="hard").projected
-    first = torch.tensor([300, 10, 0, 258, 517, 775])
+    first = torch.tensor([300, 10, 0, 287, 575, 775])
     assert_close("projected", chosen, inputs["codebook"][first] @ inputs["weight"].t() + inputs["bias"], 1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("function", [plan_projection, plan_projection_from_hidden], ids=lambda f: f.__name__)
+def test_ranges_sum_over_several_tiles_of_rows(threads: int, function, dtype: torch.dtype) -> None:
+    """More rows than a tile has at most, 8192."""
+    sizes = {"num_sentences": 8200, "num_actions": 776, "size": 2, "plan_size": 2}
+    if function is plan_projection_from_hidden:
+        sizes["state_size"] = 2
+    inputs = (projection_inputs if function is plan_projection else hidden_inputs)(**sizes, dtype=dtype)
+    exact = in_float64(inputs)
+    with use_backend("cpp"):
+        found = gradients(function(**inputs), leaves(inputs, {}))
+    with use_backend("reference"):
+        truths = gradients(function(**exact), leaves(exact, {}))
+    for name, truth in truths.items():
+        assert_close(f"gradient of {name}", found[name], truth, 1e-5 if dtype == torch.float32 else 3e-2)

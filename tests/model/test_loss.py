@@ -21,6 +21,7 @@ CHUNK = 64
 @pytest.mark.parametrize("with_bias", [False, True])
 def test_agrees_with_the_unchunked_loss(num_rows: int, with_bias: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(loss, "CHUNK", CHUNK * 11 * 4)
+    monkeypatch.setattr(loss, "WORDS", 4)
     hidden = torch.randn(num_rows, 8, requires_grad=True)
     weight = torch.randn(11, 8, requires_grad=True)
     bias = torch.randn(11, requires_grad=True) if with_bias else None
