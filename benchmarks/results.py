@@ -93,13 +93,17 @@ def _pool(members: Sequence[Row]) -> Row:
     if failed:
         return failed[0]
     sound = members
-    # Each is a median of its own: `ratio` is what a process found, not the pooled median over the pooled floor.
-    typical = ("flops_per_s", "bytes_per_s", "floor", "ratio", "roofline", "gb_per_s", "tflop_per_s")
+    typical = {name: statistics.median(row[name] for row in sound) for name in ("flops_per_s", "bytes_per_s", "floor")}
+    time = spread([row["median"] for row in sound])
     others = [name for name in sound[0]["over"] if all(name in row["over"] for row in sound)]
+    first, median = sound[0], time["median"]
+    roofline = max(first["flops"] / typical["flops_per_s"], first["bytes"] / typical["bytes_per_s"])
     return (
-        sound[0]
-        | {name: statistics.median(row[name] for row in sound) for name in typical}
-        | spread([row["median"] for row in sound])
+        first
+        | typical
+        | time
+        | {"ratio": median / typical["floor"], "roofline": roofline / median}
+        | {"gb_per_s": first["bytes"] / median / 1e9, "tflop_per_s": first["flops"] / median / 1e12}
         | {"over": {name: spread([row["over"][name]["median"] for row in sound]) for name in others}}
         | {"min": min(row["min"] for row in sound), "processes": len(sound)}
         | {"repetitions": sum(row["repetitions"] for row in sound)}

@@ -10,7 +10,7 @@ import pytest
 from benchmarks import cases, gpu, kernels
 from benchmarks.blocks import SHAPES, Shape
 from benchmarks.floor import Rates
-from benchmarks.results import Bar, comparison, judged, pooled, read_rows, table, write_rows
+from benchmarks.results import Bar, comparison, draw, judged, pooled, read_rows, table, write_rows
 
 COMMON = {
     "shape": "gpt2", "dtype": "float32", "malloc": "default", "status": "ok", "flops": 10**9, "bytes": 10**8,
@@ -65,6 +65,19 @@ def test_processes_are_pooled_by_their_medians() -> None:
     assert found["median"] == 0.024 and found["min"] == pytest.approx(0.018) and found["memory"] == 30
     assert 0.02 < found["p20"] < 0.024 < found["p80"] < 0.03
     assert found["over"]["strong eager"]["median"] == 1.0 and (found["repetitions"], found["processes"]) == (15, 3)
+
+
+def test_a_pooled_row_is_one_of_its_own_median_and_can_be_drawn(tmp_path: Path) -> None:
+    floors = {30: 0.01, 20: 0.03, 24: 0.02}  # the ratios' median is another than the medians' ratio
+    rows = [row("planlm", ms, floor=floor, ratio=ms / 1e3 / floor, over={}) for ms, floor in floors.items()]
+    (found,) = pooled(rows)
+    assert found["ratio"] == pytest.approx(0.024 / 0.02) and found["gb_per_s"] == pytest.approx(1e8 / 0.024 / 1e9)
+    draw([found], tmp_path / "chart.png")
+
+
+def test_a_process_without_a_result_is_one_without_for_all() -> None:
+    rows = [row("planlm", 30, over={}), row("planlm", 0, status="out of memory"), row("planlm", 20, over={})]
+    assert [pool["status"] for pool in pooled(rows)] == ["out of memory"]
 
 
 def test_the_table_has_a_line_for_every_row() -> None:
