@@ -6,6 +6,8 @@
 // a step. Here a released block waits in a list of blocks of its size and is taken from there. Sizes are rounded up to
 // eighths of a power of two, so there are few lists, and blocks that wait are unmapped, the longest waiting first,
 // before the process would hold more than it has had in use at once and a little.
+//
+// Not for a process that forks while its threads allocate: the child would find the lock taken. PlanLM forks nowhere.
 #include <c10/core/Allocator.h>
 #include <c10/core/CPUAllocator.h>
 #include <torch/library.h>
