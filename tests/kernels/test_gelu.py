@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from planlm.kernels import gelu
+from planlm.kernels import cpp, gelu
 
 pytestmark = pytest.mark.usefixtures("backend")
 
@@ -55,5 +55,5 @@ def test_gradients_that_are_views_or_expanded() -> None:
 def test_it_repeats_to_the_bit_and_compiles() -> None:
     x = torch.randn(33, 65, requires_grad=True)
     assert torch.equal(gelu(x), gelu(x))
-    if hasattr(torch.ops.planlm, "gelu"):
+    if cpp.why_not() is None:  # else the operator has shapes and no implementation
         torch.library.opcheck(torch.ops.planlm.gelu.default, (x,))
