@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import shlex
 import shutil
 from dataclasses import replace
 from itertools import islice
@@ -173,6 +175,9 @@ def test_activations_computed_again_are_the_same(
         torch.testing.assert_close(runs[1][1][name], value, rtol=1e-6, atol=1e-8)
 
 
+@pytest.mark.skipif(
+    shutil.which(shlex.split(os.environ.get("CXX", "c++"))[0]) is None, reason="torch.compile needs a C++ compiler"
+)
 def test_compiled_run_has_the_losses_of_the_plain_one(
     planted: dict[str, str], planner: dict[str, Any], tmp_path: Path
 ) -> None:
