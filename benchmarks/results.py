@@ -92,11 +92,10 @@ def _pool(members: Sequence[Row]) -> Row:
     failed = [row for row in members if row["status"] != "ok"]
     if failed:
         return failed[0]
-    sound = members
-    typical = {name: statistics.median(row[name] for row in sound) for name in ("flops_per_s", "bytes_per_s", "floor")}
-    time = spread([row["median"] for row in sound])
-    others = [name for name in sound[0]["over"] if all(name in row["over"] for row in sound)]
-    first, median = sound[0], time["median"]
+    typical = {name: statistics.median(row[name] for row in members) for name in ("flops_per_s", "bytes_per_s", "floor")}
+    time = spread([row["median"] for row in members])
+    others = [name for name in members[0]["over"] if all(name in row["over"] for row in members)]
+    first, median = members[0], time["median"]
     roofline = max(first["flops"] / typical["flops_per_s"], first["bytes"] / typical["bytes_per_s"])
     return (
         first
@@ -104,10 +103,10 @@ def _pool(members: Sequence[Row]) -> Row:
         | time
         | {"ratio": median / typical["floor"], "roofline": roofline / median}
         | {"gb_per_s": first["bytes"] / median / 1e9, "tflop_per_s": first["flops"] / median / 1e12}
-        | {"over": {name: spread([row["over"][name]["median"] for row in sound]) for name in others}}
-        | {"min": min(row["min"] for row in sound), "processes": len(sound)}
-        | {"repetitions": sum(row["repetitions"] for row in sound)}
-        | {name: max(row[name] or 0 for row in sound) or None for name in ("memory", "process_memory")}
+        | {"over": {name: spread([row["over"][name]["median"] for row in members]) for name in others}}
+        | {"min": min(row["min"] for row in members), "processes": len(members)}
+        | {"repetitions": sum(row["repetitions"] for row in members)}
+        | {name: max(row[name] or 0 for row in members) or None for name in ("memory", "process_memory")}
     )
 
 
