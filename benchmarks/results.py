@@ -92,7 +92,9 @@ def _pool(members: Sequence[Row]) -> Row:
     failed = [row for row in members if row["status"] != "ok"]
     if failed:
         return failed[0]
-    typical = {name: statistics.median(row[name] for row in members) for name in ("flops_per_s", "bytes_per_s", "floor")}
+    typical = {
+        name: statistics.median(row[name] for row in members) for name in ("flops_per_s", "bytes_per_s", "floor")
+    }
     time = spread([row["median"] for row in members])
     others = [name for name in members[0]["over"] if all(name in row["over"] for row in members)]
     first, median = members[0], time["median"]
