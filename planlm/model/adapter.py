@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from transformers import PreTrainedModel
 
 from planlm.kernels import StackedPlan
 from planlm.model.families import input_width, output_projections
+from planlm.model.recomputation import recomputable
 
 
 class PlanAdapter(nn.Module):
@@ -44,9 +46,11 @@ class PlanAdapter(nn.Module):
         def add(_: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
             if self._plan is None or self._segment_ids is None:
                 return None
+            add_to = partial(self._plan.add, layer, segment_ids=self._segment_ids, gate=self._gates[layer])
             x = inputs[0]  # [B, W, d]
             tokens = x.reshape(-1, x.shape[-1])  # [T, d]
-            planned = self._plan.add(layer, tokens, self._segment_ids, self._gates[layer])
+            planned = add_to(tokens)
+            recomputable(planned, add_to, tokens)
             return (planned.view(x.shape), *inputs[1:])
 
         return add

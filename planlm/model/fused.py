@@ -13,10 +13,11 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.activations import NewGELUActivation
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
-from transformers.models.gpt2.modeling_gpt2 import GPT2MLP
+from transformers.models.gpt2.modeling_gpt2 import GPT2MLP, GPT2Block
 from transformers.pytorch_utils import Conv1D
 
 from planlm.kernels import gelu, has_packed_attention, packed_attention
+from planlm.model.recomputation import recomputable
 
 ATTENTION = "planlm"
 """transformers' name of `attention`: its `sdpa`, and `packed_attention` where `document_starts` stand for the mask."""
@@ -32,6 +33,21 @@ def fuse(lm: PreTrainedModel) -> None:
                 setattr(module, name, FusedGELU())
         if type(module) is GPT2MLP:
             module.__class__ = FusedMLP  # names, weights and its own hooks stay as they are
+        if isinstance(module, GPT2Block):
+            for norm in (module.ln_1, module.ln_2):
+                norm.register_forward_hook(_norm_again)
+
+
+def _norm_again(norm: nn.Module, inputs: tuple[Tensor, ...], normed: Tensor) -> Tensor:
+    """After a norm whose result one matrix product takes: that product keeps it no more than the norm does.
+
+    The product would keep it in autocast's dtype, so it is brought to that here.
+    """
+    where = normed.device.type
+    dtype = torch.get_autocast_dtype(where) if torch.is_autocast_enabled(where) else normed.dtype
+    found = normed.to(dtype)
+    recomputable(found, lambda x: norm.forward(x).to(dtype), inputs[0])
+    return found
 
 
 class FusedGELU(NewGELUActivation):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import shlex
 import shutil
 from pathlib import Path
 from typing import Any
@@ -139,6 +141,8 @@ def _check(config: TrainConfig, ratios: tuple[float, float]) -> None:
         problems.append("--selection top-k needs --top-k")
     if config.selection != "top-k" and config.top_k is not None:
         problems.append("--top-k is for --selection top-k")
+    if config.compile and shutil.which(shlex.split(os.environ.get("CXX", "g++"))[0]) is None:  # where torch looks
+        problems.append("--compile needs a C++ compiler: install g++, or name one in the variable CXX")
     if max(ratios) > 0 and config.selection in ("none", "oracle"):
         problems.append(f"--oracle-mix has no meaning with --selection {config.selection}")
     if problems:

@@ -176,7 +176,7 @@ def test_activations_computed_again_are_the_same(
 
 
 @pytest.mark.skipif(
-    shutil.which(shlex.split(os.environ.get("CXX", "c++"))[0]) is None, reason="torch.compile needs a C++ compiler"
+    shutil.which(shlex.split(os.environ.get("CXX", "g++"))[0]) is None, reason="torch.compile needs a C++ compiler"
 )
 def test_compiled_run_has_the_losses_of_the_plain_one(
     planted: dict[str, str], planner: dict[str, Any], tmp_path: Path
@@ -259,6 +259,16 @@ def test_mistakes_are_named_in_one_line(
         train(settings(planted, tmp_path / "run", **changes))
     assert "\n" not in str(raised.value)
     assert not (tmp_path / "run").exists(), "nothing is written before the input is known to be sound"
+
+
+def test_compile_without_a_compiler_is_refused(
+    planted: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    with pytest.raises(
+        InputError, match=r"--compile needs a C\+\+ compiler: install g\+\+, or name one in the variable CXX"
+    ):
+        train(settings(planted, tmp_path / "run", compile=True))
 
 
 def test_corpus_of_another_tokenizer_is_refused(planted: dict[str, str], tmp_path: Path, lm_folder: Any) -> None:
