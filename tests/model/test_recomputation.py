@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import gc
 import weakref
-from contextlib import contextmanager, nullcontext
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 
 import pytest
 import torch
