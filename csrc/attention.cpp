@@ -55,6 +55,16 @@ void pack_transposed(const Head& head, int64_t begin, int64_t end, int64_t size,
     rows<float>().pack_transposed(head.row(at), head.step, to + (at - begin) * size, size, std::min(panel, end - at));
 }
 
+// All rows, transposed; `pairs` has room for a panel.
+void turn(const Head& head, int64_t width, int64_t size, Half* pairs, Half* to) {
+  for (int64_t at = 0; at < width; at += panel) {
+    const int64_t count = std::min(panel, width - at);
+    pack_transposed(head, at, at + count, size, pairs);
+    for (int64_t c = 0; c < size; ++c)
+      for (int64_t k = 0; k < count; ++k) to[c * width + at + k] = pairs[c / 2 * 2 * count + 2 * k + c % 2];
+  }
+}
+
 // scores[count, depth of panels] = left right^T, the right in transposed panels.
 void scores_of(const Half* left, int64_t left_step, int64_t count, const Half* right, int64_t width, int64_t size,
                float* out, int64_t out_step) {
@@ -155,11 +165,11 @@ std::tuple<Tensor, Tensor, Tensor> packed_attention_backward(const Tensor& grad,
   const int64_t shared = heads / groups;
   at::parallel_for(0, batch * groups, 1, [&, width = width, heads = heads, groups = groups, size = size](int64_t begin,
                                                                                                          int64_t end) {
-    Buffer<Half> turned(size * width);                             // K^T
+    Buffer<Half> turned(size * width), pairs(size * panel);        // K^T, and what it comes from
     Buffer<Half> query_panels(queries * size), query_pairs(queries * size);
     Buffer<Half> grad_panels(queries * size), grad_pairs(queries * size);
     Buffer<Half> weights(keys * queries), slopes(keys * queries), slope_pairs(keys * queries);
-    Buffer<float> scores(keys * queries), products(keys * queries), of_query(size * queries), line(size);
+    Buffer<float> scores(keys * queries), products(keys * queries), of_query(size * queries), lines(size * queries);
     Buffer<float> of_key(width * size), of_value(width * size);
     std::vector<int64_t> stop(width);                              // the first position that does not see a key
     for (int64_t task = begin; task < end; ++task) {
@@ -170,8 +180,7 @@ std::tuple<Tensor, Tensor, Tensor> packed_attention_backward(const Tensor& grad,
         while (t < width && from[t] <= k) ++t;
         stop[k] = t;
       }
-      for (int64_t k = 0; k < width; ++k)
-        for (int64_t c = 0; c < size; ++c) turned[c * width + k] = from_key.row(k)[c];
+      turn(from_key, width, size, pairs.data(), turned.data());
       std::fill_n(of_key.data(), width * size, 0.0f);
       std::fill_n(of_value.data(), width * size, 0.0f);
       for (int64_t h = g * shared; h < (g + 1) * shared; ++h) {
@@ -187,8 +196,8 @@ std::tuple<Tensor, Tensor, Tensor> packed_attention_backward(const Tensor& grad,
           float inner[queries] = {}, sums[queries] = {};  // gradient of each output times that output
           std::copy_n(log_sum + q, block, sums);
           for (int64_t r = 0; r < block; ++r)
-            for (int64_t c = 0; c < size; ++c)
-              inner[r] += float(from_grad.row(q + r)[c]) * float(from_out.row(q + r)[c]);
+            inner[r] = rows<float>().dot(Strip{from_grad.row(q + r), Kind::bf16}, Strip{from_out.row(q + r), Kind::bf16},
+                                         size);
           std::fill_n(of_query.data(), size * queries, 0.0f);
           for (int64_t k = first_tile(from[q]); k < last; k += keys) {
             const int64_t count = std::min(keys, last - k);
@@ -213,10 +222,10 @@ std::tuple<Tensor, Tensor, Tensor> packed_attention_backward(const Tensor& grad,
                       true);
             }
           }
-          for (int64_t r = 0; r < block; ++r) {
-            for (int64_t c = 0; c < size; ++c) line[c] = of_query[c * queries + r];
-            rows<float>().store(line.data(), nullptr, Strip{into_query.row(q + r), Kind::bf16}, size);
-          }
+          // float32 as pairs of bf16: packing them is to transpose
+          rows<float>().pack_transposed(of_query.data(), 2 * queries, lines.data(), 2 * block, size);
+          for (int64_t r = 0; r < block; ++r)
+            rows<float>().store(lines.data() + r * size, nullptr, Strip{into_query.row(q + r), Kind::bf16}, size);
         }
       }
       const Head into_key = head_of(to_key, b, g), into_value = head_of(to_value, b, g);

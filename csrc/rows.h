@@ -94,6 +94,8 @@ struct Rows {
   // `end`, zero elsewhere. All strips and vectors have room for a whole vector at their end.
   void (*slope)(const R* scores, const R* products, const R* log_sums, const R* inner, int64_t count, int64_t begin,
                 int64_t end, R factor, R scale, Strip weights, Strip slopes);
+  // Inner product of two strips of one kind.
+  R (*dot)(Strip a, Strip b, int64_t count);
 };
 
 // The loops for the best instruction set that this processor has and torch may use.

@@ -493,18 +493,30 @@ void store(const R* values, const R* gate, Strip strip, int64_t count) {
   constexpr int64_t width = Lanes<R>::width;
   with_kind(strip.kind, [&](auto kind) INLINE_LAMBDA {
     char* to = static_cast<char*>(strip.data);
-    for (int64_t i = 0; i < count; i += width) {
-      const int64_t used = count - i < width ? count - i : width;
-      V v = {};
-      __builtin_memcpy(&v, values + i, used * sizeof(R));
-      if (gate)
-        for (int64_t j = 0; j < used; ++j) v[j] *= gate[i + j];
-      if (used == width)
-        write<R, kind()>(to + i * bytes(kind()), v);
-      else
-        write_some<R, kind()>(to + i * bytes(kind()), v, used);
+    int64_t i = 0;
+    for (; i + width <= count; i += width) {
+      V v = take<V>(values + i);
+      if (gate) v *= take<V>(gate + i);
+      write<R, kind()>(to + i * bytes(kind()), v);
     }
+    if (i == count) return;
+    V v = {};
+    for (int64_t j = 0; i + j < count; ++j) v[j] = gate ? values[i + j] * gate[i + j] : values[i + j];
+    write_some<R, kind()>(to + i * bytes(kind()), v, count - i);
   });
+}
+
+template <class R>
+R dot(Strip a, Strip b, int64_t count) {
+  using V = typename Lanes<R>::Vector;
+  V total = {};
+  with_kind(a.kind, [&](auto kind) INLINE_LAMBDA {
+    each<R>(a, count, [&](int64_t i, V v, int64_t used) INLINE_LAMBDA {
+      const char* from = static_cast<const char*>(b.data) + i * bytes(kind());
+      total += v * (used == Lanes<R>::width ? read<R, kind()>(from) : read_some<R, kind()>(from, used));
+    });
+  });
+  return sum_of<R>(total);
 }
 
 inline void pack(const void* from, int64_t step, void* to, int64_t depth, int64_t width) {
@@ -709,6 +721,6 @@ template <class R>
 const Rows<R>& table() {
   static const Rows<R> loops{advance<R>, differentiate<R>, scores<R>, sum_rows<R>,     accumulate<R>,    add<R>,    fence,
                              store<R>,   pack,             pack_transposed, cross_entropy<R>,
-                             gelu<R>,    gelu_slope<R>, soften<R>, slope<R>};
+                             gelu<R>,    gelu_slope<R>, soften<R>, slope<R>, dot<R>};
   return loops;
 }
