@@ -4,8 +4,9 @@
 // which costs zeroing of all pages. Told to keep everything, it cuts up its holes where sizes change a little from step
 // to step, as those of the planner do with the sentences of a batch, and the process grows by hundreds of megabytes
 // a step. Here a released block waits in a list of blocks of its size and is taken from there. Sizes are rounded up to
-// eighths of a power of two, so there are few lists, and blocks that wait are unmapped, the longest waiting first,
-// before the process would hold more than it has had in use at once and a little.
+// eighths of a power of two, so there are few lists. Before the process would hold more than it has had in use at once
+// and a little, the pages of the blocks that have waited longest move into the new block, which saves zeroing others: a
+// step needs the memory of its gradients for its activations, in blocks of other sizes.
 //
 // Not for a process that forks while its threads allocate: the child would find the lock taken. PlanLM forks nowhere.
 #include <c10/core/Allocator.h>
@@ -17,6 +18,7 @@
 #include <deque>
 #include <mutex>
 #include <unordered_map>
+#include <vector>
 
 #if defined(__linux__)
 #include <sys/mman.h>
@@ -33,7 +35,7 @@ size_t rounded(size_t bytes) {
 }
 
 // An aligned block of huge pages, but for what is left at its end, or null.
-void* map(size_t size) {
+char* map(size_t size) {
   void* const room = mmap(nullptr, size + page, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
   if (room == MAP_FAILED) return nullptr;
   char* const begin = static_cast<char*>(room);
@@ -88,21 +90,50 @@ class Blocks final : public c10::Allocator {
       idle_bytes_ -= size;
       return block;
     }
+    char* block = map(size);
+    for (; !block && idle_bytes_ > 0; block = map(size)) munmap(loose_page(), page);
+    if (!block) return nullptr;
     const size_t most = std::max(most_used_, used_ + size);
-    while (idle_bytes_ > 0 && used_ + idle_bytes_ + size > most + most / slack) unmap_oldest();
-    void* block = map(size);
-    for (; !block && idle_bytes_ > 0; block = map(size)) unmap_oldest();
+    char *to = block, *const end = block + size / page * page;
+    while (idle_bytes_ > 0 && used_ + idle_bytes_ + size > most + most / slack) {
+      // What has to go serves in the new block, as far as it has room.
+      char* const from = loose_page();
+      if (to == end || most > movable)
+        munmap(from, page);
+      else if (move(from, to))
+        to += page;
+      else
+        return nullptr;
+    }
     return block;
   }
 
-  void unmap_oldest() {
-    auto oldest = idle_.end();
-    for (auto at = idle_.begin(); at != idle_.end(); ++at)
-      if (!at->second.empty() && (oldest == idle_.end() || at->second.front().since < oldest->second.front().since))
-        oldest = at;
-    munmap(oldest->second.front().block, oldest->first);
-    oldest->second.pop_front();
-    idle_bytes_ -= oldest->first;
+  // Pages go from one place to another with what is in them: nothing is zeroed. Each may stay a mapping of its own.
+  static bool move(char* from, char* to) {
+    if (mremap(from, page, page, MREMAP_MAYMOVE | MREMAP_FIXED, to) != MAP_FAILED) return true;
+    munmap(from, page);  // what was mapped at `to` may be gone
+    constexpr int flags = MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED;
+    return mmap(to, page, PROT_READ | PROT_WRITE, flags, -1, 0) != MAP_FAILED;
+  }
+
+  // A page of the block that has waited longest; what is not a whole page at its end is unmapped.
+  char* loose_page() {
+    if (loose_.empty()) {
+      auto oldest = idle_.end();
+      for (auto at = idle_.begin(); at != idle_.end(); ++at)
+        if (!at->second.empty() && (oldest == idle_.end() || at->second.front().since < oldest->second.front().since))
+          oldest = at;
+      const size_t size = oldest->first, whole = size / page * page;
+      char* const block = static_cast<char*>(oldest->second.front().block);
+      oldest->second.pop_front();
+      for (size_t at = 0; at < whole; at += page) loose_.push_back(block + at);
+      if (whole < size) munmap(block + whole, size - whole);
+      idle_bytes_ -= size - whole;
+    }
+    char* const found = loose_.back();  // a block is a page at least
+    loose_.pop_back();
+    idle_bytes_ -= page;
+    return found;
   }
 
   static void give_back(void* block) {
@@ -122,12 +153,14 @@ class Blocks final : public c10::Allocator {
     return true;
   }
 
-  static constexpr size_t slack = 16;  // a sixteenth
+  static constexpr size_t slack = 16;                   // a sixteenth
+  static constexpr size_t movable = size_t(32) << 30;  // 16,384 pages: Linux allows 65,530 mappings
 
   c10::Allocator* const small_;
   std::mutex mutex_;
   std::unordered_map<void*, size_t> in_use_;
   std::unordered_map<size_t, std::deque<Idle>> idle_;
+  std::vector<char*> loose_;
   size_t used_ = 0, most_used_ = 0, idle_bytes_ = 0;
   uint64_t clock_ = 0;
 };

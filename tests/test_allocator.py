@@ -77,6 +77,26 @@ assert peak < 700 * MB, f"{peak / MB:.0f} MB for 500 at a time"
     )
 
 
+def test_pages_move_to_blocks_of_another_size() -> None:
+    """Fresh memory would be 50 page faults a block at the least, and zeroed each time; what lives stays untouched."""
+    run(
+        """
+import resource
+stays = torch.arange(9 * MB)
+def alternate():
+    two = block(60), block(60)
+    del two
+    block(100)
+for _ in range(2): alternate()
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(10): alternate()
+faults = resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+assert faults < 100, faults
+assert torch.equal(stays, torch.arange(9 * MB)) and not block(100).any()
+"""
+    )
+
+
 def test_results_are_those_of_torch_s_allocator() -> None:
     """Convolutions and products take oneDNN's working memory from the allocator too; storages grow and shrink."""
     run(
