@@ -30,6 +30,9 @@ class StackedPlan:
         projected (Tensor): `plan_projection`'s, `[S, D]`.
         widths (Sequence[int]): each layer's d; their sum is D.
 
+    Attributes:
+        plans: each layer's columns.
+
     Raises:
         ValueError: widths that do not add up to D.
     """
@@ -44,16 +47,16 @@ class StackedPlan:
         self._triton = backend if backend is not None and backend.name == "triton" else None
         self._gradient: _Gradient | None = None
         if len(widths) == 1:
-            self._plans: tuple[Tensor, ...] = (projected,)
+            self.plans: tuple[Tensor, ...] = (projected,)
         elif self._triton and projected.requires_grad and not torch.compiler.is_compiling():
             self._gradient = _Gradient(widths)
-            self._plans = _Split.apply(projected, self._gradient)  # type: ignore[no-untyped-call]
+            self.plans = _Split.apply(projected, self._gradient)  # type: ignore[no-untyped-call]
         else:  # once: as many slices would each have a gradient of the full width
-            self._plans = projected.split(list(widths), dim=1)
+            self.plans = projected.split(list(widths), dim=1)
 
     def add(self, layer: int, x: Tensor, segment_ids: Tensor, gate: Tensor | None = None) -> Tensor:
         """`add_plan(x, the layer's plan, segment_ids, gate)`: its arguments, result and errors."""
-        plan = self._plans[layer]
+        plan = self.plans[layer]
         # Compiled code, the LM's alone perhaps, gets the operator: it could not trace where gradients are put.
         plain = self._gradient is None or torch.compiler.is_compiling()
         if plain or working_dtype(x, plan, gate) == torch.float64:

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from planlm.kernels import StackedPlan
 from planlm.model.families import input_width, output_projections
-from planlm.model.recomputation import recomputable
+from planlm.model.recomputation import InputRecomputation
 
 
 class PlanAdapter(nn.Module):
@@ -40,9 +40,9 @@ class PlanAdapter(nn.Module):
         self._gates: tuple[Tensor | None, ...] = ()
         self._segment_ids: Tensor | None = None
         for layer, projection in enumerate(conditioned):
-            projection.register_forward_pre_hook(self._hook(layer))
+            projection.register_forward_pre_hook(self._hook(layer, InputRecomputation(projection)))
 
-    def _hook(self, layer: int) -> Any:
+    def _hook(self, layer: int, recomputation: InputRecomputation) -> Any:
         def add(_: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
             if self._plan is None or self._segment_ids is None:
                 return None
@@ -50,7 +50,7 @@ class PlanAdapter(nn.Module):
             x = inputs[0]  # [B, W, d]
             tokens = x.reshape(-1, x.shape[-1])  # [T, d]
             planned = add_to(tokens)
-            recomputable(planned, add_to, tokens)
+            recomputation.enter(planned, add_to, tokens, self._plan.plans[layer], self._gates[layer])
             return (planned.view(x.shape), *inputs[1:])
 
         return add

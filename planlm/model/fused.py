@@ -17,7 +17,7 @@ from transformers.models.gpt2.modeling_gpt2 import GPT2MLP, GPT2Block
 from transformers.pytorch_utils import Conv1D
 
 from planlm.kernels import gelu, has_packed_attention, packed_attention
-from planlm.model.recomputation import recomputable
+from planlm.model.recomputation import InputRecomputation
 
 ATTENTION = "planlm"
 """transformers' name of `attention`: its `sdpa`, and `packed_attention` where `document_starts` stand for the mask."""
@@ -34,20 +34,31 @@ def fuse(lm: PreTrainedModel) -> None:
         if type(module) is GPT2MLP:
             module.__class__ = FusedMLP  # names, weights and its own hooks stay as they are
         if isinstance(module, GPT2Block):
-            for norm in (module.ln_1, module.ln_2):
-                norm.register_forward_hook(_norm_again)
+            _recompute_normed(module.ln_1, module.attn.c_attn)
+            _recompute_normed(module.ln_2, module.mlp.c_fc)
 
 
-def _norm_again(norm: nn.Module, inputs: tuple[Tensor, ...], normed: Tensor) -> Tensor:
-    """After a norm whose result one matrix product takes: that product keeps it no more than the norm does.
+def _recompute_normed(norm: nn.Module, product: nn.Module) -> None:
+    """Let the one matrix product that takes a norm's result keep it no more than the norm does.
 
-    The product would keep it in autocast's dtype, so it is brought to that here.
+    The product would keep it in autocast's dtype, so the norm brings it to that.
     """
-    where = normed.device.type
-    dtype = torch.get_autocast_dtype(where) if torch.is_autocast_enabled(where) else normed.dtype
-    found = normed.to(dtype)
-    recomputable(found, lambda x: norm.forward(x).to(dtype), inputs[0])
-    return found
+    recomputation, inputs_of_norm = InputRecomputation(product), []
+
+    def after(_: nn.Module, inputs: tuple[Tensor, ...], normed: Tensor) -> Tensor:
+        inputs_of_norm[:] = inputs
+        where = normed.device.type
+        return normed.to(torch.get_autocast_dtype(where)) if torch.is_autocast_enabled(where) else normed
+
+    def before(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        if inputs_of_norm:
+            dtype = inputs[0].dtype
+            recomputation.enter(
+                inputs[0], lambda x: norm.forward(x).to(dtype), inputs_of_norm.pop(), *norm.parameters()
+            )
+
+    norm.register_forward_hook(after)
+    product.register_forward_pre_hook(before)
 
 
 class FusedGELU(NewGELUActivation):

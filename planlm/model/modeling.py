@@ -6,7 +6,6 @@ dimension, D stacked input widths of the conditioned layers, V vocabulary.
 
 from __future__ import annotations
 
-from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,7 +24,6 @@ from planlm.model.fused import document_starts, fuse
 from planlm.model.lora import add_lora
 from planlm.model.loss import LOSSES
 from planlm.model.planner import Planner, codebook_fingerprint, default_heads
-from planlm.model.recomputation import recomputing
 from planlm.model.tracking import SentenceTracker
 from planlm.text.alignment import load_tokenizer
 from planlm.text.assets import loading, resolve
@@ -314,25 +312,19 @@ class PlanLMForCausalLM(PreTrainedModel, GenerationMixin):
         self.adapter.condition(projected, segment_ids)
         if position_ids is not None and attention_mask is None and past_key_values is None and not use_cache:
             attention_mask = document_starts(self.lm, position_ids, self._dtype_of_products())
-        with recomputing() if self._recomputes() else nullcontext():
-            outputs = self.lm.base_model(
-                input_ids=input_ids,
-                attention_mask=attention_mask,
-                position_ids=position_ids,
-                past_key_values=past_key_values,
-                use_cache=use_cache,
-                **kwargs,
-            )
+        outputs = self.lm.base_model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            use_cache=use_cache,
+            **kwargs,
+        )
         if not self.lm.is_activation_checkpointing:  # which runs the hooks once more, in the backward pass
             self.adapter.condition(None, None)
         result.past_key_values = outputs.past_key_values
         self._score(result, outputs.last_hidden_state, labels, shift_labels, logits_to_keep)
         return result
-
-    def _recomputes(self) -> bool:
-        """Whether the backward pass may be spared tensors one by one: where nothing else sees to them."""
-        is_compiled = torch.compiler.is_compiling() or self.lm.base_model._compiled_call_impl is not None
-        return torch.is_grad_enabled() and not is_compiled and not self.lm.is_activation_checkpointing
 
     def _dtype_of_products(self) -> torch.dtype:
         where = self.device.type

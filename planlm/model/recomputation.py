@@ -1,95 +1,111 @@
-"""Tensors that the backward pass computes again instead of having them kept.
+"""Inputs of matrix products that the backward pass computes again instead of having them kept.
 
-A matrix product keeps its input for the gradient of its weight. Where the input is a cheap function of what is kept
-anyway, as attention's result with the plan added is, keeping it too buys nothing but a pass over memory.
+A product keeps its input for the gradient of its weight. Where the input is a cheap function of what is kept anyway, as
+attention's result with the plan added is, keeping it too buys nothing but a pass over memory.
 """
 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from contextvars import ContextVar
+from collections.abc import Callable
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
+
+
+class InputRecomputation:
+    """Lets one module, a matrix product, keep its input as the function it comes from.
+
+    Only that module's own tensors pass through autograd's hooks: what keeps its result, as an exponential does, would
+    hold itself alive through them.
+
+    Args:
+        product: the module.
+    """
+
+    def __init__(self, product: nn.Module) -> None:
+        self._hooks: saved_tensors_hooks | None = None
+        product.register_forward_hook(self._leave, always_call=True)
+
+    def enter(self, made: Tensor, function: Callable[[Tensor], Tensor], x: Tensor, *others: Tensor | None) -> None:
+        """To be called in a pre-hook of the module: its input `made` is `function(x)`.
+
+        Nothing happens where there is nothing to gain: without gradients, under `torch.compile`, and within other
+        hooks of this kind, activation checkpointing's for one.
+
+        Args:
+            made: the input, or a view of it.
+            function: gives the same bits each time.
+            x: kept in any case.
+            others: what else the function reads.
+        """
+        self._leave()
+        if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+            return
+        if torch._C._autograd._top_saved_tensors_default_hooks(False) is None:  # type: ignore[attr-defined]
+            recipe = _Recipe(made, function, x, others)
+            self._hooks = saved_tensors_hooks(recipe.pack, _unpack)
+            self._hooks.__enter__()
+
+    def _leave(self, *_: Any) -> None:
+        hooks, self._hooks = self._hooks, None
+        if hooks is not None:
+            hooks.__exit__()
+
+
+class _Kept:
+    """A tensor, and a check that nobody changed it: autograd's own does not see what passes through hooks."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self._tensor, self._version = tensor, tensor._version
+
+    def tensor(self) -> Tensor:
+        if self._tensor._version != self._version:
+            raise RuntimeError(
+                "a tensor of shape "
+                f"{tuple(self._tensor.shape)} that the backward pass needs was modified by an inplace operation"
+            )
+        return self._tensor
 
 
 class _Recipe:
     """How `made` comes about: `function(x)`, under the autocast that is in force now."""
 
-    def __init__(self, made: Tensor, function: Callable[[Tensor], Tensor], x: Tensor) -> None:
-        self._made, self._made_version = weakref.ref(made), made._version
-        self._function, self._x, self._version = function, x.detach(), x._version
+    def __init__(
+        self, made: Tensor, function: Callable[[Tensor], Tensor], x: Tensor, others: tuple[Tensor | None, ...]
+    ) -> None:
+        self._made, self._version = weakref.ref(made), made._version
+        self._function, self._x = function, _Kept(x.detach())
+        self._others = [_Kept(other.detach()) for other in others if other is not None]
         where = x.device.type
         self._autocast = (where, torch.get_autocast_dtype(where), torch.is_autocast_enabled(where))
 
-    def makes(self, kept: Tensor) -> bool:
-        """Whether `kept` is the tensor that was made, or a view that begins where it does."""
+    def pack(self, kept: Tensor) -> Any:
+        """What autograd keeps of a tensor: of the one that was made, or a view that begins where it does, its shape."""
         made = self._made()
-        return (
+        if (
             made is not None
             and made.data_ptr() == kept.data_ptr()
             and made.dtype == kept.dtype
-            and made._version == self._made_version
-        )
+            and made._version == self._version
+        ):
+            return self, kept.size(), kept.stride()
+        return _Kept(kept)
 
     def again(self) -> Tensor:
         """The tensor, computed once more."""
-        if self._x._version != self._version:
-            raise RuntimeError("a tensor was changed in place from which another has to be computed again")
+        for other in self._others:
+            other.tensor()
         where, dtype, enabled = self._autocast
         with torch.no_grad(), torch.autocast(where, dtype, enabled=enabled):
-            return self._function(self._x)
+            return self._function(self._x.tensor())
 
 
-_Packed = Tensor | tuple[_Recipe, torch.Size, tuple[int, ...]]
-
-
-class _Recomputation:
-    """What autograd asks where a tensor is to be kept. Only the recipe given last counts: its tensor is used next."""
-
-    recipe: _Recipe | None = None
-
-    def pack(self, kept: Tensor) -> _Packed:
-        if self.recipe is None or not self.recipe.makes(kept):
-            return kept
-        return self.recipe, kept.size(), kept.stride()
-
-    @staticmethod
-    def unpack(packed: _Packed) -> Tensor:
-        if isinstance(packed, Tensor):
-            return packed
-        recipe, size, stride = packed
-        return recipe.again().as_strided(size, stride)
-
-
-_current: ContextVar[_Recomputation | None] = ContextVar("recomputation", default=None)
-
-
-@contextmanager
-def recomputing() -> Iterator[None]:
-    """Within it autograd does not keep what was named `recomputable`, nor views of it."""
-    recomputation = _Recomputation()
-    token = _current.set(recomputation)
-    try:
-        with saved_tensors_hooks(recomputation.pack, recomputation.unpack):
-            yield
-    finally:
-        _current.reset(token)
-
-
-def recomputable(made: Tensor, function: Callable[[Tensor], Tensor], x: Tensor) -> None:
-    """Say that `made`, which the next operations take, is `function(x)` of an `x` that is kept in any case.
-
-    Nothing happens outside `recomputing` and under `torch.compile`.
-
-    Args:
-        made: not changed in place either, or it is kept after all.
-        function: gives the same bits each time.
-        x: not changed in place from now on.
-    """
-    recomputation = None if torch.compiler.is_compiling() else _current.get()
-    if recomputation is not None:
-        recomputation.recipe = _Recipe(made, function, x)
+def _unpack(packed: Any) -> Tensor:
+    if isinstance(packed, _Kept):
+        return packed.tensor()
+    recipe, size, stride = packed
+    again: Tensor = recipe.again().as_strided(size, stride)
+    return again

@@ -186,7 +186,7 @@ def test_stacked_plan_used_in_other_ways() -> None:
         results = []
         for together in (True, False):
             plan = StackedPlan(projected, widths)
-            plans = plan._plans if together else projected.split(list(widths), dim=1)
+            plans = plan.plans if together else projected.split(list(widths), dim=1)
 
             def add(layer: int, plan=plan, plans=plans, together=together) -> Tensor:
                 x = inputs[f"x{layer}"]
