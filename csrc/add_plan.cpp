@@ -71,6 +71,7 @@ void sum_segments(const Tensor& gradient, const Tensor& plan, const Tensor& ids,
   const R* gates = gate.defined() ? gate.const_data_ptr<R>() : nullptr;
   const auto run = [&](int64_t first, int64_t count, int64_t begin, int64_t end, R* for_gate) {
     Buffer<R> total(count), row(for_gate ? count : 0);
+    std::vector<double> sum(for_gate ? count : 0, 0.0);
     for (int64_t s = begin; s < end; ++s) {
       sum_rows(total.data(), gradient, starts[s], starts[s + 1], first, count, rows_of + starts[s]);
       if (grad_plan.defined())
@@ -78,9 +79,10 @@ void sum_segments(const Tensor& gradient, const Tensor& plan, const Tensor& ids,
       if (for_gate) {
         const int64_t any = 0;
         rows<R>().sum_rows(row.data(), strip(plan, s, first), 0, &any, 1, count);  // the plan's row, as R
-        for (int64_t i = 0; i < count; ++i) for_gate[i] += total[i] * row[i];
+        for (int64_t i = 0; i < count; ++i) sum[i] += double(total[i]) * row[i];
       }
     }
+    for (int64_t i = 0; for_gate && i < count; ++i) for_gate[i] += R(sum[i]);
   };
   R* for_gate = grad_gate.defined() ? grad_gate.data_ptr<R>() : nullptr;
   if (strips > 1 || for_gate) {

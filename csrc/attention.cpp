@@ -80,7 +80,13 @@ struct Shape {
 
 void check(const Tensor& query, const Tensor& key, const Tensor& value, const Tensor& first) {
   const Shape shape(query, key);
-  PLANLM_EXPECT(shape.heads % shape.groups == 0 && shape.width % 2 == 0 && shape.size % 2 == 0, "odd sizes");
+  TORCH_CHECK_VALUE(shape.groups > 0 && shape.heads % shape.groups == 0, "key: got ", shape.groups,
+                    " heads, needs a number that divides the query's ", shape.heads);
+  TORCH_CHECK_VALUE(key.size(0) == shape.batch && key.size(1) == shape.width && key.size(3) == shape.size &&
+                        value.sizes() == key.sizes() && first.size(0) == shape.batch && first.size(1) == shape.width,
+                    "packed_attention: got query ", query.sizes(), ", key ", key.sizes(), ", value ", value.sizes(),
+                    ", first ", first.sizes(), ", needs the same rows, positions and channels in all");
+  PLANLM_EXPECT(shape.width % 2 == 0 && shape.size % 2 == 0, "odd sizes");
   for (const Tensor& tensor : {query, key, value})
     PLANLM_EXPECT(tensor.scalar_type() == at::kBFloat16 && tensor.stride(3) == 1, "packed_attention takes bf16 rows");
   const int64_t* from = first.const_data_ptr<int64_t>();
@@ -98,7 +104,8 @@ int64_t first_tile(int64_t key) { return key / panel * panel; }
 }  // namespace
 
 std::tuple<Tensor, Tensor> packed_attention(const Tensor& query, const Tensor& key, const Tensor& value,
-                                            const Tensor& first, double scale) {
+                                            const Tensor& documents, double scale) {
+  const Tensor first = documents.contiguous();
   check(query, key, value, first);
   const Shape shape(query, key);
   const auto [batch, width, heads, groups, size] = shape;
@@ -154,8 +161,9 @@ std::tuple<Tensor, Tensor> packed_attention(const Tensor& query, const Tensor& k
 
 std::tuple<Tensor, Tensor, Tensor> packed_attention_backward(const Tensor& grad, const Tensor& query, const Tensor& key,
                                                              const Tensor& value, const Tensor& out,
-                                                             const Tensor& log_sums, const Tensor& first,
+                                                             const Tensor& log_sums, const Tensor& documents,
                                                              double scale) {
+  const Tensor first = documents.contiguous();
   const Shape shape(query, key);
   const auto [batch, width, heads, groups, size] = shape;
   const Tensor upstream = grad.stride(3) == 1 ? grad : grad.contiguous();

@@ -8,10 +8,13 @@
 
 namespace planlm {
 
-Tensor cross_entropy_(Tensor logits, const Tensor& target) {
+Tensor cross_entropy_(Tensor logits, const Tensor& labels) {
   PLANLM_EXPECT(logits.stride(1) == 1 || logits.size(1) <= 1, "cross_entropy_ takes adjacent columns");
   const int64_t num_rows = logits.size(0), num_columns = logits.size(1);
   Tensor nll = at::zeros({num_rows}, logits.options().dtype(at::kFloat));
+  TORCH_CHECK_VALUE(labels.dim() == 1 && labels.size(0) == num_rows, "target: got shape ", labels.sizes(),
+                    ", needs one for each of ", num_rows, " rows");
+  const Tensor target = labels.contiguous();
   const int64_t* targets = target.const_data_ptr<int64_t>();
   for (int64_t row = 0; row < num_rows; ++row)
     TORCH_CHECK_INDEX(targets[row] < num_columns, "target ", targets[row], " is out of bounds: there are ", num_columns,

@@ -341,6 +341,36 @@ Tensor sum_of_rows(const Tensor& matrix, at::ScalarType working) {
   return sum;
 }
 
+// The gradient of a score is p (product - inner), `inner` the sum of all p times product, which is the mixture's gradient
+// times the mixture. Computed so it rounds otherwise than the products do, and where one action has nearly all of the
+// probability their difference, next to nothing, would be that error. So the sum itself is formed on the way, and the
+// difference made up for where it counts: at the best action of rows that have a likely one.
+struct Residuals {
+  int64_t num_ranges, num_rows;
+  std::vector<double> inner;  // of each range of actions and row
+  std::vector<int64_t> best;
+
+  Residuals(int64_t num_ranges, int64_t num_rows)
+      : num_ranges(num_ranges), num_rows(num_rows), inner(num_ranges * num_rows, 0.0), best(num_ranges * num_rows, -1) {}
+
+  // Whether the best action, which has exp(-log_sum), is likely.
+  template <class R>
+  static bool matters(R log_sum) {
+    return log_sum < R(3);
+  }
+
+  // (a row's best action or -1, its `inner`)
+  std::pair<int64_t, double> of(int64_t row) const {
+    int64_t found = -1;
+    double sum = 0;
+    for (int64_t at = row; at < num_ranges * num_rows; at += num_rows) {
+      sum += inner[at];
+      if (found < 0) found = best[at];
+    }
+    return {found, sum};
+  }
+};
+
 // Gradients of logits (or of states, head and head bias), noise and codebook, where wanted.
 template <class R>
 Backward differentiate(Planner& planner, const Tensor& codebook, const Tensor& mixture_gradient, const Tensor& mixture,
@@ -367,15 +397,12 @@ Backward differentiate(Planner& planner, const Tensor& codebook, const Tensor& m
   if (to_codebook) result.codebook = summed(codebook, mixes);
 
   const bool to_scores = to_logits || to_noise, weighs = mixes && to_codebook;
-  Tensor offset = at::zeros({num_rows}, real);
+  Tensor offset = at::zeros({num_rows}, real), inner;
   if (log_normalizer_gradient.defined()) offset = offset + log_normalizer_gradient.to(planner.working);
-  if (mixes) {
-    Tensor inner = (mixture_gradient.to(planner.working) * mixture).sum(1);
-    if (share.defined()) inner = inner * (1 - share.squeeze(1));
-    offset = offset - inner;
-  }
+  if (mixes) inner = (mixture_gradient.to(planner.working) * mixture).sum(1);
   const Tensor nll = nll_gradient.defined() && oracle.defined() ? nll_gradient.to(planner.working).contiguous() : Tensor();
   const R* offsets = offset.const_data_ptr<R>();
+  const R* inners = mixes ? inner.const_data_ptr<R>() : nullptr;
   const R* shares = share.defined() ? share.const_data_ptr<R>() : nullptr;
   const R* nlls = nll.defined() ? nll.const_data_ptr<R>() : nullptr;
   const int64_t* labels = oracle.defined() ? oracle.const_data_ptr<int64_t>() : nullptr;
@@ -387,6 +414,7 @@ Backward differentiate(Planner& planner, const Tensor& codebook, const Tensor& m
   const Tensor weights_rooms = planner.tiles(ranges, weighs, weighs ? codebook.options() : real);
   const Tensor gradient_rooms = planner.tiles(ranges, hidden && to_logits, planner.source.options());
   const Tensor logits_rooms = planner.logits_tiles(ranges);
+  Residuals residuals(ranges.count, mixes && to_scores && planner.source.scalar_type() == planner.working ? num_rows : 0);
   // Several tiles of rows add to the same actions: summed in the working dtype, rounded once.
   const bool several = num_rows > planner.row_step;
   planner.each_range(ranges, [&](int64_t range, int64_t from, int64_t to) {
@@ -407,15 +435,26 @@ Backward differentiate(Planner& planner, const Tensor& codebook, const Tensor& m
                                         stats[2 * num_rows + s],
                                         stats[3 * num_rows + s],
                                         shares ? shares[s] : R(0),
+                                        mixes ? inners[s] : R(0),
                                         offsets[s],
                                         nlls ? nlls[s] : R(0),
                                         labels ? labels[s] : -1,
                                         separate};
           const Strip to = hidden ? strip(logits_gradient, row)
                                   : strip(to_source ? result.source : Tensor(), s, tile.first);
-          rows<R>().differentiate(planner.scores<R>(tile, logits, row, statistics, cut), gradient, strip(product, row),
-                                  to, to_noise ? strip(result.noise, s, tile.first) : Strip{}, strip(weights, row),
-                                  buffer.data(), stream);
+          const Scores<R> scores = planner.scores<R>(tile, logits, row, statistics, cut);
+          const R found = rows<R>().differentiate(scores, gradient, strip(product, row), to,
+                                                  to_noise ? strip(result.noise, s, tile.first) : Strip{},
+                                                  strip(weights, row), buffer.data(), stream);
+          if (residuals.num_rows > 0) {
+            residuals.inner[range * num_rows + s] += found;
+            if (Residuals::matters(gradient.score_log_sum)) {
+              rows<R>().scores(scores, buffer.data());
+              const R* const end = buffer.data() + tile.count;
+              const R* const best = std::find(static_cast<const R*>(buffer.data()), end, gradient.score_max);
+              if (best != end) residuals.best[range * num_rows + s] = tile.first + (best - buffer.data());
+            }
+          }
         }
         if (stream) rows<R>().fence();
       });
@@ -444,6 +483,22 @@ Backward differentiate(Planner& planner, const Tensor& codebook, const Tensor& m
     });
   });
   if (states_gradients.defined()) result.source = states_gradients.sum(0).to(planner.source.scalar_type());
+  // What the best action of a row misses; see `Residuals`.
+  for (int64_t s = 0; s < residuals.num_rows; ++s) {
+    if (!Residuals::matters(stats[num_rows + s])) continue;
+    const auto [best, exact] = residuals.of(s);
+    if (best < 0) continue;
+    const double share_of_plan = (1.0 - (shares ? shares[s] : R(0))) / planner.temperature;
+    const double missing =
+        std::exp(-double(stats[num_rows + s])) * share_of_plan * (inners[s] - exact);
+    if (to_noise && result.noise.scalar_type() == planner.working)
+      result.noise.data_ptr<R>()[s * result.noise.stride(0) + best * result.noise.stride(1)] += R(missing);
+    if (!hidden && to_source)
+      result.source.data_ptr<R>()[s * result.source.stride(0) + best * result.source.stride(1)] += R(missing);
+    if (hidden && to_source) result.source.select(0, s).add_(planner.head.select(0, best), missing);
+    if (to_head) result.head.select(0, best).add_(planner.source.select(0, s), missing);
+    if (to_head_bias) result.head_bias.select(0, best).add_(missing);
+  }
   return result;
 }
 

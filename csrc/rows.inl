@@ -226,13 +226,33 @@ INLINE R max_of(typename Lanes<R>::Vector v) {
   return largest;
 }
 
+// A sum of vectors, in blocks: thousands of like values, one after the other, would be off by 1e-4 in float32.
+template <class R>
+class BlockSum {
+  using V = typename Lanes<R>::Vector;
+  static constexpr int64_t block = 64 * Lanes<R>::width;
+  V now_ = {};
+  double whole_ = 0;
+
+ public:
+  // `i` counts elements, a vector at a time.
+  INLINE void add(int64_t i, V v) {
+    now_ += v;
+    if (i % block == block - Lanes<R>::width) {
+      whole_ += sum_of<R>(now_);
+      now_ = V{};
+    }
+  }
+  INLINE R value() const { return R(whole_ + sum_of<R>(now_)); }
+};
+
 template <class R>
 INLINE R sum_of_exp(const R* values, int64_t padded, R largest, R factor) {
   using V = typename Lanes<R>::Vector;
-  V total = {};
+  BlockSum<R> total;
   for (int64_t i = 0; i < padded; i += Lanes<R>::width)
-    total += Lanes<R>::exp2((take<V>(values + i) - largest) * factor);
-  return sum_of<R>(total);
+    total.add(i, Lanes<R>::exp2((take<V>(values + i) - largest) * factor));
+  return total.value();
 }
 
 template <class R>
@@ -310,13 +330,13 @@ R advance(const Scores<R>& row, RowState<R>& state, bool separate, int64_t oracl
   const R shift = state.score_max == lowest ? R(0) : state.score_max, factor = row.inverse_temperature * log2e<R>;
   R total;
   if (weights) {
-    V sum = {};
+    BlockSum<R> sum;
     fill<R>(weights, row.count, [&](int64_t i) INLINE_LAMBDA {
       const V weight = Lanes<R>::exp2((take<V>(buffer + i) - shift) * factor);
-      sum += weight;
+      sum.add(i, weight);
       return weight;
     });
-    total = sum_of<R>(sum);
+    total = sum.value();
   } else {
     total = sum_of_exp(buffer, padded, shift, factor);
   }
@@ -341,6 +361,7 @@ struct Differentiate {
   const R factor = row.inverse_temperature * log2e<R>;
   const R kept = (R(1) - g.share) * row.inverse_temperature;
   const R offset = g.offset * row.inverse_temperature + own;
+  mutable BlockSum<R> inner;
 
   static INLINE char* place(Strip strip, int64_t i, Kind of) { return static_cast<char*>(strip.data) + i * bytes(of); }
 
@@ -369,7 +390,11 @@ struct Differentiate {
     }
     if (!logits && !noise) return;
     V gradient = p * offset;
-    if (product) gradient = p * (read_at(product, std::integral_constant<Kind, real>{}) * kept + offset);
+    if (product) {
+      const V of_action = read_at(product, std::integral_constant<Kind, real>{});
+      inner.add(i, whole ? V(p * of_action) : some_of(p * of_action, used));
+      gradient = p * ((of_action - g.inner) * kept + offset);
+    }
     if (noise)
       with_kind(noise.kind, [&](auto of) INLINE_LAMBDA { leave_at<of(), whole>(noise, i, gradient, used); });
     if (!logits) return;
@@ -384,17 +409,24 @@ struct Differentiate {
     });
   }
 
-  INLINE void all() const {
+  static INLINE V some_of(V v, int64_t used) {
+    for (int64_t j = used; j < L::width; ++j) v[j] = R(0);
+    return v;
+  }
+
+  INLINE R all() const {
     int64_t i = 0;
     for (; i + L::width <= row.count; i += L::width) step<true>(i, L::width);
     if (i < row.count) step<false>(i, row.count - i);
+    return inner.value();
   }
 };
 
 template <class R>
-void differentiate(const Scores<R>& row, const RowGradient<R>& g, Strip product, Strip logits, Strip noise,
-                   Strip weights, R* buffer, bool stream) {
+R differentiate(const Scores<R>& row, const RowGradient<R>& g, Strip product, Strip logits, Strip noise,
+                Strip weights, R* buffer, bool stream) {
   const R* scores = nullptr;
+  R inner = 0;
   stream = stream && reinterpret_cast<uintptr_t>(logits.data) % 64 == 0;
   if (row.noise || row.top_k) {
     load_scores(row, buffer);
@@ -402,9 +434,10 @@ void differentiate(const Scores<R>& row, const RowGradient<R>& g, Strip product,
   }
   with_kind(row.logits.kind, [&](auto kind) INLINE_LAMBDA {
     with_kind(weights ? weights.kind : kind(), [&](auto weights_kind) INLINE_LAMBDA {
-      Differentiate<R, kind(), weights_kind()>{row, g, product, logits, noise, weights, scores, stream}.all();
+      inner = Differentiate<R, kind(), weights_kind()>{row, g, product, logits, noise, weights, scores, stream}.all();
     });
   });
+  return inner;
 }
 
 // One row after the other: processors fetch ahead along a single stream, and four rows at a time took twice as long.
@@ -605,7 +638,10 @@ constexpr R gelu_cubic = R(0.044715);
 
 // s, and in `rest` 1 - s, neither by a difference; the exponential is of what is not positive.
 template <class R, class V = typename Lanes<R>::Vector>
-INLINE V gelu_share(V x, V& rest) {
+INLINE V gelu_share(V& x, V& rest) {
+  // Beyond this s is 0 or 1, and a cube of it would be infinite.
+  constexpr R far = R(1e6);
+  x = x > far ? V{} + far : x < -far ? V{} - far : x;
   const V t = x * gelu_scale<R> * (gelu_cubic<R> * x * x + R(1));
   const V e = Lanes<R>::exp2(t > R(0) ? -t : t);
   const V large = R(1) / (e + R(1)), small = e * large;
@@ -618,8 +654,8 @@ void gelu(Strip x, Strip out, int64_t count) {
   using V = typename Lanes<R>::Vector;
   with_kind(x.kind, [&](auto kind) INLINE_LAMBDA {
     each<R>(x, count, [&](int64_t i, V v, int64_t used) INLINE_LAMBDA {
-      V rest;
-      const V value = v * gelu_share<R>(v, rest);
+      V rest, near = v;
+      const V value = v * gelu_share<R>(near, rest);
       char* to = static_cast<char*>(out.data) + i * bytes(kind());
       if (used == Lanes<R>::width)
         write<R, kind()>(to, value);
@@ -638,7 +674,7 @@ void gelu_slope(Strip x, Strip grad, Strip out, int64_t count) {
       const char* from = static_cast<const char*>(grad.data) + i * bytes(kind());
       const V g = used == Lanes<R>::width ? read<R, kind()>(from) : read_some<R, kind()>(from, used);
       V rest;
-      const V share = gelu_share<R>(v, rest);
+      const V share = gelu_share<R>(v, rest);  // leaves in v what has a finite cube
       const V inner = v * (gelu_scale<R> * ln2) * (R(3) * gelu_cubic<R> * v * v + R(1));
       const V value = g * (share + share * rest * inner);
       char* to = static_cast<char*>(out.data) + i * bytes(kind());

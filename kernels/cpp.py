@@ -112,7 +112,11 @@ def _lock(path: Path) -> Iterator[None]:
 
 
 def _compile(sources: list[Path], library: Path) -> None:
-    if shutil.which(shlex.split(environment.compiler())[0]) is None:
+    try:
+        command = [*shlex.split(environment.compiler()), ""][0]
+    except ValueError:  # a quotation that does not end
+        command = ""
+    if shutil.which(command) is None:
         raise Unavailable(f"no C++ compiler ({environment.compiler()}) for the C++ operators: install g++ or set CXX")
     # Imported here: it takes a third of a second, and the library is nearly always there.
     from torch.utils import cpp_extension

@@ -12,12 +12,14 @@ import json
 import os
 import shutil
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import save_file
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
@@ -56,8 +58,18 @@ def save_checkpoint(folder: Path, tensors: dict[str, torch.Tensor], state: dict[
     if num_ranks() == 1:  # the writer below makes the whole file in memory
         save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, beside / "tensors.safetensors")
     else:
-        save(tensors, storage_writer=HuggingFaceStorageWriter(str(beside), save_distributed=True))
+        with _errors_of_the_system():
+            save(tensors, storage_writer=HuggingFaceStorageWriter(str(beside), save_distributed=True))
     first_rank_does(finish)
+
+
+@contextmanager
+def _errors_of_the_system() -> Iterator[None]:
+    """torch puts every rank's error into one that is no `Exception`: the first of them is raised in its place."""
+    try:
+        yield
+    except CheckpointException as failed:
+        raise next(iter(failed.failures.values()))[0] from None
 
 
 def newest_checkpoint(folder: Path, log: Callable[[str], None]) -> tuple[Path, dict[str, Any]] | None:
@@ -79,7 +91,7 @@ def _newest_sound(folder: Path, log: Callable[[str], None]) -> int | None:
         try:
             sums = json.loads((path / "checksums.json").read_text())
             sound = bool(sums) and all(_digest(path / name) == digest for name, digest in sums.items())
-        except (OSError, ValueError):
+        except (OSError, ValueError, AttributeError):  # valid, and no object
             sound = False
         if sound:
             return int(path.name[5:])
@@ -98,7 +110,7 @@ def stored_shapes(path: Path) -> dict[str, torch.Size]:
 
 def read_tensors(path: Path, into: dict[str, torch.Tensor]) -> None:
     """Fill tensors, whole or divided, with those of a checkpoint, however many processes wrote it."""
-    with torch.no_grad(), warnings.catch_warnings():
+    with torch.no_grad(), warnings.catch_warnings(), _errors_of_the_system():
         warnings.filterwarnings("ignore", "torch.distributed is disabled")  # one process is as good as several
         load(into, storage_reader=_reader(path))
 

@@ -141,12 +141,21 @@ def _check(config: TrainConfig, ratios: tuple[float, float]) -> None:
         problems.append("--selection top-k needs --top-k")
     if config.selection != "top-k" and config.top_k is not None:
         problems.append("--top-k is for --selection top-k")
-    if config.compile and shutil.which(shlex.split(os.environ.get("CXX", "g++"))[0]) is None:  # where torch looks
+    if config.compile and not _has_compiler():
         problems.append("--compile needs a C++ compiler: install g++, or name one in the variable CXX")
     if max(ratios) > 0 and config.selection in ("none", "oracle"):
         problems.append(f"--oracle-mix has no meaning with --selection {config.selection}")
     if problems:
         raise InputError("; ".join(problems))
+
+
+def _has_compiler() -> bool:
+    """Whether the C++ compiler that `torch.compile` would call is there."""
+    try:
+        command = shlex.split(os.environ.get("CXX", "g++"))
+    except ValueError:  # a quotation that does not end
+        return False
+    return bool(command) and shutil.which(command[0]) is not None
 
 
 def trainable_groups(model: PlanLMForCausalLM, config: TrainConfig, steps: int) -> list[ParameterGroup]:

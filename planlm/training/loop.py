@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import signal
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -219,7 +220,13 @@ def _restore(task: Task, run: Run, optimizer: torch.optim.Optimizer, log: Callab
 
 
 class _StopSignal:
-    """Turns SIGINT and SIGTERM into a flag, so that a step is finished and saved; a second one acts at once."""
+    """Turns SIGINT and SIGTERM into a flag, so that a step is finished and saved; a later one acts at once.
+
+    Not within `TWICE` seconds: whoever signals all processes of a job, torchrun too, which passes the signal on, would
+    tear a rank out of the step that the others wait in.
+    """
+
+    TWICE = 2.0
 
     def __enter__(self) -> _StopSignal:
         self.asked = False
@@ -231,6 +238,8 @@ class _StopSignal:
             signal.signal(number, handler)
 
     def _ask(self, number: int, frame: Any) -> None:
-        if self.asked:
+        now = time.monotonic()
+        if not self.asked:
+            self.asked, self._since = True, now
+        elif now - self._since > self.TWICE:
             raise KeyboardInterrupt
-        self.asked = True

@@ -78,12 +78,12 @@ class Run:
         if not self.metrics.exists() or rank() > 0:
             return
         kept = []
-        for text in self.metrics.read_text().splitlines():
+        for text in self.metrics.read_text(errors="replace").splitlines():
             try:
                 line = json.loads(text)
             except ValueError:  # half a line from a process that was killed
                 continue
-            if line["step"] <= step:
+            if isinstance(line, dict) and line["step"] <= step:
                 kept.append(text)
         write_text(self.metrics, "".join(text + "\n" for text in kept))
 

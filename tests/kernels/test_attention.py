@@ -124,3 +124,19 @@ def test_float32_and_odd_widths_go_to_torch(width: int) -> None:
     torch.testing.assert_close(got, masked(query, key, value, first, 0.5))
     half = packed_attention(query.bfloat16(), key.bfloat16(), value.bfloat16(), first, 0.5)
     assert half.dtype == torch.bfloat16 and F.mse_loss(half.float(), got) < 1e-4
+
+
+@needs_kernel
+def test_documents_need_not_be_contiguous_and_shapes_must_agree() -> None:
+    query, key, value = torch.randn(3, 2, 128, 2, 16).bfloat16().unbind()
+    first = starts(2, 128, 3, torch.Generator().manual_seed(0))
+    want = packed_attention(query, key, value, first, 0.25)
+    strided = torch.stack((first, torch.zeros_like(first)), dim=-1)[..., 0]
+    assert torch.equal(packed_attention(query, key, value, strided, 0.25), want)
+    row = first[:1].expand(2, 128)
+    assert torch.equal(
+        packed_attention(query, key, value, row, 0.25), packed_attention(query, key, value, row.contiguous(), 0.25)
+    )
+    for wrong in ((key[:, :64], value[:, :64], first), (key[:1], value[:1], first), (key, value[..., :8], first)):
+        with pytest.raises(ValueError, match="needs the same rows, positions and channels in all"):
+            packed_attention(query, *wrong, 0.25)

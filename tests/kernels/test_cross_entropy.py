@@ -42,3 +42,12 @@ def test_nan_spreads_over_its_row_alone() -> None:
 def test_a_target_beyond_the_columns_is_refused() -> None:
     with pytest.raises((IndexError, RuntimeError)):
         cross_entropy_(torch.zeros(2, 3), torch.tensor([0, 3]))
+
+
+def test_targets_need_not_be_contiguous_and_are_one_a_row() -> None:
+    logits, target = torch.randn(3, 5), torch.tensor([1, 9, 4, 9, 0, 9])
+    want = cross_entropy_(logits.clone(), target[::2].contiguous())
+    for found, wanted in zip(cross_entropy_(logits.clone(), target[::2]), want, strict=True):
+        assert torch.equal(found, wanted)
+    with pytest.raises((ValueError, RuntimeError)):
+        cross_entropy_(logits, torch.tensor([1, 2]))

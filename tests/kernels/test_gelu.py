@@ -57,3 +57,13 @@ def test_it_repeats_to_the_bit_and_compiles() -> None:
     assert torch.equal(gelu(x), gelu(x))
     if cpp.why_not() is None:  # else the operator has shapes and no implementation
         torch.library.opcheck(torch.ops.planlm.gelu.default, (x,))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_far_from_zero_it_is_a_ramp(dtype: torch.dtype, backend: str) -> None:
+    if backend == "reference":
+        pytest.skip("torch's own")
+    x = torch.tensor([-1e18, -1e14, -1e7, 1e7, 1e14, 1e18], dtype=dtype, requires_grad=True)
+    out = gelu(x)
+    (slope,) = torch.autograd.grad(out.sum(), x)
+    assert torch.equal(slope, (x > 0).to(dtype)) and torch.equal(out, x.clamp(min=0))

@@ -30,13 +30,15 @@ def test_newest_is_loaded_and_only_the_last_are_kept(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("damage", ["tensors.safetensors", "state.json", "checksums.json"])
-@pytest.mark.parametrize("how", ["cut", "flipped", "gone"])
+@pytest.mark.parametrize("how", ["cut", "flipped", "gone", "other"])
 def test_damaged_checkpoint_is_set_aside_for_the_one_before(tmp_path: Path, damage: str, how: str) -> None:
     save(tmp_path, 1)
     victim = save(tmp_path, 2) / damage
     content = bytearray(victim.read_bytes())
     if how == "gone":
         victim.unlink()
+    elif how == "other":
+        victim.write_text("[1]")
     else:
         content[len(content) // 2] ^= 1
         victim.write_bytes(content[: len(content) // 2] if how == "cut" else content)

@@ -261,10 +261,11 @@ def test_mistakes_are_named_in_one_line(
     assert not (tmp_path / "run").exists(), "nothing is written before the input is known to be sound"
 
 
+@pytest.mark.parametrize("compiler", ["no-such-compiler", "", "'g++"])
 def test_compile_without_a_compiler_is_refused(
-    planted: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    compiler: str, planted: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("CXX", "no-such-compiler")
+    monkeypatch.setenv("CXX", compiler)
     with pytest.raises(
         InputError, match=r"--compile needs a C\+\+ compiler: install g\+\+, or name one in the variable CXX"
     ):
