@@ -43,7 +43,8 @@ def _recompute_normed(norm: nn.Module, product: nn.Module) -> None:
 
     The product would keep it in autocast's dtype, so the norm brings it to that.
     """
-    recomputation, inputs_of_norm = InputRecomputation(product), []
+    recomputation = InputRecomputation(product)
+    inputs_of_norm: list[Tensor] = []
 
     def after(_: nn.Module, inputs: tuple[Tensor, ...], normed: Tensor) -> Tensor:
         inputs_of_norm[:] = inputs
