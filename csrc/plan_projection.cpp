@@ -489,8 +489,7 @@ Backward differentiate(Planner& planner, const Tensor& codebook, const Tensor& m
     const auto [best, exact] = residuals.of(s);
     if (best < 0) continue;
     const double share_of_plan = (1.0 - (shares ? shares[s] : R(0))) / planner.temperature;
-    const double missing =
-        std::exp(-double(stats[num_rows + s])) * share_of_plan * (inners[s] - exact);
+    const double missing = std::exp(-double(stats[num_rows + s])) * share_of_plan * (inners[s] - exact);
     if (to_noise && result.noise.scalar_type() == planner.working)
       result.noise.data_ptr<R>()[s * result.noise.stride(0) + best * result.noise.stride(1)] += R(missing);
     if (!hidden && to_source)

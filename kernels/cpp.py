@@ -13,8 +13,6 @@ import hashlib
 import logging
 import os
 import platform
-import shlex
-import shutil
 import subprocess
 import tempfile
 import time
@@ -112,11 +110,7 @@ def _lock(path: Path) -> Iterator[None]:
 
 
 def _compile(sources: list[Path], library: Path) -> None:
-    try:
-        command = [*shlex.split(environment.compiler()), ""][0]
-    except ValueError:  # a quotation that does not end
-        command = ""
-    if shutil.which(command) is None:
+    if environment.compiler_program() is None:
         raise Unavailable(f"no C++ compiler ({environment.compiler()}) for the C++ operators: install g++ or set CXX")
     # Imported here: it takes a third of a second, and the library is nearly always there.
     from torch.utils import cpp_extension

@@ -13,6 +13,8 @@
 from __future__ import annotations
 
 import os
+import shlex
+import shutil
 from pathlib import Path
 
 
@@ -39,3 +41,16 @@ def interpreted() -> bool:
 def compiler() -> str:
     """The C++ compiler's command."""
     return os.environ.get("CXX") or "c++"
+
+
+def compiler_program(default: str = "c++") -> str | None:
+    """Where the program is that this command begins with, or None; torch takes an empty `CXX` for a command, too.
+
+    Args:
+        default: what is called where `CXX` is not set.
+    """
+    try:
+        command = shlex.split(os.environ.get("CXX", default))
+    except ValueError:  # a quotation that does not end
+        return None
+    return shutil.which(command[0]) if command else None

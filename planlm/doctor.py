@@ -118,7 +118,7 @@ def _operators(where: torch.device) -> dict[str, Any]:
     """What the compiled operators are built with, and which backend runs on `where`."""
     found: dict[str, Any] = {
         "triton": _version("triton") if importlib.util.find_spec("triton") else "not installed",
-        "C++ compiler": shutil.which(environment.compiler()) or "none found; set CXX or install g++",
+        "C++ compiler": environment.compiler_program() or "none found; set CXX or install g++",
         "ninja": shutil.which("ninja") or _version("ninja"),
     }
     for backend in BACKENDS:

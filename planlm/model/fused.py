@@ -44,19 +44,17 @@ def _recompute_normed(norm: nn.Module, product: nn.Module) -> None:
     The product would keep it in autocast's dtype, so the norm brings it to that.
     """
     recomputation = InputRecomputation(product)
-    inputs_of_norm: list[Tensor] = []
+    applied: list[tuple[nn.Module, Tensor]] = []  # the norm, a copy's own if the LM was copied, and its input
 
-    def after(_: nn.Module, inputs: tuple[Tensor, ...], normed: Tensor) -> Tensor:
-        inputs_of_norm[:] = inputs
+    def after(norm: nn.Module, inputs: tuple[Tensor, ...], normed: Tensor) -> Tensor:
+        applied[:] = [(norm, inputs[0])]
         where = normed.device.type
         return normed.to(torch.get_autocast_dtype(where)) if torch.is_autocast_enabled(where) else normed
 
     def before(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        if inputs_of_norm:
-            dtype = inputs[0].dtype
-            recomputation.enter(
-                inputs[0], lambda x: norm.forward(x).to(dtype), inputs_of_norm.pop(), *norm.parameters()
-            )
+        if applied:
+            (norm, x), dtype = applied.pop(), inputs[0].dtype
+            recomputation.enter(inputs[0], lambda x: norm.forward(x).to(dtype), x, *norm.parameters())
 
     norm.register_forward_hook(after)
     product.register_forward_pre_hook(before)

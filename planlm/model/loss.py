@@ -42,7 +42,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         compute_weight = weight.to(hidden.dtype)
         compute_bias = None if bias is None else bias.to(hidden.dtype)
         size = CHUNK // (weight.shape[0] * hidden.element_size())  # rows of a chunk
-        size = max(1, size - size % ROWS if size > ROWS else size)
+        size = max(1, size // ROWS * ROWS or size)
         for begin in range(0, labels.shape[0], size):
             rows = slice(begin, begin + size)
             target = labels[rows].masked_fill(labels[rows] == ignore_index, -1)

@@ -16,7 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationMixin, PreT
 from transformers.utils import ModelOutput
 
 from planlm.errors import InputError
-from planlm.kernels import PlanProjection, plan_projection
+from planlm.kernels import PlanProjection, environment, plan_projection
 from planlm.model.adapter import PlanAdapter
 from planlm.model.configuration import PlanLMConfig
 from planlm.model.families import check_family, output_projections
@@ -210,6 +210,16 @@ class PlanLMForCausalLM(PreTrainedModel, GenerationMixin):
         """Save the model as transformers does, and its tokenizer beside it."""
         super().save_pretrained(save_directory, **kwargs)
         self.tokenizer.save_pretrained(save_directory)
+
+    def compile_lm(self) -> None:
+        """Hand the LM to `torch.compile`; it is compiled at its first call.
+
+        Raises:
+            InputError: there is no C++ compiler.
+        """
+        if environment.compiler_program(default="g++") is None:  # torch's own default
+            raise InputError("--compile needs a C++ compiler: install g++, or name one in the variable CXX")
+        self.lm.base_model.compile()
 
     def plan(
         self,

@@ -27,7 +27,8 @@ class InputRecomputation:
 
     def __init__(self, product: nn.Module) -> None:
         self._hooks: saved_tensors_hooks | None = None
-        product.register_forward_hook(self._leave, always_call=True)
+        # A function: of a bound method a copied module would have one that leaves what was never entered.
+        product.register_forward_hook(lambda *_: self._leave(), always_call=True)
 
     def enter(self, made: Tensor, function: Callable[[Tensor], Tensor], x: Tensor, *others: Tensor | None) -> None:
         """To be called in a pre-hook of the module: its input `made` is `function(x)`.
@@ -41,7 +42,6 @@ class InputRecomputation:
             x: kept in any case.
             others: what else the function reads.
         """
-        self._leave()
         if torch.compiler.is_compiling() or not torch.is_grad_enabled():
             return
         if torch._C._autograd._top_saved_tensors_default_hooks(False) is None:  # type: ignore[attr-defined]
@@ -49,7 +49,7 @@ class InputRecomputation:
             self._hooks = saved_tensors_hooks(recipe.pack, _unpack)
             self._hooks.__enter__()
 
-    def _leave(self, *_: Any) -> None:
+    def _leave(self) -> None:
         hooks, self._hooks = self._hooks, None
         if hooks is not None:
             hooks.__exit__()

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import shlex
 import shutil
 from pathlib import Path
 from typing import Any
@@ -126,7 +124,7 @@ def _model(config: TrainConfig, corpus: PreparedCorpus, lm: str, planner: Planne
     if config.checkpoint_activations:
         model.lm.activation_checkpointing_enable({"use_reentrant": False})
     if config.compile:
-        model.lm.base_model.compile()
+        model.compile_lm()
     return model
 
 
@@ -141,21 +139,10 @@ def _check(config: TrainConfig, ratios: tuple[float, float]) -> None:
         problems.append("--selection top-k needs --top-k")
     if config.selection != "top-k" and config.top_k is not None:
         problems.append("--top-k is for --selection top-k")
-    if config.compile and not _has_compiler():
-        problems.append("--compile needs a C++ compiler: install g++, or name one in the variable CXX")
     if max(ratios) > 0 and config.selection in ("none", "oracle"):
         problems.append(f"--oracle-mix has no meaning with --selection {config.selection}")
     if problems:
         raise InputError("; ".join(problems))
-
-
-def _has_compiler() -> bool:
-    """Whether the C++ compiler that `torch.compile` would call is there."""
-    try:
-        command = shlex.split(os.environ.get("CXX", "g++"))
-    except ValueError:  # a quotation that does not end
-        return False
-    return bool(command) and shutil.which(command[0]) is not None
 
 
 def trainable_groups(model: PlanLMForCausalLM, config: TrainConfig, steps: int) -> list[ParameterGroup]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import weakref
 from collections.abc import Callable, Iterator
@@ -10,6 +11,7 @@ from contextlib import contextmanager
 import pytest
 import torch
 from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
 
 from planlm.kernels import StackedPlan
 from planlm.model import PlanLMForCausalLM
@@ -185,3 +187,18 @@ def test_sums_with_the_plan_are_not_kept(
         gradients.append({name: value.grad for name, value in model.named_parameters() if value.grad is not None})
     assert gradients[0].keys() == gradients[1].keys()
     assert all(torch.equal(gradients[0][name], gradients[1][name]) for name in gradients[0])
+
+
+def test_a_copy_computes_with_its_own_weights(lm_folder: Callable[[str], str]) -> None:
+    model = PlanLMForCausalLM.from_lm(lm_folder("gpt2"), torch.randn(7, 16), conditioned_layers=2, encoder="none").lm
+    copied = copy.deepcopy(model)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.zero_()
+    fresh = AutoModelForCausalLM.from_pretrained(lm_folder("gpt2"))
+    ids = batch()["input_ids"]
+    for lm in (copied, fresh):
+        lm(ids, labels=ids).loss.backward()
+    for one, other in zip(copied.parameters(), fresh.parameters(), strict=True):
+        torch.testing.assert_close(one.grad, other.grad)
+    assert torch._C._autograd._top_saved_tensors_default_hooks(False) is None

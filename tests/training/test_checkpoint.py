@@ -55,3 +55,12 @@ def test_half_written_checkpoint_is_not_seen(tmp_path: Path) -> None:
     found = newest_checkpoint(tmp_path, print)
     assert found is not None and found[1]["step"] == 1
     assert newest_checkpoint(tmp_path / "empty", print) is None
+
+
+def test_what_fails_within_torch_is_an_exception(tmp_path: Path) -> None:
+    """torch's own `CheckpointException` is none, and no handler of errors would see it."""
+    path = save(tmp_path, 1)
+    (path / "tensors.safetensors").write_bytes(b"torn")
+    with pytest.raises(Exception) as raised:  # noqa: PT011  whatever torch's reader met
+        read_tensors(path, {"w": torch.zeros(3)})
+    assert "CheckpointException" not in type(raised.value).__name__

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import shlex
 import shutil
 from dataclasses import replace
 from itertools import islice
@@ -21,10 +19,12 @@ from planlm.corpus.batches import PlanLoader
 from planlm.corpus.store import PreparedCorpus
 from planlm.errors import InputError
 from planlm.evaluation.evaluate import evaluate
+from planlm.kernels import environment
 from planlm.model import PlanLMForCausalLM
 from planlm.training.joint import Objective, train, trainable_groups
 from planlm.training.parallel import Parallel
 from planlm.training.planner import pretrain_planner
+from planlm.training.run import Run
 
 
 @pytest.fixture(scope="session")
@@ -175,9 +175,7 @@ def test_activations_computed_again_are_the_same(
         torch.testing.assert_close(runs[1][1][name], value, rtol=1e-6, atol=1e-8)
 
 
-@pytest.mark.skipif(
-    shutil.which(shlex.split(os.environ.get("CXX", "g++"))[0]) is None, reason="torch.compile needs a C++ compiler"
-)
+@pytest.mark.skipif(environment.compiler_program(default="g++") is None, reason="torch.compile needs a C++ compiler")
 def test_compiled_run_has_the_losses_of_the_plain_one(
     planted: dict[str, str], planner: dict[str, Any], tmp_path: Path
 ) -> None:
@@ -289,6 +287,16 @@ def test_run_directory_in_use_is_refused(planted: dict[str, str], tmp_path: Path
     (tmp_path / "other" / "letter.txt").write_text("mine")
     with pytest.raises(InputError, match="is not empty and holds no run"):
         train(settings(planted, tmp_path / "other"))
+
+
+def test_a_torn_log_loses_its_torn_lines_alone(planted: dict[str, str], tmp_path: Path) -> None:
+    run = Run(settings(planted, tmp_path / "run"))
+    for step in (1, 2, 3):
+        run.log({"step": step})
+    with run.metrics.open("ab") as file:
+        file.write(b'12\n[1]\n{"step": 2, "lo\n\0\0\xff\xfe')
+    run.forget_after(2)
+    assert run.metrics.read_text() == '{"step": 1}\n{"step": 2}\n'
 
 
 def test_damaged_configuration_is_named_and_a_torn_one_is_no_run(planted: dict[str, str], tmp_path: Path) -> None:
