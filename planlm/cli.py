@@ -137,6 +137,8 @@ def main(argv: list[str] | None = None) -> int:
         return 1
     except KeyboardInterrupt as interrupt:
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second Ctrl-C must not tear the last line
+        if os.environ.get("RANK", "0") != "0":  # ended with the others, of which one says why
+            return 1
         return _fail(1, str(interrupt) or "interrupted")
     except Exception as error:
         failure = _machine_failure(error)

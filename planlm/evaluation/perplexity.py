@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from planlm.corpus.batches import PlanLoader, windows
+from planlm.corpus.batches import PlanLoader, few_sizes, windows
 from planlm.distribution import num_ranks, rank, total
 from planlm.evaluation.significance import DocumentScores
 from planlm.precision import autocast
@@ -65,7 +65,7 @@ def score_documents(
     Returns:
         Scores over all n documents by selection; a document of one token has none scored.
     """
-    # Documents of like length together, and no column that is padding in every window: pad as little as can be.
+    # Documents of like length together, and hardly a column that is padding in every window: pad as little as can be.
     whole = windows(dataset, _WHOLE)
     order = whole.document[np.argsort(-whole.length, kind="stable")]  # [n], less the documents of one token
     loader = PlanLoader(dataset.select(order), window=window, stride=stride, batch_size=batch_size, shuffle=False)
@@ -80,7 +80,7 @@ def score_documents(
         for batch in loader:
             documents = torch.from_numpy(order)[batch.documents[:, 0]]  # [B]
             tokens.index_add_(0, documents, (batch.labels != -100).sum(dim=1))
-            width = int((batch.segment_ids >= 0).sum(dim=1).max())
+            width = min(window, few_sizes(int((batch.segment_ids >= 0).sum(dim=1).max())))
             on_device = batch.to(device)
             for row, selection in enumerate(selections):
                 output = model(

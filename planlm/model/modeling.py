@@ -238,7 +238,8 @@ class PlanLMForCausalLM(PreTrainedModel, GenerationMixin):
             segment_rows: `[S, 2]`, row and place in `sentence_embeddings`.
             sentence_embeddings: `[R, n, A]`, see `Planner`.
             sentence_positions: `[R, n]`, see `Planner`.
-            actions: `[S]` oracle actions, -1 for none.
+            actions: `[S]` oracle actions, -1 for none; where `selection` is "oracle" action 0 then stands in, as rows
+                that only fill a batch have to have some.
             selection: docs/method.md's selection; default the configuration's.
             oracle_weight: share of the oracle action in the mixture, a number or `[S]`.
             want_oracle_nll: run the planner for its cross-entropy even where the selection does not ask it.
@@ -263,11 +264,13 @@ class PlanLMForCausalLM(PreTrainedModel, GenerationMixin):
             self.adapter.bias,
             temperature=self.config.plan_temperature,
             selection=selection,
-            oracle=actions,
+            oracle=actions if actions is None or selection != "oracle" else actions.clamp_min(0),
             oracle_weight=oracle_weight,
             noise=noise,
             top_k=self.config.plan_top_k if selection == "top-k" else None,
         )
+        if actions is not None and selection == "oracle":
+            projection = projection._replace(oracle_nll=projection.oracle_nll.where(actions >= 0, 0.0))
         return projection, logits
 
     def forward(

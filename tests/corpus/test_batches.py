@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from planlm.corpus.batches import IGNORED, PlanBatch, PlanLoader, SentenceLoader, windows
+from planlm.corpus.batches import IGNORED, PlanBatch, PlanLoader, SentenceLoader, few_sizes, windows
 from planlm.corpus.store import document_features
 
 DIM = 4
@@ -54,6 +54,16 @@ def sentence_numbers(batch: PlanBatch) -> torch.Tensor:
     return batch.sentence_positions[batch.segment_rows[:, 0], batch.segment_rows[:, 1]]
 
 
+def check_segments(batch: PlanBatch) -> int:
+    """Segments are sorted over the batch, each is somebody's, and those behind them have no action; returns how many."""
+    segments = batch.segment_ids[batch.segment_ids >= 0]
+    count = int(segments.max()) + 1
+    assert (segments.diff() >= 0).all() and segments.unique().tolist() == list(range(count))
+    assert (batch.actions[:count] >= 0).all() and (batch.actions[count:] == -1).all()
+    assert len(batch.actions) == len(batch.segment_rows) == few_sizes(count)
+    return count
+
+
 def check_window(batch: PlanBatch, at: int, row: dict[str, list[int]], document: int) -> list[int]:
     """Hold one window against its document; returns the positions of the tokens that it scores."""
     length = int((batch.segment_ids[at] >= 0).sum())
@@ -91,9 +101,7 @@ def test_every_token_but_the_first_is_scored_once(window: int, stride: int | Non
     batches = list(loader)
     assert len(batches) == loader.num_batches
     for batch in batches:
-        segments = batch.segment_ids[batch.segment_ids >= 0]
-        assert (segments.diff() >= 0).all(), "segment ids are not sorted"
-        assert segments.unique().tolist() == list(range(len(batch.actions)))
+        check_segments(batch)
         for at, document in enumerate(batch.documents[:, 0].tolist()):
             counts[document][check_window(batch, at, plain[document], document)] += 1
     for count in counts:
@@ -109,7 +117,7 @@ def test_plan_of_the_next_window_s_sentence_reaches_the_last_position() -> None:
 
 def test_a_sentence_longer_than_the_window_is_a_segment_of_each() -> None:
     batch = next(iter(PlanLoader(dataset([[2, 9, 1]]), window=4, batch_size=9, shuffle=False)))
-    assert sentence_numbers(batch).tolist() == [0, 1, 1, 1, 2]
+    assert sentence_numbers(batch)[: check_segments(batch)].tolist() == [0, 1, 1, 1, 2]
 
 
 def test_later_windows_score_only_what_is_new() -> None:
@@ -135,7 +143,24 @@ def test_documents_share_the_planner_s_rows() -> None:
     """One long document and many short ones: few places stay empty, where a row each would leave nine in ten."""
     rows = dataset([[2] * 100, *([[2] * 7] * 30), *([[2] * 3] * 20)])
     batch = next(iter(SentenceLoader(rows, batch_size=51, shuffle=False)))
-    assert batch.actions.shape == (3, 124) and (batch.actions != IGNORED).sum() == 100 + 210 + 60
+    assert batch.actions.shape == (2, 192) and (batch.actions != IGNORED).sum() == 100 + 210 + 60
+
+
+def test_sizes_are_even_and_few_and_hardly_larger() -> None:
+    for size in range(1, 3000):
+        rounded = few_sizes(size)
+        assert size <= rounded <= max(size + 1, size * 9 / 8) and rounded % 2 == 0 and few_sizes(rounded) == rounded
+    assert len({few_sizes(size) for size in range(1024, 2049)}) == 9
+
+
+def test_shapes_of_batches_are_few() -> None:
+    """Every shape has kernels compiled for it that stay in memory: batch after batch would add some."""
+    generator = np.random.default_rng(2)
+    rows = dataset([generator.integers(1, 12, size=generator.integers(5, 60)).tolist() for _ in range(600)])
+    batches = list(PlanLoader(rows, window=64, batch_size=8, pack=True))
+    places = {batch.sentence_positions.numel() for batch in batches}
+    segments = {len(batch.actions) for batch in batches}
+    assert len(batches) > 200 and len(places) < 20 and len(segments) < 10
 
 
 def test_selected_documents_read_like_others() -> None:
@@ -241,8 +266,7 @@ def test_packed_epochs_have_every_token_but_the_first_as_a_label_once(window: in
         batches = list(loader)
         assert len(batches) == loader.num_batches
         for batch in batches:
-            segments = batch.segment_ids[batch.segment_ids >= 0]
-            assert (segments.diff() >= 0).all() and segments.unique().tolist() == list(range(len(batch.actions)))
+            check_segments(batch)
             for at, position in (batch.labels != IGNORED).nonzero().tolist():
                 document = int(batch.documents[at, position])
                 labels[document].append(int(batch.labels[at, position]))

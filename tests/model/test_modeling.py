@@ -71,6 +71,29 @@ def test_changing_a_sentence_changes_no_plan_before_it(
             assert not torch.allclose(out_a.action_logits[3], out_b.action_logits[3])
 
 
+@pytest.mark.parametrize("selection", ALL)
+def test_segments_that_fill_a_batch_change_nothing(
+    selection: str, lm_folder: Callable[[str], str], encoder: object
+) -> None:
+    """Loaders put segments behind those that positions have; they have no action, and count neither here nor there."""
+    model, inputs = joint_model(lm_folder("gpt2"), encoder), batch()
+    labels = torch.randint(0, 300, (2, 10))
+    fillers = {
+        "segment_rows": torch.cat([inputs["segment_rows"], torch.zeros(2, 2, dtype=torch.int64)]),
+        "actions": torch.cat([inputs["actions"], torch.tensor([-1, -1])]),
+    }
+    losses, gradients = [], []
+    for given in (inputs, inputs | fillers):
+        output = model(**given, shift_labels=labels, selection=selection, want_oracle_nll=True)
+        assert output.nll_sum is not None and output.oracle_nll is not None
+        losses.append(torch.stack((output.nll_sum, output.oracle_nll.sum())))
+        losses[-1].sum().backward()
+        gradients.append(torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]))
+        model.zero_grad()
+    torch.testing.assert_close(losses[1], losses[0])
+    torch.testing.assert_close(gradients[1], gradients[0], rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_plan_switches_at_the_position_that_predicts_a_sentence(
     family: str, lm_folder: Callable[[str], str], encoder: object
