@@ -146,10 +146,10 @@ def run_projection(
     )
     # 1 would leave out the statistics of the logits.
     temperature = 0.5
-    projected, *statistics, _, mixture, rows, cut = triton_projection.plan_projection(*inputs, temperature, top_k)
+    projected, *statistics, best, mixture, rows, cut = triton_projection.plan_projection(*inputs, temperature, top_k)
     needs = [tensor is not None for index, tensor in enumerate(inputs) if index != 7]
     triton_projection.plan_projection_backward(
-        projected if with_codebook else None, *statistics, *inputs, mixture, rows, cut, temperature, top_k, needs
+        projected if with_codebook else None, *statistics, *inputs, best, mixture, rows, cut, temperature, top_k, needs
     )
 
 

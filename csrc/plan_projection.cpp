@@ -341,42 +341,12 @@ Tensor sum_of_rows(const Tensor& matrix, at::ScalarType working) {
   return sum;
 }
 
-// The gradient of a score is p (product - inner), `inner` the sum of all p times product, which is the mixture's gradient
-// times the mixture. Computed so it rounds otherwise than the products do, and where one action has nearly all of the
-// probability their difference, next to nothing, would be that error. So the sum itself is formed on the way, and the
-// difference made up for where it counts: at the best action of rows that have a likely one.
-struct Residuals {
-  int64_t num_ranges, num_rows;
-  std::vector<double> inner;  // of each range of actions and row
-  std::vector<int64_t> best;
-
-  Residuals(int64_t num_ranges, int64_t num_rows)
-      : num_ranges(num_ranges), num_rows(num_rows), inner(num_ranges * num_rows, 0.0), best(num_ranges * num_rows, -1) {}
-
-  // Whether the best action, which has exp(-log_sum), is likely.
-  template <class R>
-  static bool matters(R log_sum) {
-    return log_sum < R(3);
-  }
-
-  // (a row's best action or -1, its `inner`)
-  std::pair<int64_t, double> of(int64_t row) const {
-    int64_t found = -1;
-    double sum = 0;
-    for (int64_t at = row; at < num_ranges * num_rows; at += num_rows) {
-      sum += inner[at];
-      if (found < 0) found = best[at];
-    }
-    return {found, sum};
-  }
-};
-
 // Gradients of logits (or of states, head and head bias), noise and codebook, where wanted.
 template <class R>
 Backward differentiate(Planner& planner, const Tensor& codebook, const Tensor& mixture_gradient, const Tensor& mixture,
                        const Tensor& log_normalizer_gradient, const Tensor& nll_gradient, const Tensor& oracle,
-                       const Tensor& share, const Tensor& statistics, const Tensor& cut, bool to_source, bool to_head,
-                       bool to_head_bias, bool to_noise, bool to_codebook) {
+                       const Tensor& share, const Tensor& best, const Tensor& statistics, const Tensor& cut,
+                       bool to_source, bool to_head, bool to_head_bias, bool to_noise, bool to_codebook) {
   const int64_t num_rows = planner.num_rows, num_actions = planner.num_actions;
   const bool hidden = planner.head.defined(), to_logits = to_source || to_head || to_head_bias;
   const bool mixes = mixture_gradient.defined() && codebook.defined();
@@ -414,7 +384,12 @@ Backward differentiate(Planner& planner, const Tensor& codebook, const Tensor& m
   const Tensor weights_rooms = planner.tiles(ranges, weighs, weighs ? codebook.options() : real);
   const Tensor gradient_rooms = planner.tiles(ranges, hidden && to_logits, planner.source.options());
   const Tensor logits_rooms = planner.logits_tiles(ranges);
-  Residuals residuals(ranges.count, mixes && to_scores && planner.source.scalar_type() == planner.working ? num_rows : 0);
+  // The gradient of a score is p (product - inner), `inner` the sum of all p times product, as the mixture's gradient
+  // times the mixture. Where one action has nearly all of the probability, its difference, next to nothing, is that of
+  // two numbers in the thousands. So the best action's is made from a difference of embeddings, at the end.
+  const bool corrects = mixes && to_scores && num_rows > 0 && (!hidden || planner.source.scalar_type() == planner.working);
+  const int64_t* likeliest = corrects ? best.const_data_ptr<int64_t>() : nullptr;
+  Tensor differences = corrects ? empty({num_rows}, real) : Tensor();
   // Several tiles of rows add to the same actions: summed in the working dtype, rounded once.
   const bool several = num_rows > planner.row_step;
   planner.each_range(ranges, [&](int64_t range, int64_t from, int64_t to) {
@@ -443,18 +418,12 @@ Backward differentiate(Planner& planner, const Tensor& codebook, const Tensor& m
           const Strip to = hidden ? strip(logits_gradient, row)
                                   : strip(to_source ? result.source : Tensor(), s, tile.first);
           const Scores<R> scores = planner.scores<R>(tile, logits, row, statistics, cut);
-          const R found = rows<R>().differentiate(scores, gradient, strip(product, row), to,
-                                                  to_noise ? strip(result.noise, s, tile.first) : Strip{},
-                                                  strip(weights, row), buffer.data(), stream);
-          if (residuals.num_rows > 0) {
-            residuals.inner[range * num_rows + s] += found;
-            if (Residuals::matters(gradient.score_log_sum)) {
-              rows<R>().scores(scores, buffer.data());
-              const R* const end = buffer.data() + tile.count;
-              const R* const best = std::find(static_cast<const R*>(buffer.data()), end, gradient.score_max);
-              if (best != end) residuals.best[range * num_rows + s] = tile.first + (best - buffer.data());
-            }
-          }
+          rows<R>().differentiate(scores, gradient, strip(product, row), to,
+                                  to_noise ? strip(result.noise, s, tile.first) : Strip{}, strip(weights, row),
+                                  buffer.data(), stream);
+          if (likeliest && likeliest[s] >= tile.first && likeliest[s] < tile.first + tile.count)
+            differences.data_ptr<R>()[s] =
+                product.const_data_ptr<R>()[row * product.stride(0) + likeliest[s] - tile.first] - inners[s];
         }
         if (stream) rows<R>().fence();
       });
@@ -483,20 +452,19 @@ Backward differentiate(Planner& planner, const Tensor& codebook, const Tensor& m
     });
   });
   if (states_gradients.defined()) result.source = states_gradients.sum(0).to(planner.source.scalar_type());
-  // What the best action of a row misses; see `Residuals`.
-  for (int64_t s = 0; s < residuals.num_rows; ++s) {
-    if (!Residuals::matters(stats[num_rows + s])) continue;
-    const auto [best, exact] = residuals.of(s);
-    if (best < 0) continue;
-    const double share_of_plan = (1.0 - (shares ? shares[s] : R(0))) / planner.temperature;
-    const double missing = std::exp(-double(stats[num_rows + s])) * share_of_plan * (inners[s] - exact);
-    if (to_noise && result.noise.scalar_type() == planner.working)
-      result.noise.data_ptr<R>()[s * result.noise.stride(0) + best * result.noise.stride(1)] += R(missing);
-    if (!hidden && to_source)
-      result.source.data_ptr<R>()[s * result.source.stride(0) + best * result.source.stride(1)] += R(missing);
-    if (hidden && to_source) result.source.select(0, s).add_(planner.head.select(0, best), missing);
-    if (to_head) result.head.select(0, best).add_(planner.source.select(0, s), missing);
-    if (to_head_bias) result.head_bias.select(0, best).add_(missing);
+  if (corrects) {
+    const Tensor of_best = codebook.index_select(0, best).to(planner.working) - mixture;  // [S, A]
+    Tensor missing = (mixture_gradient.to(planner.working) * of_best).sum(1) - differences;
+    missing *= statistics.select(0, 1).neg().exp() / planner.temperature;
+    if (share.defined()) missing *= 1 - share.squeeze(1);
+    const auto add = [&](Tensor& gradient) {
+      if (gradient.defined()) gradient.scatter_add_(1, best.unsqueeze(1), missing.unsqueeze(1).to(gradient.scalar_type()));
+    };
+    add(result.noise);
+    if (!hidden) add(result.source);
+    if (hidden && to_source) result.source.addcmul_(planner.head.index_select(0, best), missing.unsqueeze(1));
+    if (to_head) result.head.index_add_(0, best, planner.source * missing.unsqueeze(1));
+    if (to_head_bias) result.head_bias.index_add_(0, best, missing);
   }
   return result;
 }
@@ -550,8 +518,8 @@ std::vector<Tensor> plan_projection_backward(
     const OptionalTensor& grad_oracle_nll, const Tensor& source, const OptionalTensor& head,
     const OptionalTensor& head_bias, const OptionalTensor& codebook, const OptionalTensor& weight,
     const OptionalTensor& bias, const OptionalTensor& noise, const OptionalTensor& oracle,
-    const OptionalTensor& oracle_weight, const Tensor& mixture, const Tensor& statistics, const Tensor& cut,
-    double temperature, int64_t top_k, std::array<bool, 8> needs) {
+    const OptionalTensor& oracle_weight, const Tensor& best, const Tensor& mixture, const Tensor& statistics,
+    const Tensor& cut, double temperature, int64_t top_k, std::array<bool, 8> needs) {
   const auto working = working_type(source);
   const auto [to_source, to_head, to_head_bias, to_codebook, to_weight, to_bias, to_noise, to_share] = needs;
   Planner planner(source, head, head_bias, noise, working, temperature, top_k);
@@ -577,8 +545,8 @@ std::vector<Tensor> plan_projection_backward(
   if (to_source || to_head || to_head_bias || to_codebook || to_noise) {
     const auto run = [&](auto real) {
       return differentiate<decltype(real)>(planner, actions, mixture_gradient, mixture, given(grad_log_normalizer),
-                                           given(grad_oracle_nll), labels, share, statistics, cut, to_source, to_head,
-                                           to_head_bias, to_noise, to_codebook);
+                                           given(grad_oracle_nll), labels, share, best, statistics, cut, to_source,
+                                           to_head, to_head_bias, to_noise, to_codebook);
     };
     found = working == at::kDouble ? run(double{}) : run(float{});
   }

@@ -13,6 +13,7 @@ import hashlib
 import logging
 import os
 import platform
+import shutil
 import subprocess
 import tempfile
 import time
@@ -86,6 +87,8 @@ def _library() -> Path:
         folder.mkdir(parents=True, exist_ok=True)
         with _lock(folder / "lock"):
             if not _is_sound(library):
+                for left in folder.glob("build-*"):  # by a process that was killed: whoever builds holds the lock
+                    shutil.rmtree(left, ignore_errors=True)
                 _compile([path for path in sources if path.suffix == ".cpp"], library)
     except OSError as problem:
         raise Unavailable(

@@ -25,8 +25,8 @@ SCHEMAS = (
     "Tensor log_normalizer, Tensor oracle_nll, Tensor best, Tensor mixture, Tensor statistics, Tensor cut)",
     "plan_projection_backward(Tensor? grad_projected, Tensor? grad_log_normalizer, Tensor? grad_oracle_nll, "
     "Tensor source, Tensor? head, Tensor? head_bias, Tensor? codebook, Tensor? weight, Tensor? bias, Tensor? noise, "
-    "Tensor? oracle, Tensor? oracle_weight, Tensor mixture, Tensor statistics, Tensor cut, float temperature, "
-    "int top_k, bool[8] needs) -> Tensor[]",
+    "Tensor? oracle, Tensor? oracle_weight, Tensor best, Tensor mixture, Tensor statistics, Tensor cut, "
+    "float temperature, int top_k, bool[8] needs) -> Tensor[]",
     "add_plan(Tensor x, Tensor plan, Tensor segment_ids, Tensor? gate) -> Tensor",
     "add_plan_backward(Tensor grad, Tensor plan, Tensor segment_ids, Tensor? gate, bool[2] needs) -> (Tensor, Tensor)",
     # On the CPU alone. Where a target is negative both gradient and loss are zero.
@@ -147,7 +147,7 @@ def _keep_projection(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ..
     _, _, _, best, mixture, statistics, cut = output
     ctx.mark_non_differentiable(best, mixture, statistics, cut)
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*tensors, mixture, statistics, cut)
+    ctx.save_for_backward(*tensors, best, mixture, statistics, cut)
 
 
 def _projection_backward(
@@ -158,14 +158,14 @@ def _projection_backward(
     grad_oracle_nll: Tensor | None,
     *_: None,
 ) -> tuple[Tensor | None, ...]:
-    *inputs, mixture, statistics, cut = ctx.saved_tensors
+    *inputs, best, mixture, statistics, cut = ctx.saved_tensors
     source, head, head_bias, codebook, weight, bias, noise, oracle, oracle_weight = inputs
     at = (0, 1, 2, 3, 4, 5, 6, 8)  # all but the oracle's actions
     needs = [ctx.needs_input_grad[index] for index in at]
     found = operators.plan_projection_backward(
         *(grad_projected, grad_log_normalizer, grad_oracle_nll),
         *(source, head, head_bias, codebook, weight, bias, noise, oracle, oracle_weight),
-        *(mixture, statistics, cut, ctx.temperature, ctx.top_k, needs),
+        *(best, mixture, statistics, cut, ctx.temperature, ctx.top_k, needs),
     )
     gradients: list[Tensor | None] = [None] * 11
     for index, wanted, gradient in zip(at, needs, found, strict=True):

@@ -2,6 +2,8 @@
 
 dM = grad_projected weight        grad_weight = grad_projected^T mixed        grad_bias = sum_s grad_projected
 grad_scores = p ((1 - w) (dM codebook^T - dM . mixture) + grad_log_normalizer) / temperature
+    of the likeliest action dM . (its row of codebook - mixture): where it has nearly all of the probability the
+    difference of the two products, numbers in the thousands, would be their rounding
 grad_logits = grad_scores + grad_oracle_nll (softmax(logits) - one-hot oracle)
 grad_codebook = ((1 - w) p + w one-hot oracle)^T dM
 """
@@ -17,7 +19,7 @@ from .triton_numerics import add_product, exponential, rounded
 
 @triton.jit
 def projection_bwd_kernel(
-    grad_projected, mixture, codebook, weight, oracle, oracle_weight,
+    grad_projected, mixture, codebook, weight, oracle, oracle_weight, best,
     grad_mixture, grad_weight, grad_bias, delta_parts, share_parts,
     num_rows, size, plan_size, num_parts, grad_projected_stride, codebook_stride, weight_stride,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
@@ -31,7 +33,7 @@ def projection_bwd_kernel(
     weight_tiles = tl.cdiv(plan_size, ROWS) * tl.cdiv(size, COLUMNS) if grad_weight is not None else 0
     if program < mixture_tiles:
         _grad_mixture_tile(
-            program, grad_projected, mixture, codebook, weight, oracle, grad_mixture, delta_parts, share_parts,
+            program, grad_projected, mixture, codebook, weight, oracle, best, grad_mixture, delta_parts, share_parts,
             num_rows, size, plan_size, num_parts, grad_projected_stride, codebook_stride, weight_stride,
             ROWS, COLUMNS, DEPTH,
         )  # fmt: skip
@@ -55,11 +57,12 @@ def projection_bwd_kernel(
 
 @triton.jit
 def _grad_mixture_tile(
-    program, grad_projected, mixture, codebook, weight, oracle, grad_mixture, delta_parts, share_parts,
+    program, grad_projected, mixture, codebook, weight, oracle, best, grad_mixture, delta_parts, share_parts,
     num_rows, size, plan_size, num_parts, grad_projected_stride, codebook_stride, weight_stride,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
-    # grad_projected weight; of each row its product with the mixture and with the oracle's row less the mixture.
+    # grad_projected weight; of each row its products with the mixture, with the likeliest action's row less the mixture
+    # and with the oracle's row less the mixture.
     rows = program // num_parts * ROWS + tl.arange(0, ROWS)
     part = program % num_parts
     places = part * COLUMNS + tl.arange(0, COLUMNS)
@@ -83,14 +86,20 @@ def _grad_mixture_tile(
     # From the rounded gradient, as mixture_bwd's product with the codebook is: the two are subtracted there.
     gradient = gradient.to(tl.float32)
     mean = tl.load(mixture + wide * size + places[None, :], mask=inside, other=0.0)
-    tl.store(delta_parts + rows.to(tl.int64) * num_parts + part, tl.sum(gradient * mean, 1), mask=rows < num_rows)
+    wide_rows = rows.to(tl.int64)
+    at_parts = wide_rows * num_parts + part
+    tl.store(delta_parts + at_parts, tl.sum(gradient * mean, 1), mask=rows < num_rows)
+    likeliest = tl.load(best + rows, mask=rows < num_rows, other=0)
+    chosen = tl.load(codebook + likeliest[:, None] * codebook_stride + places[None, :], mask=inside, other=0.0)
+    difference = tl.where(inside, chosen.to(tl.float32) - mean, 0.0)
+    at_best = (num_rows + wide_rows) * num_parts + part
+    tl.store(delta_parts + at_best, tl.sum(gradient * difference, 1), mask=rows < num_rows)
     if share_parts is not None:
         label, _ = load_oracle(oracle, None, rows, num_rows)
         labelled = inside & (label >= 0)[:, None]
         chosen = tl.load(codebook + label[:, None] * codebook_stride + places[None, :], mask=labelled, other=0.0)
         difference = tl.where(labelled, chosen.to(tl.float32) - mean, 0.0)
-        at_parts = share_parts + rows.to(tl.int64) * num_parts + part
-        tl.store(at_parts, tl.sum(gradient * difference, 1), mask=rows < num_rows)
+        tl.store(share_parts + at_parts, tl.sum(gradient * difference, 1), mask=rows < num_rows)
 
 
 @triton.jit
@@ -119,7 +128,7 @@ def _grad_weight_tile(
 @triton.jit
 def mixture_bwd_kernel(
     grad_mixture, grad_log_normalizer, grad_oracle_nll, delta_parts, logits, head_bias, noise, statistics, cut,
-    oracle, oracle_weight, codebook, grad_logits, grad_noise, grad_codebook,
+    oracle, oracle_weight, best, codebook, grad_logits, grad_noise, grad_codebook,
     num_rows, num_columns, size, first_column, num_parts, inverse_temperature,
     grad_mixture_stride, grad_log_normalizer_stride, grad_oracle_nll_stride, logits_stride, noise_stride,
     codebook_stride, grad_logits_stride, grad_noise_stride,
@@ -142,7 +151,7 @@ def mixture_bwd_kernel(
     if (grad_logits is not None or grad_noise is not None) and program >= codebook_tiles:
         _grad_scores_tile(
             program - codebook_tiles, grad_mixture, grad_log_normalizer, grad_oracle_nll, delta_parts, logits,
-            head_bias, noise, statistics, cut, oracle, oracle_weight, codebook, grad_logits, grad_noise,
+            head_bias, noise, statistics, cut, oracle, oracle_weight, best, codebook, grad_logits, grad_noise,
             num_rows, num_columns, size, first_column, num_parts, inverse_temperature, grad_mixture_stride,
             grad_log_normalizer_stride, grad_oracle_nll_stride, logits_stride, noise_stride, codebook_stride,
             grad_logits_stride, grad_noise_stride, TOP_K, ROWS, COLUMNS, DEPTH,
@@ -187,7 +196,7 @@ def _grad_codebook_tile(
 @triton.jit
 def _grad_scores_tile(
     program, grad_mixture, grad_log_normalizer, grad_oracle_nll, delta_parts, logits,
-    head_bias, noise, statistics, cut, oracle, oracle_weight, codebook, grad_logits, grad_noise,
+    head_bias, noise, statistics, cut, oracle, oracle_weight, best, codebook, grad_logits, grad_noise,
     num_rows, num_columns, size, first_column, num_parts, inverse_temperature, grad_mixture_stride,
     grad_log_normalizer_stride, grad_oracle_nll_stride, logits_stride, noise_stride, codebook_stride,
     grad_logits_stride, grad_noise_stride, TOP_K: tl.constexpr,
@@ -202,8 +211,8 @@ def _grad_scores_tile(
     arriving = tl.zeros((ROWS, DEPTH), tl.float32)
     if grad_mixture is not None:
         arriving = _grad_probabilities(
-            grad_mixture, codebook, delta_parts, rows, columns, grad_mixture_stride, codebook_stride,
-            num_rows, num_columns, size, num_parts, COLUMNS,
+            grad_mixture, codebook, delta_parts, best, rows, columns, grad_mixture_stride, codebook_stride,
+            num_rows, num_columns, size, first_column, num_parts, COLUMNS,
         ) * (1.0 - share)[:, None]  # fmt: skip
     if grad_log_normalizer is not None:
         at = grad_log_normalizer + rows.to(tl.int64) * grad_log_normalizer_stride
@@ -237,8 +246,8 @@ def _grad_scores_tile(
 
 @triton.jit
 def _grad_probabilities(
-    grad_mixture, codebook, delta_parts, rows, columns, grad_mixture_stride, codebook_stride,
-    num_rows, num_columns, size, num_parts, STEP: tl.constexpr,
+    grad_mixture, codebook, delta_parts, best, rows, columns, grad_mixture_stride, codebook_stride,
+    num_rows, num_columns, size, first_column, num_parts, STEP: tl.constexpr,
 ):  # fmt: skip
     # grad_mixture codebook^T, less its mean under the probabilities: what a softmax passes on.
     result = tl.zeros((rows.shape[0], columns.shape[0]), tl.float32)
@@ -251,10 +260,19 @@ def _grad_probabilities(
         at_columns = codebook + columns.to(tl.int64)[None, :] * codebook_stride + places[:, None]
         actions = tl.load(at_columns, mask=column_mask, other=0.0)
         result = add_product(upstream, actions, result)
-    delta = tl.zeros((rows.shape[0],), tl.float32)
+    delta = _sum_of_parts(delta_parts, rows, rows < num_rows, num_parts)
+    of_best = _sum_of_parts(delta_parts, num_rows + rows, rows < num_rows, num_parts)
+    likeliest = tl.load(best + rows, mask=rows < num_rows, other=-1)
+    is_best = first_column + columns[None, :] == likeliest[:, None]
+    return tl.where(is_best, of_best[:, None], result - delta[:, None])
+
+
+@triton.jit
+def _sum_of_parts(parts, rows, in_rows, num_parts):
+    total = tl.zeros((rows.shape[0],), tl.float32)
     for first in range(0, num_parts, 16):
         part = first + tl.arange(0, 16)
-        inside = (rows < num_rows)[:, None] & (part < num_parts)[None, :]
-        at = delta_parts + rows.to(tl.int64)[:, None] * num_parts + part[None, :]
-        delta += tl.sum(tl.load(at, mask=inside, other=0.0), 1)
-    return result - delta[:, None]
+        inside = in_rows[:, None] & (part < num_parts)[None, :]
+        at = parts + rows.to(tl.int64)[:, None] * num_parts + part[None, :]
+        total += tl.sum(tl.load(at, mask=inside, other=0.0), 1)
+    return total

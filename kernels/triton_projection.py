@@ -223,6 +223,7 @@ def plan_projection_backward(
     noise: Tensor | None,
     oracle: Tensor | None,
     oracle_weight: Tensor | None,
+    best: Tensor,
     mixture: Tensor,
     statistics: Tensor,
     cut: Tensor,
@@ -235,7 +236,7 @@ def plan_projection_backward(
     Args:
         grad_projected, grad_log_normalizer, grad_oracle_nll (Tensor | None): of the outputs; None: zero.
         source ... oracle_weight, temperature, top_k: as in the forward.
-        mixture, statistics, cut (Tensor): what the forward returned.
+        best, mixture, statistics, cut (Tensor): what the forward returned.
         needs (list[bool]): which of the eight to compute; the others come back as empty tensors.
     """
     planner = make_planner(source, head, head_bias, noise, oracle, temperature, top_k)
@@ -258,20 +259,21 @@ def plan_projection_backward(
                 unreached.zero_()
     else:
         grad_mixture, delta_parts = _project_backward(
-            with_unit_columns(grad_projected), planner, mixture, codebook, weight, share, grads
+            with_unit_columns(grad_projected), planner, best, mixture, codebook, weight, share, grads
         )
         arriving = replace(arriving, mixture=grad_mixture, delta_parts=delta_parts)
     if planner.num_sentences == 0:
         for gradient in (found for found in vars(grads).values() if found is not None):
             gradient.zero_()
     elif grads.of_scores or (grads.codebook is not None and arriving.mixture is not None):
-        _mix_backward(arriving, planner, codebook, share, statistics, cut, grads)
+        _mix_backward(arriving, planner, codebook, share, best, statistics, cut, grads)
     return [source.new_empty(0) if gradient is None else gradient for gradient in vars(grads).values()]
 
 
 def _project_backward(
     grad_projected: Tensor,
     planner: Planner,
+    best: Tensor,
     mixture: Tensor,
     codebook: Tensor,
     weight: Tensor | None,
@@ -280,7 +282,8 @@ def _project_backward(
 ) -> tuple[Tensor, Tensor]:
     """Fill the gradients of weight, bias and oracle_weight.
 
-    Returns the mixture's gradient `[S, A]` and the parts, one for each tile of A, of its product with the mixture.
+    Returns the mixture's gradient `[S, A]` and the parts `[2, S, tiles of A]` of its products with the mixture and with
+    the likeliest action's embedding less the mixture.
     """
     num_sentences, size = mixture.shape
     plan_size = grad_projected.shape[1]
@@ -291,8 +294,8 @@ def _project_backward(
     def run(tiles: Tiles) -> tuple[Tensor, Tensor | None]:
         num_tiles = triton.cdiv(size, tiles.columns)
         num_parts = num_tiles if reaches_mixture else 0
-        delta_parts = mixture.new_empty(num_sentences, num_parts)
-        share_parts = torch.empty_like(delta_parts) if shared else None
+        delta_parts = mixture.new_empty(2, num_sentences, num_parts)
+        share_parts = mixture.new_empty(num_sentences, num_parts) if shared else None
         grid = triton.cdiv(num_sentences, tiles.rows) * num_parts
         if grads.weight is not None:
             grid += triton.cdiv(plan_size, tiles.rows) * num_tiles
@@ -303,10 +306,11 @@ def _project_backward(
         launch(
             projection_bwd_kernel, (grid,), tiles,
             reads=(grad_projected, mixture, weight if reaches_mixture else None, planner.oracle, used,
+                   *((best, _gathered_bytes(codebook, best)) if reaches_mixture else ()),
                    _gathered_bytes(codebook, used if share_parts is None else share)),
             writes=(written, grads.weight, grads.bias, delta_parts, share_parts),
             grad_projected=grad_projected, mixture=mixture, codebook=codebook, weight=weight, oracle=planner.oracle,
-            oracle_weight=share, grad_mixture=grad_mixture, grad_weight=grads.weight, grad_bias=grads.bias,
+            oracle_weight=share, best=best, grad_mixture=grad_mixture, grad_weight=grads.weight, grad_bias=grads.bias,
             delta_parts=delta_parts, share_parts=share_parts, num_rows=num_sentences, size=size,
             plan_size=plan_size, num_parts=num_parts, grad_projected_stride=grad_projected.stride(0),
             codebook_stride=_row_stride(codebook), weight_stride=_row_stride(weight),
@@ -328,6 +332,7 @@ def _mix_backward(
     planner: Planner,
     codebook: Tensor | None,
     share: Tensor | None,
+    best: Tensor,
     statistics: Tensor,
     cut: Tensor,
     grads: _Gradients,
@@ -348,7 +353,7 @@ def _mix_backward(
             None if grads.codebook is None or arriving.mixture is None else grads.codebook[chunk.actions],
         )
         actions = None if codebook is None else codebook[chunk.actions]
-        run = partial(_mix_chunk_backward, arriving, planner, chunk, actions, share, statistics, cut, outputs)
+        run = partial(_mix_chunk_backward, arriving, planner, chunk, actions, share, best, statistics, cut, outputs)
         run(choose_tiles("mixture_bwd", sizes, operand, *planner.matrices, arriving.mixture, *outputs, trial=run))
         if planner.head is not None and outputs[0] is not None:
             _head_backward(planner, chunk, outputs[0], states, grads)
@@ -362,6 +367,7 @@ def _mix_chunk_backward(
     chunk: Chunk,
     actions: Tensor | None,
     share: Tensor | None,
+    best: Tensor,
     statistics: Tensor,
     cut: Tensor,
     outputs: tuple[Tensor | None, Tensor | None, Tensor | None],
@@ -379,12 +385,12 @@ def _mix_chunk_backward(
     launch(
         mixture_bwd_kernel, (grid,), tiles,
         reads=(*chunk.tensors, *arriving.tensors, statistics, cut if planner.top_k else None, planner.oracle, share,
-               actions if arriving.mixture is not None else None),
+               *((best, actions) if arriving.mixture is not None else ())),
         writes=outputs,
         **chunk.arguments(), grad_mixture=arriving.mixture, grad_log_normalizer=arriving.log_normalizer,
         grad_oracle_nll=arriving.oracle_nll, delta_parts=parts, statistics=statistics, cut=cut,
-        oracle=planner.oracle, oracle_weight=share, codebook=actions, grad_logits=grad_logits, grad_noise=grad_noise,
-        grad_codebook=grad_codebook, size=size, num_parts=0 if parts is None else parts.shape[1],
+        oracle=planner.oracle, oracle_weight=share, best=best, codebook=actions, grad_logits=grad_logits,
+        grad_noise=grad_noise, grad_codebook=grad_codebook, size=size, num_parts=0 if parts is None else parts.shape[2],
         inverse_temperature=1.0 / planner.temperature, grad_mixture_stride=_row_stride(arriving.mixture),
         grad_log_normalizer_stride=_row_stride(arriving.log_normalizer),
         grad_oracle_nll_stride=_row_stride(arriving.oracle_nll), codebook_stride=_row_stride(actions),

@@ -29,7 +29,7 @@ class Progress:
 
     def __init__(self, description: str, total: int | None = None, unit: str = "steps") -> None:
         self.description, self.total, self.unit = description, total, unit
-        self.count, self.note = 0, ""
+        self.count, self._before, self.note = 0, 0, ""
         self.started = self._last_line = time.monotonic()
         self._silent = os.environ.get("RANK", "0") != "0"  # one of several processes speaks for all
         shown = sys.stderr.isatty() and not self._silent
@@ -43,10 +43,16 @@ class Progress:
             self._bar.close()
         elapsed = time.monotonic() - self.started
         if exception[0] is None and elapsed > 2:
-            rate = f"{self.count / elapsed:,.1f}/s"
-            self.line(
-                f"{self.description}: {self.count:,} {self.unit} in {elapsed:.0f} s ({rate}) {self.note}".rstrip()
-            )
+            done = self.count - self._before
+            rate = f"{done / elapsed:,.1f}/s"
+            self.line(f"{self.description}: {done:,} {self.unit} in {elapsed:.0f} s ({rate}) {self.note}".rstrip())
+
+    def start_at(self, count: int) -> None:
+        """So many units were done before: they count, but not in the rate."""
+        self.count = self._before = count
+        if self._bar is not None:
+            self._bar.initial = self._bar.n = count
+            self._bar.refresh()
 
     def advance(self, amount: int = 1, note: str = "") -> None:
         """Report `amount` units done; `note` (say, a loss) stands behind the count."""

@@ -287,7 +287,8 @@ class PlanLoader(_Loader[PlanBatch]):
         segment_rows = np.zeros((few_sizes(num_segments), 2), dtype=np.int64)
         segment_rows[:num_segments] = np.stack([placed.rows[document], placed.begins[document] + number], axis=1)
         actions = np.full(len(segment_rows), -1)
-        actions[:num_segments] = [contents[row]["actions"][sentence] for row, sentence in zip(document, number, strict=True)]
+        for at, (row, sentence) in enumerate(zip(document, number, strict=True)):
+            actions[at] = contents[row]["actions"][sentence]
         return PlanBatch(
             input_ids=torch.from_numpy(input_ids),
             position_ids=torch.from_numpy(position_ids),

@@ -127,7 +127,7 @@ def fit(task: Task, run: Run, config: PlannerConfig | TrainConfig) -> None:
     optimizer = make_optimizer(task.groups, config.weight_decay)
     with Progress("train", task.steps) as progress, _StopSignal() as stop:
         first, tokens = _restore(task, run, optimizer, progress.line)
-        progress.advance(first)
+        progress.start_at(first)
         skipped = 0
         with Prefetch(task.loader, ahead=2 * task.accumulate) as batches:
             watch = Watch(task.flops, task.rate, first, task.steps)
@@ -191,6 +191,7 @@ def _set_rates(
 def _save(task: Task, run: Run, optimizer: torch.optim.Optimizer, state: dict[str, Any], keep: int) -> None:
     tensors: dict[str, Tensor] = {f"model/{name}": parameter for name, parameter in by_name(task.groups).items()}
     tensors |= {f"optimizer/{name}": value for name, value in optimizer_tensors(task.groups, optimizer).items()}
+    run.sync()
     save_checkpoint(run.checkpoints, tensors, state, keep)
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import math
+import os
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -16,7 +18,7 @@ from planlm.distribution import first_rank_does, rank
 from planlm.errors import InputError
 from planlm.files import write_text
 
-FREE_TO_CHANGE = {"resume", "json", "shard", "log_every", "checkpoint_every", "keep_checkpoints", "tensorboard"}
+FREE_TO_CHANGE = {"out", "resume", "json", "shard", "log_every", "checkpoint_every", "keep_checkpoints", "tensorboard"}
 """Settings that may differ when a run is resumed: they leave weights and losses as they are."""
 
 
@@ -56,20 +58,27 @@ class Run:
         write_text(written, yaml.safe_dump(settings, sort_keys=False))
 
     def last_line(self) -> dict[str, Any]:
-        """The newest object of `metrics.jsonl`."""
-        line: dict[str, Any] = json.loads(self.metrics.read_text().splitlines()[-1])
+        """The newest object of `metrics.jsonl`; empty where somebody has taken that away."""
+        lines = self.metrics.read_text().splitlines() if self.metrics.exists() else []
+        line: dict[str, Any] = json.loads(lines[-1]) if lines else {}
         return line
 
     def log(self, line: dict[str, Any]) -> None:
-        """Append one object to `metrics.jsonl`."""
+        """Append one object to `metrics.jsonl`; what is not finite is null there, as JSON has no such numbers."""
         if rank() > 0:
             return
         with self.metrics.open("a") as file:
-            file.write(json.dumps(line) + "\n")
+            file.write(json.dumps(_finite(line), allow_nan=False) + "\n")
         if self._board is not None:
             for name, value in _flat(line):
                 self._board.add_scalar(name, value, line["step"])
             self._board.flush()
+
+    def sync(self) -> None:
+        """Have what is logged on the disk: a checkpoint must not outlive the lines before it."""
+        if rank() == 0 and self.metrics.exists():
+            with self.metrics.open("rb") as file:
+                os.fsync(file.fileno())
 
     def forget_after(self, step: int) -> None:
         """Drop logged lines of steps after `step`: a resumed run writes them again."""
@@ -93,6 +102,12 @@ def _board(folder: Path, step: int) -> Any:
     from torch.utils.tensorboard import SummaryWriter
 
     return SummaryWriter(str(folder), purge_step=step)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _finite(inner) for name, inner in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _flat(line: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:

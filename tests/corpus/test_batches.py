@@ -55,7 +55,7 @@ def sentence_numbers(batch: PlanBatch) -> torch.Tensor:
 
 
 def check_segments(batch: PlanBatch) -> int:
-    """Segments are sorted over the batch, each is somebody's, and those behind them have no action; returns how many."""
+    """Segments are sorted over the batch, each is somebody's, and those behind them have no action; their number."""
     segments = batch.segment_ids[batch.segment_ids >= 0]
     count = int(segments.max()) + 1
     assert (segments.diff() >= 0).all() and segments.unique().tolist() == list(range(count))

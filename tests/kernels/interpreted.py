@@ -67,7 +67,7 @@ def backward(
     *tensors, temperature, top_k = given
     present = [tensor is not None for index, tensor in enumerate(tensors) if index != 7]
     needs = [here and (not needed or name in needed) for here, name in zip(present, GRADIENTS, strict=True)]
-    found = triton_projection.plan_projection_backward(*ups, *tensors, *outputs[4:], temperature, top_k, needs)
+    found = triton_projection.plan_projection_backward(*ups, *tensors, *outputs[3:], temperature, top_k, needs)
     assert all(gradient.numel() == 0 for gradient, need in zip(found, needs, strict=True) if not need)
     return {name: gradient for name, gradient, need in zip(GRADIENTS, found, needs, strict=True) if need}
 
@@ -386,7 +386,7 @@ def test_launches() -> None:
         with triton_tiles.observed(note, architecture):
             outputs = triton_projection.plan_projection(*given, 1.0, 0)
             needs = [tensor is not None for tensor in given[:7]] + [False]
-            triton_projection.plan_projection_backward(outputs[0], None, None, *given, *outputs[4:], 1.0, 0, needs)
+            triton_projection.plan_projection_backward(outputs[0], None, None, *given, *outputs[3:], 1.0, 0, needs)
             triton_addition.add_plan(empty(4096, 768), outputs[0], ids, None)
             triton_addition.add_plan_backward(empty(4096, 768), outputs[0], ids, None, [True, False])
         assert seen == [

@@ -354,6 +354,7 @@ def test_a_killed_build_is_begun_anew(small: Path, tmp_path: Path) -> None:
     process.communicate()
     out, err = build(small, cache).communicate()
     assert out == "None\n", err
+    assert not list((cache / "operators").glob("build-*")), "what the killed build left is taken away"
 
 
 @pytest.mark.parametrize(

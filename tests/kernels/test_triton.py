@@ -16,7 +16,8 @@ ROOT = Path(__file__).parents[2]
 
 def test_in_the_interpreter() -> None:
     tests = [
-        str(Path(__file__).with_name(name)) for name in ("interpreted.py", "interpreted_addition.py", "test_grid.py")
+        str(Path(__file__).with_name(name))
+        for name in ("interpreted.py", "interpreted_addition.py", "test_grid.py", "test_likely.py")
     ]
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *tests]
     done = subprocess.run(command, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True)

@@ -299,6 +299,20 @@ def test_a_torn_log_loses_its_torn_lines_alone(planted: dict[str, str], tmp_path
     assert run.metrics.read_text() == '{"step": 1}\n{"step": 2}\n'
 
 
+def test_log_lines_are_json_whatever_the_loss(planted: dict[str, str], tmp_path: Path) -> None:
+    run = Run(settings(planted, tmp_path / "run"))
+    run.log({"step": 1, "loss": float("nan"), "grad_norm": {"lm": float("inf"), "planner": 2.0}})
+    assert run.metrics.read_text() == '{"step": 1, "loss": null, "grad_norm": {"lm": null, "planner": 2.0}}\n'
+
+
+def test_a_run_may_be_moved_and_its_log_lost(planted: dict[str, str], tmp_path: Path) -> None:
+    train(settings(planted, tmp_path / "run", steps=1))
+    (tmp_path / "run").rename(tmp_path / "moved")
+    (tmp_path / "moved" / "metrics.jsonl").unlink()
+    result = train(settings(planted, tmp_path / "moved", steps=1, resume=True))
+    assert result["run"] == str(tmp_path / "moved") and "loss" not in result
+
+
 def test_damaged_configuration_is_named_and_a_torn_one_is_no_run(planted: dict[str, str], tmp_path: Path) -> None:
     (tmp_path / "torn").mkdir()
     (tmp_path / "torn" / "config.yaml.partial").touch()  # the process died before the rename
