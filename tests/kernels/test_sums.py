@@ -1,11 +1,14 @@
-"""Float32 where rounding adds up: many like values, at the sizes of real use."""
+"""The C++ operators' sums in float32 where rounding adds up: many like values, at the sizes of real use."""
 
 from __future__ import annotations
 
+import pytest
 import torch
 from torch import Tensor
 
-from planlm.kernels import add_plan, plan_projection
+from planlm.kernels import add_plan, cpp, plan_projection
+
+pytestmark = pytest.mark.skipif(cpp.why_not() is not None, reason=str(cpp.why_not()))
 
 
 def worst(found: Tensor, truth: Tensor) -> float:
