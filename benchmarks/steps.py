@@ -47,7 +47,7 @@ MODELS = {
         tie_word_embeddings=True,
     ),
 }
-"""GPT-2-small without dropout, with which fine-tuning rarely runs; SmolLM2-135M."""
+"""GPT-2-small without dropout, as `planlm train` has it by default; SmolLM2-135M."""
 
 Step = Callable[[], float]
 """One training step; returns the loss."""

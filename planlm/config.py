@@ -193,6 +193,9 @@ class TrainConfig(CommandConfig):
         1.0, "gradient norm, per parameter group, above which gradients are scaled down", limit=POSITIVE
     )
     precision: str = option("auto", "auto: bf16 autocast where the processor has it", choices=("auto", "bf16", "fp32"))
+    lm_dropout: float = option(
+        0.0, "dropout in the LM, whatever its own configuration says; attention's has no fast kernel", limit=BELOW_ONE
+    )
     loss_kernel: str = option(
         "chunked",
         "cross-entropy of the tokens; liger: Liger-Kernel's, on CUDA, with planlm[liger] installed",

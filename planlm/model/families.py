@@ -55,3 +55,15 @@ def input_width(projection: nn.Module) -> int:
     """
     width: int = projection.nx if isinstance(projection, Conv1D) else projection.in_features  # type: ignore[assignment]
     return width
+
+
+def set_dropout(lm: PreTrainedModel, probability: float) -> None:
+    """Give every dropout of a supported LM, attention's too, one probability."""
+    for module in lm.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = probability
+        if hasattr(module, "attention_dropout"):
+            module.attention_dropout = probability
+    for name in ("attn_pdrop", "embd_pdrop", "resid_pdrop", "attention_dropout", "hidden_dropout"):
+        if hasattr(lm.config, name):
+            setattr(lm.config, name, probability)

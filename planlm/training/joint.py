@@ -14,7 +14,7 @@ from planlm.corpus.batches import PlanBatch, PlanLoader
 from planlm.corpus.store import PreparedCorpus
 from planlm.distribution import counted, first_rank_does, num_ranks, rank, total
 from planlm.errors import InputError
-from planlm.model.families import lm_layers
+from planlm.model.families import lm_layers, set_dropout
 from planlm.model.lora import lora_parameters, merged
 from planlm.model.loss import usable_loss
 from planlm.model.modeling import PlanLMForCausalLM, PlanLMOutput
@@ -121,6 +121,7 @@ def _model(config: TrainConfig, corpus: PreparedCorpus, lm: str, planner: Planne
     if config.window > context:
         raise InputError(f"--window {config.window}: the context of {lm} is {context} tokens; set at most that")
     model.loss_kernel = loss_kernel
+    set_dropout(model.lm, config.lm_dropout)
     if config.checkpoint_activations:
         model.lm.activation_checkpointing_enable({"use_reentrant": False})
     if config.compile:

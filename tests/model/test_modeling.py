@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 import planlm  # noqa: F401  registers the Auto classes
 from planlm.errors import InputError
 from planlm.model import PlanLMForCausalLM
-from planlm.model.families import OUTPUT_PROJECTIONS
+from planlm.model.families import OUTPUT_PROJECTIONS, set_dropout
 
 FAMILIES = ("gpt2", "llama")
 PREDICTED = ("soft", "hard", "straight-through", "gumbel", "gumbel-hard", "top-k")
@@ -250,3 +250,19 @@ def test_every_family_is_conditioned(model_type: str) -> None:
     plain = model.lm(inputs["input_ids"]).logits
     assert torch.equal(model(inputs["input_ids"], selection="none").logits, plain)
     assert not torch.allclose(model(**inputs).logits, plain)
+
+
+@pytest.mark.parametrize("model_type", sorted(OUTPUT_PROJECTIONS))
+def test_dropout_of_every_family_is_set(model_type: str) -> None:
+    from transformers import AutoConfig
+
+    shape = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": 50}
+    if model_type not in ("gpt2", "gpt_neox"):
+        shape |= {"num_key_value_heads": 2}
+    lm = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **shape)).train()
+    ids = torch.randint(0, 50, (2, 12))
+    set_dropout(lm, 0.5)
+    assert not torch.equal(lm(ids).logits, lm(ids).logits)
+    set_dropout(lm, 0.0)
+    first, second = lm(ids).logits, lm(ids).logits
+    assert torch.equal(first, second) and torch.equal(first, lm.eval()(ids).logits)
