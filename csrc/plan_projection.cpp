@@ -19,7 +19,6 @@
 #include <array>
 #include <cmath>
 #include <limits>
-#include <tuple>
 #include <utility>
 #include <vector>
 
@@ -343,39 +342,6 @@ Tensor sum_of_rows(const Tensor& matrix, at::ScalarType working) {
   return sum;
 }
 
-// Of each row the mixture's gradient M times the mixture and, `of_best`, times what the likeliest action has over it.
-//
-// The gradient of a score is p (M e - M mixture). Where one action has nearly all of the probability, its difference, next
-// to nothing, would be that of two products in the thousands which round differently: M (e - mixture) is not.
-template <class R, class T>
-std::pair<R, R> products_of_row(const T* gradient, const R* mean, const T* action, int64_t step, int64_t size) {
-  R inner = 0, over = 0;
-#pragma omp simd reduction(+ : inner, over)
-  for (int64_t a = 0; a < size; ++a) {
-    const R arriving = R(gradient[a]);
-    inner += arriving * mean[a];
-    over += arriving * (R(action[a * step]) - mean[a]);
-  }
-  return {inner, over};
-}
-
-template <class R>
-void products_with(const Tensor& mixture_gradient, const Tensor& mixture, const Tensor& codebook, const Tensor& best,
-                   std::vector<R>& inners, std::vector<R>& of_best) {
-  const int64_t size = mixture.size(1);
-  const int64_t* likeliest = best.const_data_ptr<int64_t>();
-  AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, codebook.scalar_type(), "plan_projection_backward", [&] {
-    at::parallel_for(0, mixture.size(0), 16, [&](int64_t begin, int64_t end) {
-      for (int64_t s = begin; s < end; ++s) {
-        std::tie(inners[s], of_best[s]) = products_of_row(
-            mixture_gradient.const_data_ptr<scalar_t>() + s * mixture_gradient.stride(0),
-            mixture.const_data_ptr<R>() + s * mixture.stride(0),
-            codebook.const_data_ptr<scalar_t>() + likeliest[s] * codebook.stride(0), codebook.stride(1), size);
-      }
-    });
-  });
-}
-
 // Adds a value to one entry of each row.
 template <class R>
 void add_at(Tensor& matrix, const Tensor& columns, const std::vector<R>& values) {
@@ -415,12 +381,12 @@ Backward differentiate(Planner& planner, const Tensor& codebook, const Tensor& m
   if (to_codebook) result.codebook = summed(codebook, mixes);
 
   const bool to_scores = to_logits || to_noise, weighs = mixes && to_codebook;
-  Tensor offset = at::zeros({num_rows}, real);
+  Tensor offset = at::zeros({num_rows}, real), inner;
   if (log_normalizer_gradient.defined()) offset = offset + log_normalizer_gradient.to(planner.working);
-  std::vector<R> inners(mixes ? num_rows : 0), of_best(mixes ? num_rows : 0);
-  if (mixes) products_with(mixture_gradient, with_adjacent_columns(mixture), codebook, best, inners, of_best);
+  if (mixes) inner = (mixture_gradient.to(planner.working) * mixture).sum(1);
   const Tensor nll = nll_gradient.defined() && oracle.defined() ? nll_gradient.to(planner.working).contiguous() : Tensor();
   const R* offsets = offset.const_data_ptr<R>();
+  const R* inners = mixes ? inner.const_data_ptr<R>() : nullptr;
   const R* shares = share.defined() ? share.const_data_ptr<R>() : nullptr;
   const R* nlls = nll.defined() ? nll.const_data_ptr<R>() : nullptr;
   const int64_t* labels = oracle.defined() ? oracle.const_data_ptr<int64_t>() : nullptr;
@@ -432,10 +398,12 @@ Backward differentiate(Planner& planner, const Tensor& codebook, const Tensor& m
   const Tensor weights_rooms = planner.tiles(ranges, weighs, weighs ? codebook.options() : real);
   const Tensor gradient_rooms = planner.tiles(ranges, hidden && to_logits, planner.source.options());
   const Tensor logits_rooms = planner.logits_tiles(ranges);
-  // Of the likeliest action, as `products_with` says; added to its gradient at the end.
-  const bool corrects = mixes && to_scores && (!hidden || planner.source.scalar_type() == planner.working);
-  const int64_t* likeliest = corrects ? best.const_data_ptr<int64_t>() : nullptr;
-  std::vector<R> missing(corrects ? num_rows : 0);
+  // The gradient of a score is p (product - inner), `inner` the sum of all p times product, as the mixture's gradient
+  // times the mixture. Computed so it rounds otherwise than the products do, and where one action has nearly all of the
+  // probability the difference, next to nothing, would be that error. So the sum itself is formed on the way, by range,
+  // and the difference made up for at the likeliest action, where it counts.
+  const bool corrects = mixes && to_scores && planner.source.scalar_type() == planner.working;
+  std::vector<double> sums(corrects ? ranges.count * num_rows : 0, 0.0);
   // Several tiles of rows add to the same actions: summed in the working dtype, rounded once.
   const bool several = num_rows > planner.row_step;
   planner.each_range(ranges, [&](int64_t range, int64_t from, int64_t to) {
@@ -460,18 +428,15 @@ Backward differentiate(Planner& planner, const Tensor& codebook, const Tensor& m
                                         offsets[s],
                                         nlls ? nlls[s] : R(0),
                                         labels ? labels[s] : -1,
-                                        separate};
+                                        separate,
+                                        corrects};
           const Strip to = hidden ? strip(logits_gradient, row)
                                   : strip(to_source ? result.source : Tensor(), s, tile.first);
           const Scores<R> scores = planner.scores<R>(tile, logits, row, statistics, cut);
-          rows<R>().differentiate(scores, gradient, strip(product, row), to,
-                                  to_noise ? strip(result.noise, s, tile.first) : Strip{}, strip(weights, row),
-                                  buffer.data(), stream);
-          if (likeliest && likeliest[s] >= tile.first && likeliest[s] < tile.first + tile.count) {
-            const R used = product.const_data_ptr<R>()[row * product.stride(0) + likeliest[s] - tile.first] - inners[s];
-            const R probability = std::exp(-gradient.score_log_sum);
-            missing[s] = probability * (R(1) - gradient.share) / R(planner.temperature) * (of_best[s] - used);
-          }
+          const R found = rows<R>().differentiate(scores, gradient, strip(product, row), to,
+                                                  to_noise ? strip(result.noise, s, tile.first) : Strip{},
+                                                  strip(weights, row), buffer.data(), stream);
+          if (corrects) sums[range * num_rows + s] += found;
         }
         if (stream) rows<R>().fence();
       });
@@ -501,6 +466,13 @@ Backward differentiate(Planner& planner, const Tensor& codebook, const Tensor& m
   });
   if (states_gradients.defined()) result.source = states_gradients.sum(0).to(planner.source.scalar_type());
   if (corrects) {
+    std::vector<R> missing(num_rows);
+    for (int64_t s = 0; s < num_rows; ++s) {
+      double exact = 0;
+      for (int64_t range = 0; range < ranges.count; ++range) exact += sums[range * num_rows + s];
+      const double kept = (1.0 - (shares ? shares[s] : R(0))) / planner.temperature;
+      missing[s] = R(std::exp(-double(stats[num_rows + s])) * kept * (inners[s] - exact));
+    }
     const Tensor added = at::from_blob(missing.data(), {num_rows, 1}, real);
     add_at(result.noise, best, missing);
     if (!hidden) add_at(result.source, best, missing);

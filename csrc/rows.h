@@ -54,6 +54,7 @@ struct RowGradient {
   R nll;                   // gradient of the oracle's cross-entropy
   int64_t oracle;          // negative: none
   bool separate;
+  bool summed;             // whether the sum of the probabilities times `product` is wanted
 };
 
 template <class R>
@@ -63,9 +64,9 @@ struct Rows {
   R (*advance)(const Scores<R>&, RowState<R>&, bool separate, int64_t oracle, Strip weights, R* buffer);
   // Writes the gradients of logits and noise and the weights of the actions in the mixture, each where wanted.
   // `product`: gradient of the mixture times the strip's action embeddings. `stream`: the gradient of the logits goes
-  // past the caches, where it is aligned for that.
-  void (*differentiate)(const Scores<R>&, const RowGradient<R>&, Strip product, Strip logits, Strip noise,
-                        Strip weights, R* buffer, bool stream);
+  // past the caches, where it is aligned for that. Returns the sum of the probabilities times `product`, if wanted.
+  R (*differentiate)(const Scores<R>&, const RowGradient<R>&, Strip product, Strip logits, Strip noise,
+                     Strip weights, R* buffer, bool stream);
   // The scores themselves.
   void (*scores)(const Scores<R>&, R* out);
   // total = sum of those of `num_rows` strips, `step` elements apart, whose id is not negative; in their order.

@@ -361,6 +361,7 @@ struct Differentiate {
   const R factor = row.inverse_temperature * log2e<R>;
   const R kept = (R(1) - g.share) * row.inverse_temperature;
   const R offset = g.offset * row.inverse_temperature + own;
+  mutable BlockSum<R> inner;
 
   static INLINE char* place(Strip strip, int64_t i, Kind of) { return static_cast<char*>(strip.data) + i * bytes(of); }
 
@@ -390,7 +391,9 @@ struct Differentiate {
     if (!logits && !noise) return;
     V gradient = p * offset;
     if (product) {
-      gradient = p * ((read_at(product, std::integral_constant<Kind, real>{}) - g.inner) * kept + offset);
+      const V of_action = read_at(product, std::integral_constant<Kind, real>{});
+      if (g.summed) inner.add(i, whole ? V(p * of_action) : some_of(p * of_action, used));
+      gradient = p * ((of_action - g.inner) * kept + offset);
     }
     if (noise)
       with_kind(noise.kind, [&](auto of) INLINE_LAMBDA { leave_at<of(), whole>(noise, i, gradient, used); });
@@ -406,17 +409,24 @@ struct Differentiate {
     });
   }
 
-  INLINE void all() const {
+  static INLINE V some_of(V v, int64_t used) {
+    for (int64_t j = used; j < L::width; ++j) v[j] = R(0);
+    return v;
+  }
+
+  INLINE R all() const {
     int64_t i = 0;
     for (; i + L::width <= row.count; i += L::width) step<true>(i, L::width);
     if (i < row.count) step<false>(i, row.count - i);
+    return inner.value();
   }
 };
 
 template <class R>
-void differentiate(const Scores<R>& row, const RowGradient<R>& g, Strip product, Strip logits, Strip noise,
-                   Strip weights, R* buffer, bool stream) {
+R differentiate(const Scores<R>& row, const RowGradient<R>& g, Strip product, Strip logits, Strip noise,
+                Strip weights, R* buffer, bool stream) {
   const R* scores = nullptr;
+  R inner = 0;
   stream = stream && reinterpret_cast<uintptr_t>(logits.data) % 64 == 0;
   if (row.noise || row.top_k) {
     load_scores(row, buffer);
@@ -424,9 +434,10 @@ void differentiate(const Scores<R>& row, const RowGradient<R>& g, Strip product,
   }
   with_kind(row.logits.kind, [&](auto kind) INLINE_LAMBDA {
     with_kind(weights ? weights.kind : kind(), [&](auto weights_kind) INLINE_LAMBDA {
-      Differentiate<R, kind(), weights_kind()>{row, g, product, logits, noise, weights, scores, stream}.all();
+      inner = Differentiate<R, kind(), weights_kind()>{row, g, product, logits, noise, weights, scores, stream}.all();
     });
   });
+  return inner;
 }
 
 // One row after the other: processors fetch ahead along a single stream, and four rows at a time took twice as long.

@@ -141,6 +141,10 @@ def main(argv: list[str] | None = None) -> int:
             return 1
         return _fail(1, str(interrupt) or "interrupted")
     except Exception as error:
+        if _lost_another(error):
+            # Who ended has the reason to tell and is given the time; torchrun ends this one then.
+            time.sleep(5)
+            return _fail(1, "another process of this run has ended; with --resume training goes on")
         failure = _machine_failure(error)
         if failure is None and isinstance(error, _USERS_FILE_ERRORS) and error.filename is not None:
             return _fail(2, f"{error.filename}: {error.strerror}")
@@ -230,6 +234,15 @@ def _terminable() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+def _lost_another(error: BaseException | None) -> bool:
+    """Whether an error is that another process of the run is gone, looked for along the chain of causes."""
+    while error is not None:
+        if type(error).__name__ in ("DistBackendError", "DistNetworkError") or "gloo/transport" in str(error):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
 
 
 def _machine_failure(error: BaseException | None) -> str | None:

@@ -21,6 +21,7 @@ from planlm.model.modeling import PlanLMForCausalLM, PlanLMOutput
 from planlm.model.planner import Planner
 from planlm.precision import autocast, compute_dtype, device
 from planlm.text.alignment import load_tokenizer, tokenizer_fingerprint
+from planlm.training.draws import uniform_by_sentence
 from planlm.training.flops import lm_flops, matrix_product_rate
 from planlm.training.groups import ParameterGroup
 from planlm.training.loop import Task, check_batch_size, fit, num_steps
@@ -209,7 +210,7 @@ class Objective:
         for number, batch in enumerate(batches):
             batch = batch.to(where)
             with autocast(self.config.precision, where):
-                output = self._forward(batch, ratio, last=number + 1 == len(batches))
+                output = self._forward(batch, step, ratio, last=number + 1 == len(batches))
                 assert output.nll_sum is not None
                 loss = output.nll_sum / num_labels
                 if self.config.planner_loss > 0:
@@ -229,10 +230,10 @@ class Objective:
         loss_of_both = figures["lm_loss"] + self.config.planner_loss * figures.get("planner_loss", 0.0)
         return {"loss": loss_of_both, **figures}
 
-    def _forward(self, batch: PlanBatch, ratio: float, last: bool) -> PlanLMOutput:
+    def _forward(self, batch: PlanBatch, step: int, ratio: float, last: bool) -> PlanLMOutput:
         weight: float | Tensor = ratio
         if ratio > 0 and self.config.oracle_mode == "sampled":
-            weight = (torch.rand(len(batch.actions), device=batch.actions.device) < ratio).float()
+            weight = (uniform_by_sentence(batch, self.config.seed, step) < ratio).float()
         output: PlanLMOutput = self.parallel(
             batch.input_ids,
             position_ids=batch.position_ids,

@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -92,6 +94,18 @@ def test_losses_are_those_of_one_process(
             (saved / f"step-{step}").rename(tmp_path / f"{step} before {other}")
         train(still, tmp_path / "run", other, "--resume", *flags)
         np.testing.assert_allclose(logged(tmp_path / "run", "loss"), logged(alone, "loss"), rtol=1e-5)
+
+
+def test_sampled_oracles_do_not_depend_on_who_draws(still: dict[str, str], tmp_path: Path) -> None:
+    """Nor do processes without an item of their own stop a run, which under `oracle` have no action to show."""
+    for selection, mix in (("soft", "0.5"), ("oracle", "0")):
+        flags = ["--oracle-mix", mix, "--selection", selection]
+        found = []
+        for processes in (1, 3):
+            out = tmp_path / f"{selection}{processes}"
+            train(still, out, processes, "--steps", "12", "--batch-size", "7", *flags)
+            found.append(logged(out, "loss"))
+        np.testing.assert_allclose(found[1], found[0], rtol=1e-5)
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3])
@@ -182,3 +196,34 @@ def test_two_processes_pretrain_the_planner_as_one_does(planted: dict[str, str],
         done = command(processes, ["pretrain-planner", *flags, "--dropout", "0", "--batch-size", "7"])
         assert done.returncode == 0, done.stderr[-3000:]
     np.testing.assert_allclose(logged(tmp_path / "2", "loss"), logged(tmp_path / "1", "loss"), rtol=1e-5)
+
+
+def test_who_is_left_alone_calls_it_no_bug(still: dict[str, str], tmp_path: Path) -> None:
+    """One of two processes is killed, as the system does when memory ends."""
+    flags = [
+        "train",
+        "--corpus",
+        still["corpus"],
+        "--lm",
+        still["lm"],
+        "--out",
+        str(tmp_path / "run"),
+        "--window",
+        "16",
+    ]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "planlm"]
+    process = subprocess.Popen(
+        [*launcher, *flags, "--conditioned-layers", "2", "--steps", "100000", "--log-every", "1"],
+        stderr=subprocess.PIPE, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    for _ in range(1200):
+        if (tmp_path / "run" / "metrics.jsonl").exists():
+            break
+        time.sleep(0.1)
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    (second,) = [child for child in children if b"\0RANK=1\0" in Path(f"/proc/{child}/environ").read_bytes()]
+    os.kill(int(second), signal.SIGKILL)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode != 0
+    assert "bug in PlanLM" not in errors, errors
+    assert errors.count("planlm: error") == errors.count("planlm: error: another process of this run has ended"), errors
