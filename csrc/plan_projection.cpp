@@ -428,8 +428,7 @@ Backward differentiate(Planner& planner, const Tensor& codebook, const Tensor& m
                                         offsets[s],
                                         nlls ? nlls[s] : R(0),
                                         labels ? labels[s] : -1,
-                                        separate,
-                                        corrects};
+                                        separate};
           const Strip to = hidden ? strip(logits_gradient, row)
                                   : strip(to_source ? result.source : Tensor(), s, tile.first);
           const Scores<R> scores = planner.scores<R>(tile, logits, row, statistics, cut);

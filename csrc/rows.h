@@ -54,7 +54,6 @@ struct RowGradient {
   R nll;                   // gradient of the oracle's cross-entropy
   int64_t oracle;          // negative: none
   bool separate;
-  bool summed;             // whether the sum of the probabilities times `product` is wanted
 };
 
 template <class R>
@@ -64,7 +63,8 @@ struct Rows {
   R (*advance)(const Scores<R>&, RowState<R>&, bool separate, int64_t oracle, Strip weights, R* buffer);
   // Writes the gradients of logits and noise and the weights of the actions in the mixture, each where wanted.
   // `product`: gradient of the mixture times the strip's action embeddings. `stream`: the gradient of the logits goes
-  // past the caches, where it is aligned for that. Returns the sum of the probabilities times `product`, if wanted.
+  // past the caches, where it is aligned for that. Returns the sum of the probabilities times `product` where the
+  // logits are of the working dtype.
   R (*differentiate)(const Scores<R>&, const RowGradient<R>&, Strip product, Strip logits, Strip noise,
                      Strip weights, R* buffer, bool stream);
   // The scores themselves.

@@ -392,7 +392,7 @@ struct Differentiate {
     V gradient = p * offset;
     if (product) {
       const V of_action = read_at(product, std::integral_constant<Kind, real>{});
-      if (g.summed) inner.add(i, whole ? V(p * of_action) : some_of(p * of_action, used));
+      if constexpr (kind == real) inner.add(i, whole ? V(p * of_action) : some_of(p * of_action, used));
       gradient = p * ((of_action - g.inner) * kept + offset);
     }
     if (noise)
