@@ -200,17 +200,8 @@ def test_two_processes_pretrain_the_planner_as_one_does(planted: dict[str, str],
 
 def test_who_is_left_alone_calls_it_no_bug(still: dict[str, str], tmp_path: Path) -> None:
     """One of two processes is killed, as the system does when memory ends."""
-    flags = [
-        "train",
-        "--corpus",
-        still["corpus"],
-        "--lm",
-        still["lm"],
-        "--out",
-        str(tmp_path / "run"),
-        "--window",
-        "16",
-    ]
+    out = str(tmp_path / "run")
+    flags = ["train", "--corpus", still["corpus"], "--lm", still["lm"], "--out", out, "--window", "16"]
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "planlm"]
     process = subprocess.Popen(
         [*launcher, *flags, "--conditioned-layers", "2", "--steps", "100000", "--log-every", "1"],
