@@ -514,8 +514,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> plan_projecti
     projected = with_oracle(mixed.mixture, actions, labels, share);
     if (weight) {
       projected = projected.to(actions.scalar_type());
-      projected = bias ? at::addmm(bias->to(actions.scalar_type()), projected, weight->t())
-                       : at::mm(projected, weight->t());
+      projected = affine(projected, *weight, bias ? OptionalTensor(bias->to(actions.scalar_type())) : bias);
     } else {
       if (bias) projected = projected + *bias;
       projected = projected.to(actions.scalar_type(), /*non_blocking=*/false, /*copy=*/!bias && !share.defined());

@@ -10,4 +10,7 @@ namespace planlm {
 // scaled or compared, and 2^-9 of a large common part where only differences count.
 void multiply(Tensor& out, const Tensor& a, const Tensor& b, bool transposed, bool add);
 
+// x weight^T + bias, in the dtype that all of them have.
+Tensor affine(const Tensor& x, const Tensor& weight, const OptionalTensor& bias);
+
 }  // namespace planlm
