@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -93,10 +95,11 @@ def test_the_command_measures_writes_draws_and_compares(
     monkeypatch.setattr(cases, "measure_rates", lambda *_: Rates(1e9, 1e9))
     monkeypatch.setattr(cases, "refuse_beyond_memory", lambda: None)
     out, plot = tmp_path / "rows.jsonl", tmp_path / "chart.png"
-    command = ["--shapes", "tiny", "--providers", "token-level,strong eager,planlm", "--repetitions", "3"]
+    providers = ["token-level", "strong eager", "planlm"]
+    command = ["--shapes", "tiny", "--dtypes", "bf16", "--providers", ",".join(providers), "--repetitions", "3"]
     assert kernels.main([*command, "--out", str(out), "--plot", str(plot)]) == 0
     rows = read_rows(out)
-    assert [(r["dtype"], r["provider"]) for r in rows[2:4]] == [("float32", "planlm"), ("bf16", "token-level")]
+    assert [(measured["dtype"], measured["provider"]) for measured in rows] == [("bf16", name) for name in providers]
     for measured in rows:
         assert measured["min"] <= measured["p20"] <= measured["median"] <= measured["p80"]
         assert measured["memory"] > 0 and measured["repetitions"] == 3
@@ -104,6 +107,30 @@ def test_the_command_measures_writes_draws_and_compares(
     capsys.readouterr()
     assert kernels.main([*command, "--compare", str(out)]) == 0
     assert "New over old median" in capsys.readouterr().out
+
+
+def test_every_case_has_processes_of_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked = []
+
+    def measured(command: Sequence[str], **_: Any) -> subprocess.CompletedProcess[str]:
+        flags = dict(part[2:].split("=") for part in command[3:])
+        asked.append(f"{flags['shapes']} {flags['dtypes']} {flags['malloc']}")
+        case = {"shape": flags["shapes"], "dtype": flags["dtypes"], "malloc": flags["malloc"], "over": {}}
+        write_rows(Path(flags["out"]), [row("planlm", 25 + len(asked), **case)])
+        return subprocess.CompletedProcess(command, 0)
+
+    monkeypatch.setattr("benchmarks.kernels.subprocess.run", measured)
+    command = ["--shapes", "gpt2,long", "--dtypes", "bf16", "--providers", "planlm", "--malloc", "both"]
+    assert kernels.main([*command, "--processes", "3", "--out", str(tmp_path / "rows.jsonl")]) == 0
+    assert asked == 3 * ["gpt2 bf16 default", "long bf16 default", "gpt2 bf16 keep", "long bf16 keep"]
+    rows = read_rows(tmp_path / "rows.jsonl")
+    assert [(one["shape"], one["malloc"], one["processes"]) for one in rows[:2]] == [
+        ("gpt2", "default", 3),
+        ("long", "default", 3),
+    ]
+    assert rows[0]["median"] == pytest.approx((25 + 5) / 1e3)  # of the first, fifth and ninth process
 
 
 @pytest.mark.parametrize("arguments", [["--shapes", "gpt3"], ["--compare", "missing.jsonl"], ["--repetitions", "1"]])
