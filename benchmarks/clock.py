@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
+from planlm.kernels import cpp
 from planlm.progress import process_memory
 
 Result = TypeVar("Result")
@@ -85,7 +86,7 @@ def peak_memory(run: Callable[[], Sequence[Tensor]], device: torch.device) -> tu
 
     The second is everything, less exactly: on the CPU the growth of the process's peak resident memory, on CUDA that of
     `torch.cuda.max_memory_allocated`, less the bytes of the results; 0 where the peak was not above those, None where
-    the system has no such count.
+    the system has no such count. Blocks that PlanLM keeps for its next large results are given back before.
 
     Args:
         run: returns the results, not one of them a view of an input; called once.
@@ -93,6 +94,8 @@ def peak_memory(run: Callable[[], Sequence[Tensor]], device: torch.device) -> tu
     profiled = functools.partial(profile, activities=[ProfilerActivity.CPU], profile_memory=True)
     with _quiet(), profiled():
         torch.zeros(1)  # the first use in a process takes 120 MB for the profiler itself
+    if cpp.why_not() is None:
+        torch.ops.planlm.release_blocks()
     before = _start_peak(device)
     with _quiet(), profiled() as profiler:
         results = run()

@@ -1,4 +1,5 @@
-// What a training process gives torch for an allocator: large blocks stay with the process, in huge pages.
+// Large blocks that stay with the process, in huge pages: what a training process gives torch for an allocator, and where
+// the largest results of the operators lie in any process.
 //
 // A step allocates much what the step before did. glibc's malloc maps every block over 32 MiB anew and gives it back,
 // which costs zeroing of all pages. Told to keep everything, it cuts up its holes where sizes change a little from step
@@ -7,11 +8,11 @@
 // eighths of a power of two, so there are few lists. Before the process would hold more than it has had in use at once
 // and a little, the pages of the blocks that have waited longest move into the new block, which saves zeroing others: a
 // step needs the memory of its gradients for its activations, in blocks of other sizes.
-//
-// Not for a process that forks while its threads allocate: the child would find the lock taken. PlanLM forks nowhere.
 #include <c10/core/Allocator.h>
 #include <c10/core/CPUAllocator.h>
 #include <torch/library.h>
+
+#include "common.h"
 
 #include <algorithm>
 #include <bit>
@@ -21,6 +22,7 @@
 #include <vector>
 
 #if defined(__linux__)
+#include <pthread.h>
 #include <sys/mman.h>
 
 namespace planlm {
@@ -72,7 +74,28 @@ class Blocks final : public c10::Allocator {
 
   void copy_data(void* to, const void* from, size_t bytes) const override { default_copy_data(to, from, bytes); }
 
-  static Blocks* instance;
+  // Gives back what waits.
+  void release() {
+    const std::lock_guard guard(mutex_);
+    for (const auto& [size, waiting] : idle_)
+      for (const Idle& idle : waiting) munmap(idle.block, size);
+    for (char* const part : loose_) munmap(part, page);
+    idle_.clear();
+    loose_.clear();
+    idle_bytes_ = 0;
+    most_used_ = used_;
+  }
+
+  // Lives as long as the process: tensors may outlive every other object.
+  static Blocks& instance() {
+    static Blocks* const blocks = [] {
+      // A child must not find the lock taken by a thread that it does not have.
+      pthread_atfork([] { instance().mutex_.lock(); }, [] { instance().mutex_.unlock(); },
+                     [] { instance().mutex_.unlock(); });
+      return new Blocks(c10::GetDefaultCPUAllocator());
+    }();
+    return *blocks;
+  }
 
  private:
   struct Idle {
@@ -137,7 +160,8 @@ class Blocks final : public c10::Allocator {
   }
 
   static void give_back(void* block) {
-    if (reinterpret_cast<uintptr_t>(block) % page != 0 || !instance->keep(block)) instance->small_->raw_deallocate(block);
+    if (reinterpret_cast<uintptr_t>(block) % page != 0 || !instance().keep(block))
+      instance().small_->raw_deallocate(block);
   }
 
   bool keep(void* block) {
@@ -165,22 +189,25 @@ class Blocks final : public c10::Allocator {
   uint64_t clock_ = 0;
 };
 
-Blocks* Blocks::instance = nullptr;  // lives as long as the process: tensors may outlive every other object
-
 }  // namespace
 
-void keep_blocks() {
-  if (Blocks::instance) return;
-  Blocks::instance = new Blocks(c10::GetDefaultCPUAllocator());
-  c10::SetCPUAllocator(Blocks::instance);
-}
+c10::Allocator* blocks() { return &Blocks::instance(); }
+
+void keep_blocks() { c10::SetCPUAllocator(blocks()); }
+
+void release_blocks() { Blocks::instance().release(); }
 
 }  // namespace planlm
 
 #else
 namespace planlm {
+c10::Allocator* blocks() { return nullptr; }
 void keep_blocks() {}
+void release_blocks() {}
 }  // namespace planlm
 #endif
 
-TORCH_LIBRARY_FRAGMENT(planlm, library) { library.def("keep_blocks() -> ()", &planlm::keep_blocks); }
+TORCH_LIBRARY_FRAGMENT(planlm, library) {
+  library.def("keep_blocks() -> ()", &planlm::keep_blocks);
+  library.def("release_blocks() -> ()", &planlm::release_blocks);
+}

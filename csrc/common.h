@@ -2,6 +2,7 @@
 #pragma once
 
 #include <ATen/ATen.h>
+#include <ATen/EmptyTensor.h>
 #include <ATen/Parallel.h>
 
 #include <algorithm>
@@ -43,9 +44,17 @@ inline Tensor with_adjacent_columns(const Tensor& matrix) {
   return !matrix.defined() || matrix.size(1) <= 1 || matrix.stride(1) == 1 ? matrix : matrix.contiguous();
 }
 
-// An uninitialised tensor. Where the system only offers huge pages to those who ask, large ones ask: glibc returns their
-// memory with every release, and touching it anew 4 KiB at a time costs more than the arithmetic on it.
+// Blocks that stay with the process (csrc/allocator.cpp); null where there are none.
+c10::Allocator* blocks();
+
+// An uninitialised tensor. glibc's malloc maps every block over 32 MiB anew, and touching fresh memory can cost more than
+// the arithmetic on it: so large ones come from `blocks`. Where the system only offers huge pages to those who ask, those
+// of 2 MiB and more ask.
 inline Tensor empty(at::IntArrayRef sizes, const at::TensorOptions& options) {
+  constexpr size_t mapped = size_t(32) << 20;
+  if (c10::multiply_integers(sizes) * options.dtype().itemsize() > mapped && blocks())
+    return at::detail::empty_generic(sizes, blocks(), c10::DispatchKeySet(c10::DispatchKey::CPU),
+                                     c10::typeMetaToScalarType(options.dtype()), std::nullopt);
   Tensor tensor = at::empty(sizes, options);
 #if defined(__linux__)
   constexpr uintptr_t page = uintptr_t(2) << 20;

@@ -1,4 +1,4 @@
-"""The allocator of training processes: blocks are taken again, and what a process holds stays near what it uses.
+"""Large blocks: they are taken again, and what a process holds stays near what it uses.
 
 Each test runs in a process of its own, since torch's allocator cannot be put back.
 """
@@ -14,18 +14,20 @@ from planlm.kernels import cpp
 
 pytestmark = pytest.mark.skipif(cpp.why_not() is not None or sys.platform != "linux", reason="no C++ operators here")
 
-START = """
+IMPORTS = """
 import torch
-from planlm.allocator import keep_memory
 from planlm.progress import process_memory
-assert keep_memory() and keep_memory(), "a second call changes nothing"
 MB = 1 << 20
+"""
+START = """
+from planlm.allocator import keep_memory
+assert keep_memory() and keep_memory(), "a second call changes nothing"
 def block(megabytes): return torch.zeros(megabytes * MB, dtype=torch.uint8)
 """
 
 
-def run(script: str) -> None:
-    done = subprocess.run([sys.executable, "-c", START + script], capture_output=True, text=True, timeout=120)
+def run(script: str, start: str = START) -> None:
+    done = subprocess.run([sys.executable, "-c", IMPORTS + start + script], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
 
 
@@ -127,4 +129,41 @@ except RuntimeError as error: assert "memory" in str(error)
 else: raise AssertionError
 assert block(64).sum() == 0
 """
+    )
+
+
+def test_the_largest_results_lie_in_such_blocks_in_any_process() -> None:
+    """They are taken again, given back when asked for, and there for a child that was forked meanwhile."""
+    run(
+        """
+import os, threading
+from planlm.kernels import plan_projection
+torch.set_num_threads(1)  # OpenMP's threads do not follow into a child
+codebook, weight = torch.randn(8192, 4), torch.randn(4, 4)
+logits = torch.randn(1100, 8192, requires_grad=True)
+def gradient():
+    return torch.autograd.grad(plan_projection(logits, codebook, weight).projected.sum(), logits)[0]
+found = gradient()
+at, expected = found.data_ptr(), found.clone()
+assert at % (2 * MB) == 0
+del found
+assert gradient().data_ptr() == at
+before = process_memory("VmRSS")
+torch.ops.planlm.release_blocks()
+assert before - process_memory("VmRSS") > 34 * MB
+stop = threading.Event()
+def work():
+    while not stop.is_set(): torch.ops.planlm.gelu_backward(torch.zeros(9 * MB), torch.zeros(9 * MB))
+thread = threading.Thread(target=work, daemon=True)
+thread.start()
+for _ in range(10):
+    child = os.fork()
+    if child == 0: os._exit(0 if torch.equal(gradient(), expected) else 1)
+    assert os.waitpid(child, 0)[1] == 0
+stop.set()
+thread.join()
+with torch.inference_mode():
+    assert torch.ops.planlm.gelu(torch.ones(9 * MB)).is_inference()
+""",
+        start="",
     )
