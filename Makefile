@@ -11,7 +11,7 @@ help:
 	@echo "make quickstart   the whole path on real text and real pre-trained weights, in minutes"
 	@echo "make test         all tests"
 	@echo "make lint         ruff and mypy"
-	@echo "make bench        the kernels against eager PyTorch, torch.compile and the floor; writes bench/"
+	@echo "make bench        the kernels against eager PyTorch, torch.compile and the floor, in an hour or two; writes bench/"
 	@echo "make install      only set up $(VENV)"
 	@echo "make clean        remove $(VENV) and what the quickstart wrote"
 

@@ -12,6 +12,8 @@ from benchmarks.clock import Budget
 from benchmarks.results import read_rows
 from planlm.errors import InputError
 
+_PICTURES = (".png", ".pdf", ".svg")
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags of the benchmarks that measure time."""
@@ -46,6 +48,10 @@ def check_arguments(options: argparse.Namespace) -> None:
     for file in (options.out, options.plot):
         if file and not file.absolute().parent.is_dir():
             raise InputError(f"{file}: its folder does not exist; create it first")
+        if file and file.is_dir():
+            raise InputError(f"{file}: is a folder; name a file in it")
+    if options.plot and options.plot.suffix not in _PICTURES:
+        raise InputError(f"--plot: got {options.plot}, needs a name that ends in {', '.join(_PICTURES)}")
     if options.compare:
         read_rows(options.compare)
 
@@ -64,5 +70,5 @@ def check_names(options: argparse.Namespace, known: Mapping[str, Collection[str]
 
 
 def names_in(text: str) -> list[str]:
-    """The names of a comma-separated list."""
-    return [name.strip() for name in text.split(",") if name.strip()]
+    """The names of a comma-separated list, each once."""
+    return list(dict.fromkeys(name.strip() for name in text.split(",") if name.strip()))

@@ -94,7 +94,7 @@ def peak_memory(run: Callable[[], Sequence[Tensor]], device: torch.device) -> tu
     profiled = functools.partial(profile, activities=[ProfilerActivity.CPU], profile_memory=True)
     with _quiet(), profiled():
         torch.zeros(1)  # the first use in a process takes 120 MB for the profiler itself
-    if cpp.why_not() is None:
+    if device.type == "cpu" and cpp.why_not() is None:
         torch.ops.planlm.release_blocks()
     before = _start_peak(device)
     with _quiet(), profiled() as profiler:

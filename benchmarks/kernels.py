@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import signal
 import subprocess
 import sys
 import tempfile
@@ -47,8 +48,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--bars", action="store_true", help="judge the medians; exit status 1 where one fails")
     options = parser.parse_args(arguments)
-    if options.malloc == "keep" and arguments is None:
-        start_with_huge_pages()
+    if arguments is None:
+        signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: ends what runs, and leaves no files
+        if options.malloc == "keep":
+            start_with_huge_pages()
     try:
         check_arguments(options)
         if options.processes < 1:
@@ -60,6 +63,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     except WrongResultError as error:
         print(f"wrong result: {error}", file=sys.stderr)
+        return 1
+    except subprocess.CalledProcessError as error:  # which has said more itself, unless it was killed
+        print(f"error: the process of that case ended with status {error.returncode}", file=sys.stderr)
+        return 2 if error.returncode == 2 else 1
+    except KeyboardInterrupt:
+        print(f"interrupted; done cases are in {options.out}" if options.out else "interrupted", file=sys.stderr)
         return 1
     passed = True
     for good, line in judged(rows, BARS) if options.bars else ():
@@ -116,9 +125,8 @@ def _in_processes(options: argparse.Namespace) -> list[Row]:
             command = [sys.executable, "-m", "benchmarks.kernels", f"--malloc={malloc}", f"--out={out}"]
             command += [f"--shapes={shape}", f"--dtypes={dtype}", f"--providers={','.join(options.providers)}"]
             command += [f"--repetitions={options.repetitions}", f"--seconds={options.seconds}"]
-            done = subprocess.run(command, stdout=subprocess.DEVNULL, check=False)
-            if done.returncode != 0:
-                raise WrongResultError(f"{shape} in {dtype} with malloc {malloc} ended with status {done.returncode}")
+            # In a session of its own: Ctrl-C comes here alone, and ends it.
+            subprocess.run(command, stdout=subprocess.DEVNULL, check=True, start_new_session=True)
             rows += read_rows(out)
         if options.out:
             write_rows(options.out, pooled(rows))

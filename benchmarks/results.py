@@ -71,8 +71,11 @@ def read_rows(path: Path) -> list[Row]:
     except (OSError, ValueError) as error:
         raise InputError(f"{path}: expected rows that --out wrote ({error})") from None
     for number, row in enumerate(rows, 1):
-        if not isinstance(row, dict) or not {*KEY, "status"} <= row.keys():
-            raise InputError(f"{path}: row {number} is none that --out wrote; it needs {', '.join((*KEY, 'status'))}")
+        needed = {*KEY, "status"}
+        if isinstance(row, dict) and row.get("status") == "ok":
+            needed |= {"median", "p20", "p80", "commit"}
+        if not isinstance(row, dict) or not needed <= row.keys():
+            raise InputError(f"{path}: row {number} is none that --out wrote; it needs {', '.join(sorted(needed))}")
     return rows
 
 

@@ -53,7 +53,7 @@ class Blocks final : public c10::Allocator {
   explicit Blocks(c10::Allocator* small) : small_(small) {}
 
   c10::DataPtr allocate(size_t bytes) override {
-    if (bytes < least) return of(small_->raw_allocate(bytes));
+    if (bytes < least) return of(from_malloc(bytes));
     const size_t size = rounded(bytes);
     void* block = nullptr;
     {
@@ -65,7 +65,7 @@ class Blocks final : public c10::Allocator {
         most_used_ = std::max(most_used_, used_);
       }
     }
-    if (!block) return of(small_->raw_allocate(bytes));  // torch's own error
+    if (!block) return of(from_malloc(bytes));
     c10::profiledCPUMemoryReporter().New(block, bytes);
     return of(block);
   }
@@ -74,9 +74,10 @@ class Blocks final : public c10::Allocator {
 
   void copy_data(void* to, const void* from, size_t bytes) const override { default_copy_data(to, from, bytes); }
 
-  // Gives back what waits.
-  void release() {
+  // Gives back what waits, if anything does.
+  bool release() {
     const std::lock_guard guard(mutex_);
+    const bool any = idle_bytes_ > 0;
     for (const auto& [size, waiting] : idle_)
       for (const Idle& idle : waiting) munmap(idle.block, size);
     for (char* const part : loose_) munmap(part, page);
@@ -84,6 +85,7 @@ class Blocks final : public c10::Allocator {
     loose_.clear();
     idle_bytes_ = 0;
     most_used_ = used_;
+    return any;
   }
 
   // Lives as long as the process: tensors may outlive every other object.
@@ -105,6 +107,16 @@ class Blocks final : public c10::Allocator {
 
   static c10::DataPtr of(void* block) { return {block, block, &give_back, c10::Device(c10::DeviceType::CPU)}; }
 
+  // What waits is given up before torch's own error is.
+  void* from_malloc(size_t bytes) {
+    try {
+      return small_->raw_allocate(bytes);
+    } catch (const std::exception&) {
+      if (!release()) throw;
+    }
+    return small_->raw_allocate(bytes);
+  }
+
   void* take(size_t size) {
     auto& waiting = idle_[size];
     if (!waiting.empty()) {  // the last one released is the likeliest to be in a cache
@@ -125,8 +137,10 @@ class Blocks final : public c10::Allocator {
         munmap(from, page);
       else if (move(from, to))
         to += page;
-      else
+      else {
+        munmap(block, size);
         return nullptr;
+      }
     }
     return block;
   }

@@ -39,6 +39,24 @@ def _cpp():
         yield
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+def test_a_bias_and_a_weight_of_any_strides(dtype: torch.dtype) -> None:
+    """oneDNN's linear layer reads a bias as if its values were adjacent."""
+    inputs = projection_inputs(5, 40, size=12, plan_size=24, dtype=dtype)
+    bias, weight = torch.arange(48.0).to(dtype), inputs["weight"].detach()
+    layouts = {
+        "every second": bias[::2],
+        "a column": bias.view(24, 2)[:, 1],
+        "expanded": bias[3:4].expand(24),
+    }
+    for name, layout in layouts.items():
+        for matrix in (weight, weight.t().contiguous().t(), torch.stack([weight, weight], dim=-1)[..., 0]):
+            given = {**inputs, "bias": layout, "weight": matrix}
+            usual = {**inputs, "bias": layout.clone(), "weight": weight}
+            found, wanted = plan_projection(**given).projected, plan_projection(**usual).projected
+            torch.testing.assert_close(found, wanted, msg=lambda text, name=name: f"{name}: {text}")
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("selection", ["soft", "gumbel", "top-k"])
 @pytest.mark.parametrize("function", [plan_projection, plan_projection_from_hidden], ids=lambda f: f.__name__)

@@ -118,7 +118,8 @@ def test_results_that_are_dropped_are_freed(lm_folder: Callable[[str], str]) -> 
     inputs = batch()
 
     def alive() -> int:
-        gc.collect()
+        for _ in range(3):  # what earlier tests left may take more than one
+            gc.collect()
         return sum(isinstance(found, Tensor) for found in gc.get_objects())
 
     del [model(**inputs)][0]
@@ -126,7 +127,7 @@ def test_results_that_are_dropped_are_freed(lm_folder: Callable[[str], str]) -> 
     for _ in range(3):
         out = model(**inputs)
         del out
-    assert alive() == before
+    assert alive() <= before
 
 
 def batch() -> dict[str, Tensor]:
