@@ -71,10 +71,9 @@ def read_rows(path: Path) -> list[Row]:
     except (OSError, ValueError) as error:
         raise InputError(f"{path}: expected rows that --out wrote ({error})") from None
     for number, row in enumerate(rows, 1):
-        needed = {*KEY, "status"}
-        if isinstance(row, dict) and row.get("status") == "ok":
-            needed |= {"median", "p20", "p80", "commit"}
-        if not isinstance(row, dict) or not needed <= row.keys():
+        given = row if isinstance(row, dict) else {}
+        needed = {*KEY, "status", *(("median", "p20", "p80", "commit") if given.get("status") == "ok" else ())}
+        if not needed <= given.keys():
             raise InputError(f"{path}: row {number} is none that --out wrote; it needs {', '.join(sorted(needed))}")
     return rows
 

@@ -187,8 +187,9 @@ def test_what_waits_is_given_up_before_memory_runs_out() -> None:
 import resource
 held = [block(100) for _ in range(7)]
 del held
-used = process_memory("VmData")
+used, resident = process_memory("VmData"), process_memory("VmRSS")
 resource.setrlimit(resource.RLIMIT_DATA, (used + 64 * MB, resource.RLIM_INFINITY))
-small = [torch.empty(MB, dtype=torch.uint8) for _ in range(400)]
+small = [torch.empty(MB, dtype=torch.uint8) for _ in range(400)]  # six times what is left
+assert resident - process_memory("VmRSS") > 600 * MB
 """
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,6 +14,7 @@ from benchmarks import cases, gpu, kernels
 from benchmarks.blocks import SHAPES, Shape
 from benchmarks.floor import Rates
 from benchmarks.results import Bar, comparison, draw, judged, pooled, read_rows, table, write_rows
+from planlm.errors import InputError
 
 COMMON = {
     "shape": "gpt2", "dtype": "float32", "malloc": "default", "status": "ok", "flops": 10**9, "bytes": 10**8,
@@ -133,7 +135,23 @@ def test_every_case_has_processes_of_its_own(
     assert rows[0]["median"] == pytest.approx((25 + 5) / 1e3)  # of the first, fifth and ninth process
 
 
-@pytest.mark.parametrize("arguments", [["--shapes", "gpt3"], ["--compare", "missing.jsonl"], ["--repetitions", "1"]])
+def test_rows_without_times_are_refused(tmp_path: Path) -> None:
+    for bad in ([], {"shape": "gpt2"}, {key: value for key, value in row("planlm", 25).items() if key != "p20"}):
+        (tmp_path / "rows.jsonl").write_text(json.dumps(bad))
+        with pytest.raises(InputError, match="row 1 is none that --out wrote"):
+            read_rows(tmp_path / "rows.jsonl")
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--shapes", "gpt3"],
+        ["--compare", "missing.jsonl"],
+        ["--repetitions", "1"],
+        ["--plot", "chart.foo"],
+        ["--out", "."],
+    ],
+)
 def test_bad_usage_is_one_line(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert kernels.main(arguments) == 2
     assert len(capsys.readouterr().err.splitlines()) == 1

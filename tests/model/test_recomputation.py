@@ -118,16 +118,19 @@ def test_results_that_are_dropped_are_freed(lm_folder: Callable[[str], str]) -> 
     inputs = batch()
 
     def alive() -> int:
-        for _ in range(3):  # what earlier tests left may take more than one
-            gc.collect()
+        gc.collect()
         return sum(isinstance(found, Tensor) for found in gc.get_objects())
 
     del [model(**inputs)][0]
-    before = alive()
-    for _ in range(3):
-        out = model(**inputs)
-        del out
-    assert alive() <= before
+    gc.freeze()  # what earlier tests left is not looked at: it may go at any collection
+    try:
+        before = alive()
+        for _ in range(3):
+            out = model(**inputs)
+            del out
+        assert alive() == before
+    finally:
+        gc.unfreeze()
 
 
 def batch() -> dict[str, Tensor]:
