@@ -8,6 +8,7 @@ dataset_dict.json, train/, validation/, test/
 
 from __future__ import annotations
 
+import hashlib
 import json
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -21,6 +22,7 @@ from datasets import Features, List, Value
 from safetensors.torch import load_file
 from torch import Tensor
 
+from planlm.corpus.writing import checksum
 from planlm.errors import InputError
 
 FORMAT_VERSION = 1
@@ -132,6 +134,17 @@ class PreparedCorpus:
             have = ", ".join(split for split, counts in self.manifest.splits.items() if counts["documents"])
             raise InputError(f"{self.path}: no documents in split {name!r}; it has {have}")
         return self._documents[name]
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """What decides training on this corpus, as 64 hexadecimal digits: sha256 of codebook, documents and tokenizer.
+
+        The same for a copy elsewhere, under another name or with other times of its files.
+        """
+        files = sorted([self.path / CODEBOOK, *self.path.glob("*/*.arrow")])
+        contents = {file.relative_to(self.path).as_posix(): checksum(file) for file in files}
+        identity = {"tokenizer": self.manifest.tokenizer_fingerprint, "files": contents}
+        return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
 
     @cached_property
     def action_counts(self) -> Tensor:

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import xxhash
 from datasets import Features
 
 from planlm.errors import InputError, MachineError
@@ -64,6 +65,15 @@ def read_arrow(path: Path, columns: list[str] | None = None) -> pa.Table:
     with pa.memory_map(str(path)) as source:
         table = pa.ipc.open_stream(source).read_all()
     return table if columns is None else table.select(columns)
+
+
+def checksum(path: Path) -> str:
+    """XXH3 of a file's contents, 128 bits in hexadecimal: finds damage, and at 10 GB/s waits for the disk only."""
+    digest = xxhash.xxh3_128()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def write_split_files(folder: Path, name: str, files: list[str], features: Features) -> None:

@@ -6,6 +6,8 @@ import errno
 import fcntl
 import hashlib
 import os
+import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -350,3 +352,15 @@ def test_what_is_no_corpus_is_refused(tmp_path: Path) -> None:
         PreparedCorpus.load(tmp_path)
     with pytest.raises(InputError, match="no prepared corpus"):
         PreparedCorpus.load(tmp_path / "none")
+
+
+def test_the_fingerprint_is_of_contents_alone(
+    settings: Settings, sixty: str, tmp_path: Path, lm_folder: Callable[[str], str]
+) -> None:
+    first = prepare(settings(sixty))
+    copy = Path(shutil.copytree(first.path, tmp_path / "copy", copy_function=shutil.copy))
+    assert re.fullmatch("[0-9a-f]{64}", first.fingerprint)
+    assert PreparedCorpus.load(copy).fingerprint == first.fingerprint
+    for number, options in enumerate(({"actions": 4}, {"tokenizer": lm_folder("gpt2")}, {"max_documents": 59})):
+        other = prepare(settings(sixty, out=str(tmp_path / f"other-{number}"), **options))
+        assert other.fingerprint != first.fingerprint
