@@ -1,36 +1,255 @@
-"""Writing files that are never seen half-written."""
+"""Writing files and folders that are never seen half-written, and only where they belong.
+
+What is new is made beside its place under a name that nobody can foresee, and renamed when all of it is on the disk.
+Who works on such a temporary holds it locked; those of killed processes are unlocked, and go with the next writing in
+the same folder. Modes follow the umask, also where a library writes for its own user alone.
+
+A path that the user names is written as a shell would: links are followed, and a device or pipe is written to. A folder
+of ours (a run, a corpus) may come from anybody: `within` refuses every link that leads out of it.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
-from collections.abc import Iterator
+import re
+import secrets
+import shutil
+import stat
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO
 
+from planlm.errors import InputError
+
+_LEFT = re.compile(r"\.planlm-[0-9a-f]{12}\.partial")
+
+_FILE = os.O_WRONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+_FOLDER = os.O_RDONLY | os.O_NOFOLLOW | os.O_DIRECTORY | os.O_CLOEXEC
+
 
 @contextlib.contextmanager
-def replacing(path: Path) -> Iterator[IO[bytes]]:
-    """A file to write that takes the place of `path` when all of it is on the disk, and goes away on any failure."""
-    beside = path.with_name(f"{path.name}.partial")
-    try:
-        with open(beside, "wb") as file:
+def replacing(path: Path, within: Path | None = None) -> Iterator[IO[bytes]]:
+    """A file to write that takes the place of `path` when all of it is on the disk, and goes away on any failure.
+
+    Args:
+        path: what to write. A link stays, and what it leads to is replaced; a device, a pipe, or a descriptor such as
+            /dev/stdout is written to as it is.
+        within: the folder that the file belongs to, where that is one of ours.
+
+    Raises:
+        InputError: a link in a circle; with `within`, one that leads out of it, or a device or pipe.
+        OSError: names `path`, never the temporary.
+    """
+    target = belonging(path, within)
+    if (through := _special(path, target)) is not None:
+        with open(through, "wb") as file:
             yield file
-            file.flush()
-            os.fsync(file.fileno())
-        beside.replace(path)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            beside.unlink(missing_ok=True)
-        raise
+        return
+
+    def make(beside: Path) -> int:
+        return os.open(beside, _FILE | os.O_CREAT | os.O_EXCL, 0o666)
+
+    with _beside(path, target.parent, make) as (beside, descriptor):
+        with open(descriptor, "wb", closefd=False) as file:
+            yield file
+        os.fsync(descriptor)
+        beside.replace(target)
 
 
-def write_text(path: Path, text: str) -> None:
+@contextlib.contextmanager
+def replacing_folder(path: Path, within: Path | None = None) -> Iterator[Path]:
+    """A folder to fill that takes the place of `path` when all of it is on the disk, and goes away on any failure.
+
+    Its parents are made. Arguments and errors as of `replacing`.
+    """
+    target = belonging(path, within)
+    target.parent.mkdir(parents=True, exist_ok=True)
+
+    def make(beside: Path) -> int:
+        beside.mkdir()
+        return os.open(beside, _FOLDER)
+
+    with _beside(path, target.parent, make) as (beside, _):
+        yield beside
+        _settle(beside)
+        before = _temporary(target.parent)
+        with contextlib.suppress(FileNotFoundError):
+            target.rename(before)  # quicker than deleting it, and nothing is lost if we are killed after it
+        beside.rename(target)
+        _flush(target.parent)
+        shutil.rmtree(before, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def appending(path: Path, within: Path | None = None) -> Iterator[IO[str]]:
+    """A text file to write at the end of `path`, in UTF-8. Arguments and errors as of `replacing`."""
+    target = belonging(path, within)
+    through = _special(path, target)
+    with open(target if through is None else through, "a", encoding="utf-8") as file:
+        yield file
+
+
+@contextlib.contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Hold the file `path`, made if need be and never written to; the lock dies with its owner.
+
+    Raises:
+        BlockingIOError: another process holds it.
+        OSError: it cannot be made, or is a link.
+    """
+    descriptor = os.open(path, _FILE | os.O_CREAT, 0o666)
+    try:
+        _lock(descriptor)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def write_text(path: Path, text: str, within: Path | None = None) -> None:
     """Replace a file at once: whoever reads it sees the old or the new text, never half of one."""
-    with replacing(path) as file:
+    with replacing(path, within) as file:
         file.write(text.encode("utf-8"))
+
+
+def belonging(path: Path, within: Path | None) -> Path:
+    """Where `path` leads once all links are followed.
+
+    Raises:
+        InputError: links in a circle; with `within`, out of this folder, or neither to a regular file nor a folder.
+    """
+    target = Path(os.path.realpath(path))
+    if target.is_symlink():
+        raise InputError(f"{path}: a link that leads in a circle; delete it")
+    if within is None:
+        return target
+    if not target.is_relative_to(os.path.realpath(within)):
+        raise InputError(f"{path}: a link out of {within}, to {target}; delete the link")
+    if target.exists() and not (target.is_file() or target.is_dir()):
+        raise InputError(f"{path}: neither a file nor a folder; delete it")
+    return target
+
+
+def check_own(folder: Path) -> None:
+    """Refuse to work in a folder that may come from elsewhere and in which something leads out of it.
+
+    Raises:
+        InputError: names the first link out of `folder`, or device, or pipe.
+    """
+    for where, folders, files in os.walk(folder):
+        for name in sorted([*folders, *files]):
+            belonging(Path(where, name), folder)
 
 
 def is_utf8(text: str) -> bool:
     """Whether a name or argument from the system can be written as UTF-8 (Python keeps other bytes as surrogates)."""
     return not any("\ud800" <= character <= "\udfff" for character in text)
+
+
+def _special(path: Path, target: Path) -> Path | int | None:
+    """What to open where `path` is to be written to as it is: a device, a pipe, or one of our descriptors."""
+    number = _descriptor(path)
+    if number is None:
+        return target if target.exists() and not (target.is_file() or target.is_dir()) else None
+    try:
+        return os.dup(number)  # a file opened anew would be written from its start again
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from None
+
+
+def _descriptor(path: Path) -> int | None:
+    """N where `path` leads to this process's /proc/self/fd/N, as /dev/stdout and /dev/fd/N do."""
+    for _ in range(40):  # as many links as Linux follows
+        folder = Path(os.path.realpath(path.parent))
+        if path.name.isdigit() and str(folder) in (f"/proc/{os.getpid()}/fd", "/dev/fd"):
+            return int(path.name)
+        if not path.is_symlink():
+            break
+        path = folder / path.readlink()
+    return None
+
+
+@contextlib.contextmanager
+def _beside(path: Path, folder: Path, make: Callable[[Path], int]) -> Iterator[tuple[Path, int]]:
+    """A temporary in `folder` with a locked descriptor, gone after any failure; errors name `path` in its place."""
+    try:
+        _sweep(folder)
+        beside, descriptor = _locked_new(folder, make)
+        try:
+            yield beside, descriptor
+        except BaseException:
+            _delete(beside)
+            raise
+        finally:
+            os.close(descriptor)
+    except OSError as error:
+        name = str(error.filename or "")
+        found = _LEFT.search(name)
+        if error.errno is not None and (found or not name):
+            error.filename, error.filename2 = f"{path}{name[found.end() :] if found else ''}", None
+        raise
+
+
+def _locked_new(folder: Path, make: Callable[[Path], int]) -> tuple[Path, int]:
+    """A temporary, made by `make` and locked before anybody could take it for a left-over."""
+    while True:
+        beside = _temporary(folder)
+        descriptor = make(beside)
+        try:
+            _lock(descriptor)
+        except BlockingIOError:
+            os.close(descriptor)
+            continue
+        except OSError:  # a file system without locks, where nobody sweeps either
+            return beside, descriptor
+        if beside.exists():
+            return beside, descriptor
+        os.close(descriptor)
+
+
+def _temporary(folder: Path) -> Path:
+    return folder / f".planlm-{secrets.token_hex(6)}.partial"
+
+
+def _sweep(folder: Path) -> None:
+    """Delete what killed processes left in `folder`: temporaries that nobody holds."""
+    with contextlib.suppress(OSError), os.scandir(folder) as entries:
+        left = [Path(entry) for entry in entries if _LEFT.fullmatch(entry.name) and not entry.is_symlink()]
+        for path in left:
+            with contextlib.suppress(OSError):
+                descriptor = os.open(path, _FOLDER if path.is_dir() else _FILE)
+                try:
+                    _lock(descriptor)
+                    _delete(path)
+                finally:
+                    os.close(descriptor)
+
+
+def _lock(descriptor: int) -> None:
+    fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+def _delete(path: Path) -> None:
+    with contextlib.suppress(OSError):
+        shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+
+
+def _settle(folder: Path) -> None:
+    """Give a new folder's files the modes of the umask, which the folder has, and have all of it on the disk."""
+    readable = folder.stat().st_mode & 0o666
+    for where, _, files in os.walk(folder):
+        for name in files:
+            file = Path(where, name)
+            file.chmod(stat.S_IMODE(file.stat().st_mode) | readable)
+            _flush(file)
+        _flush(Path(where))
+
+
+def _flush(path: Path) -> None:
+    """Make a file's bytes, or a folder's entries, survive a power cut."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

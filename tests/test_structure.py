@@ -19,7 +19,7 @@ ALLOWED = {
     "errors": set(),
     "config": {"errors"},
     "progress": set(),
-    "files": set(),
+    "files": {"errors"},
     "precision": set(),
     "distribution": {"precision"},
     "allocator": {"kernels"},
