@@ -16,7 +16,7 @@ from planlm.evaluation.planner_metrics import planner_metrics
 from planlm.evaluation.significance import DocumentScores, compare_rows
 from planlm.files import write_text
 from planlm.model.configuration import PlanLMConfig
-from planlm.model.generation import load_model
+from planlm.model.loading import load_model
 from planlm.model.modeling import PlanLMForCausalLM
 from planlm.model.planner import codebook_fingerprint
 from planlm.precision import device

@@ -21,7 +21,9 @@ class PlanLMConfig(PretrainedConfig):
         gate: whether each conditioned channel has a zero-initialised gate [g].
         selection, plan_temperature, plan_top_k, gumbel_scale: how the plan is formed unless a call says otherwise.
         codebook_fingerprint: of the codebook that training started from; see `planner.codebook_fingerprint`.
-        encoder: sentence encoder, by hub name or folder, that `generate()` embeds finished sentences with.
+        encoder: sentence encoder, by hub name or folder, that `generate()` embeds finished sentences with; `./...`
+            and `../...` are looked for from the model's own folder first, so that both may be moved together.
+        tokenizer_fingerprint: of the tokenizer saved with the model; see `alignment.tokenizer_fingerprint`.
     """
 
     model_type = "planlm"
@@ -43,3 +45,8 @@ class PlanLMConfig(PretrainedConfig):
     gumbel_scale: float = 1.0
     encoder: str = ""
     codebook_fingerprint: str = ""
+    tokenizer_fingerprint: str = ""
+
+    @classmethod
+    def register_for_auto_class(cls, auto_class: str = "AutoConfig") -> None:
+        """Leave the class as it is: else transformers would copy PlanLM's sources into the folders it saves."""

@@ -7,41 +7,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM
 
 from planlm.config import GenerateConfig
 from planlm.errors import InputError
 from planlm.files import write_text
+from planlm.model.loading import load_model
 from planlm.model.modeling import PlanLMForCausalLM
 from planlm.model.tracking import SentenceTracker
-from planlm.precision import device
 
 TOP_ACTIONS = 3
 """Most probable actions reported for each sentence."""
-
-
-def load_model(run: str) -> PlanLMForCausalLM:
-    """The joint model of a run directory, or of a model folder, in evaluation mode.
-
-    Raises:
-        InputError: there is none, or it cannot be read.
-    """
-    folder = Path(run)
-    folder = folder / "model" if (folder / "model").is_dir() else folder
-    if not (folder / "config.json").is_file():
-        raise InputError(f"{run}: no trained model here (model/config.json is missing); make one with `planlm train`")
-    try:
-        model_type = json.loads((folder / "config.json").read_text()).get("model_type")
-        if model_type != "planlm":
-            raise InputError(
-                f"{folder}: a {model_type} model, not a joint model of PlanLM; make one with `planlm train`"
-            )
-        model: PlanLMForCausalLM = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    except InputError:
-        raise
-    except Exception as error:
-        raise InputError(f"{folder}: model cannot be read: {str(error).strip().splitlines()[0]}") from None
-    return model.to(device()).eval()
 
 
 def generate(config: GenerateConfig) -> dict[str, Any]:

@@ -7,12 +7,11 @@ dimension, D stacked input widths of the conditioned layers, V vocabulary.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationMixin, PreTrainedModel
+from transformers import AutoModelForCausalLM, GenerationMixin, PreTrainedModel
 from transformers.utils import ModelOutput
 
 from planlm.errors import InputError
@@ -21,13 +20,13 @@ from planlm.model.adapter import PlanAdapter
 from planlm.model.configuration import PlanLMConfig
 from planlm.model.families import check_family, output_projections
 from planlm.model.fused import document_starts, fuse
+from planlm.model.loading import ModelFolder, load_lm
 from planlm.model.lora import add_lora
 from planlm.model.loss import LOSSES
 from planlm.model.planner import Planner, codebook_fingerprint, default_heads
 from planlm.model.tracking import SentenceTracker
 from planlm.text.alignment import load_tokenizer
-from planlm.text.assets import loading, resolve
-from planlm.text.encoder import SentenceEncoder
+from planlm.text.assets import absolute
 
 PLANNED = ("soft", "hard", "straight-through", "gumbel", "gumbel-hard", "top-k")
 """Selections that ask the planner."""
@@ -59,7 +58,7 @@ class PlanLMOutput(ModelOutput):
     past_key_values: Any = None
 
 
-class PlanLMForCausalLM(PreTrainedModel, GenerationMixin):
+class PlanLMForCausalLM(ModelFolder, GenerationMixin):
     """Planner-conditioned causal LM; a transformers model with `save_pretrained`, `from_pretrained` and `generate`.
 
     Called with `input_ids` alone it finds the sentences in the text itself, embeds and plans them; training and
@@ -105,8 +104,6 @@ class PlanLMForCausalLM(PreTrainedModel, GenerationMixin):
         )
         self.codebook = nn.Parameter(torch.zeros(config.num_actions, config.action_dim))
         self.adapter = PlanAdapter(lm, config.action_dim, config.conditioned_layers, config.gate)
-        self._encoder: SentenceEncoder | None = None
-        self._tokenizer: Any = None
         self.post_init()
 
     def _init_weights(self, module: nn.Module) -> None:
@@ -138,7 +135,7 @@ class PlanLMForCausalLM(PreTrainedModel, GenerationMixin):
         Raises:
             InputError: the LM cannot be loaded, its family is not supported, or the planner does not fit the codebook.
         """
-        base = _load_lm(lm, dtype)
+        base = load_lm(lm, dtype)
         if lora is not None:
             add_lora(base, *lora)
         num_actions, action_dim = codebook.shape
@@ -164,7 +161,7 @@ class PlanLMForCausalLM(PreTrainedModel, GenerationMixin):
             conditioned_layers=max(1, len(output_projections(base)) - 2)
             if conditioned_layers is None
             else conditioned_layers,
-            **options,
+            **{**options, "encoder": absolute(options.get("encoder", ""))},
         )
         model = cls(config, lm=base).to(dtype)
         model.planner.load_state_dict(planner.state_dict())
@@ -181,35 +178,6 @@ class PlanLMForCausalLM(PreTrainedModel, GenerationMixin):
     def get_output_embeddings(self) -> nn.Module:
         """The LM's head."""
         return self.lm.get_output_embeddings()
-
-    @property
-    def tokenizer(self) -> Any:
-        """The LM's tokenizer, loaded from the model's folder at first use."""
-        if self._tokenizer is None:
-            self._tokenizer = load_tokenizer(self.name_or_path)
-        return self._tokenizer
-
-    @tokenizer.setter
-    def tokenizer(self, tokenizer: Any) -> None:
-        """Use another tokenizer object."""
-        self._tokenizer = tokenizer
-
-    @property
-    def encoder(self) -> SentenceEncoder:
-        """The sentence encoder of `config.encoder`, loaded at first use."""
-        if self._encoder is None:
-            self._encoder = SentenceEncoder(self.config.encoder)
-        return self._encoder
-
-    @encoder.setter
-    def encoder(self, encoder: SentenceEncoder) -> None:
-        """Use another encoder object."""
-        self._encoder = encoder
-
-    def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:
-        """Save the model as transformers does, and its tokenizer beside it."""
-        super().save_pretrained(save_directory, **kwargs)
-        self.tokenizer.save_pretrained(save_directory)
 
     def compile_lm(self) -> None:
         """Hand the LM to `torch.compile`; it is compiled at its first call.
@@ -393,14 +361,6 @@ class PlanLMForCausalLM(PreTrainedModel, GenerationMixin):
             if forced is not None:
                 inputs |= {"actions": forced, "oracle_weight": (forced >= 0).float()}
         return inputs
-
-
-def _load_lm(lm: str, dtype: torch.dtype) -> PreTrainedModel:
-    """The LM of a hub name or folder; its family is checked before its weights are read."""
-    name = resolve(lm, "lm")
-    with loading(lm, "lm"):
-        check_family(AutoConfig.from_pretrained(name))
-        return AutoModelForCausalLM.from_pretrained(name, dtype=dtype)
 
 
 def _gumbel_like(logits: Tensor) -> Tensor:

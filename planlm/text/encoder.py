@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from planlm.precision import compute_dtype
 from planlm.text.assets import loading, resolve
+from planlm.text.weights import check_encoder, check_finite, checked_loads
 
 BATCH_TOKENS = 4096
 """Tokens per forward pass, padding included: large enough to fill two cores (larger gained nothing when measured) and
@@ -25,7 +27,7 @@ class SentenceEncoder:
             where the processor has it.
 
     Raises:
-        InputError: `name` cannot be loaded.
+        InputError: `name` cannot be loaded, brings code of its own, or its weights do not fit or are not finite.
     """
 
     def __init__(self, name: str, *, precision: str = "auto") -> None:
@@ -38,10 +40,19 @@ class SentenceEncoder:
         logging.disable_progress_bar()
         try:
             with loading(name, "encoder"):
-                self._model = SentenceTransformer(folder)
+                is_folder = Path(folder).is_dir()
+                pooler = is_folder and check_encoder(name, Path(folder))
+                with checked_loads(name, pooler=pooler):
+                    self._model = SentenceTransformer(
+                        folder,
+                        trust_remote_code=False,
+                        local_files_only=is_folder,
+                        model_kwargs={"use_safetensors": True},
+                    )
         finally:
             if not quiet:
                 logging.enable_progress_bar()
+        check_finite(name, self._model)
         self._model.eval()
         self.dim: int = self._model.get_embedding_dimension() or 0
         self._limit: int = self._model.max_seq_length or 512

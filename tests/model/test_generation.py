@@ -13,6 +13,7 @@ import planlm.model.generation as generation
 from planlm.config import GenerateConfig
 from planlm.errors import InputError
 from planlm.model import PlanLMForCausalLM
+from planlm.model.loading import load_model
 from planlm.model.tracking import SentenceTracker
 
 FAMILIES = ("gpt2", "llama")
@@ -151,6 +152,6 @@ def test_bad_options_are_refused(
 
 def test_folder_without_a_joint_model_is_refused(lm_folder: Callable[[str], str], tmp_path: Path) -> None:
     with pytest.raises(InputError, match="no trained model here"):
-        generation.load_model(str(tmp_path))
+        load_model(str(tmp_path))
     with pytest.raises(InputError, match="a gpt2 model, not a joint model"):
-        generation.load_model(lm_folder("gpt2"))
+        load_model(lm_folder("gpt2"))

@@ -1,0 +1,210 @@
+"""Language models and joint models from folders and hub names: what does not fit, or is not finite, is refused."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers.utils import cached_file
+
+from planlm.errors import InputError
+from planlm.model.configuration import PlanLMConfig
+from planlm.model.families import check_family
+from planlm.precision import device
+from planlm.text.alignment import read_tokenizer, tokenizer_fingerprint
+from planlm.text.assets import absolute, loading, resolve
+from planlm.text.encoder import SentenceEncoder
+from planlm.text.weights import check_finite, check_loaded, check_sizes, stored_tensors
+
+if TYPE_CHECKING:
+    from planlm.model.modeling import PlanLMForCausalLM
+
+_WHERE = ("subfolder", "revision", "cache_dir", "token", "local_files_only")
+"""What says where in a folder or on the hub a model's files are, the tokenizer's as well as the weights'."""
+
+_CODE = "modeling_planlm"
+"""Module in a model's folder through which transformers' Auto classes find PlanLM's, where it is not imported yet."""
+
+
+def load_lm(name: str, dtype: torch.dtype) -> PreTrainedModel:
+    """The LM of a hub name or folder; its family is checked before its weights are read.
+
+    Args:
+        name: causal LM by hub name or folder.
+        dtype: of all weights.
+
+    Raises:
+        InputError: it cannot be loaded, its family is not supported, or its weights do not fit its configuration.
+    """
+    folder = resolve(name, "lm")
+    where = {"local_files_only": True} if Path(folder).is_dir() else {}
+    with loading(name, "lm"):
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False, **where)
+        check_family(config)
+        stored = stored_tensors(folder, **where)
+        check_sizes(name, config, stored, lambda: AutoModelForCausalLM.from_config(copy.deepcopy(config)))
+        lm, info = AutoModelForCausalLM.from_pretrained(
+            folder,
+            dtype=dtype,
+            trust_remote_code=False,
+            use_safetensors=True,
+            ignore_mismatched_sizes=True,  # they are refused below, with the names
+            output_loading_info=True,
+            **where,
+        )
+    check_loaded(name, info)
+    check_finite(name, lm)
+    return lm
+
+
+def load_model(run: str) -> PlanLMForCausalLM:
+    """The joint model of a run directory, or of a model folder, in evaluation mode, with its tokenizer.
+
+    Raises:
+        InputError: there is none, or it cannot be read.
+    """
+    folder = Path(run)
+    folder = folder / "model" if (folder / "model").is_dir() else folder
+    if not (folder / "config.json").is_file():
+        raise InputError(f"{run}: no trained model here (model/config.json is missing); make one with `planlm train`")
+    with loading(str(folder), "joint"):
+        described = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        model_type = described.get("model_type") if isinstance(described, dict) else None
+        if model_type != PlanLMConfig.model_type:
+            raise InputError(
+                f"{folder}: a {model_type} model, not a joint model of PlanLM; make one with `planlm train`"
+            )
+        model: PlanLMForCausalLM = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=torch.float32, trust_remote_code=False, local_files_only=True
+        )
+        assert model.tokenizer is not None  # read now: a folder without one is refused before any work
+    return model.to(device()).eval()
+
+
+class ModelFolder(PreTrainedModel):
+    """What of the joint model concerns its folder: checked weights, the tokenizer beside them, the encoder's name."""
+
+    config: PlanLMConfig
+
+    _tokenizer: Any = None
+    _encoder: SentenceEncoder | None = None
+    _loaded_from = ""
+    _encoder_name = ""
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: str | os.PathLike[str] | None,
+        *args: Any,
+        output_loading_info: bool = False,
+        ignore_mismatched_sizes: bool = False,
+        **kwargs: Any,
+    ) -> Any:
+        """Load the model as transformers does, and its tokenizer; weights that do not fit are refused.
+
+        Args:
+            pretrained_model_name_or_path: folder or hub name; None where `state_dict` and `config` are given instead.
+            args: transformers'.
+            output_loading_info: return what transformers found, too.
+            ignore_mismatched_sizes: draw weights of another shape anew instead of refusing them.
+            kwargs: transformers'.
+
+        Raises:
+            InputError: tensors are missing, extra, of another shape or not finite, or the tokenizer is another one
+                than the model was trained with.
+        """
+        name = pretrained_model_name_or_path
+        if name is None or kwargs.get("gguf_file"):  # weights from elsewhere are the caller's affair
+            return super().from_pretrained(
+                name,
+                *args,
+                output_loading_info=output_loading_info,
+                ignore_mismatched_sizes=ignore_mismatched_sizes,
+                **kwargs,
+            )
+        where = {key: kwargs[key] for key in _WHERE if kwargs.get(key) is not None}
+        config = kwargs.get("config")
+        if not isinstance(config, PreTrainedConfig):
+            config = cls.config_class.from_pretrained(name if config is None else config, **where)  # type: ignore[union-attr]
+        if not kwargs.get("variant"):
+            stored = stored_tensors(str(name), **where)
+            check_sizes(str(name), config, stored, lambda: cls(copy.deepcopy(config), *args))
+        kwargs["use_safetensors"] = True
+        model, info = super().from_pretrained(
+            name, *args, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs
+        )
+        refused = info | {"mismatched_keys": set()} if ignore_mismatched_sizes else info
+        check_loaded(str(name), refused)
+        check_finite(str(name), model)
+        model._find_assets(str(name), where)
+        return (model, info) if output_loading_info else model
+
+    def _find_assets(self, name: str, where: dict[str, Any]) -> None:
+        """Read the tokenizer and settle where the encoder is: later the working directory may be another one."""
+        folder = Path(name, where.get("subfolder", "")).absolute() if Path(name).is_dir() else None
+        self._loaded_from = str(folder or name)
+        self._encoder_name = absolute(self.config.encoder, beside=folder)
+        if cached_file(name, "tokenizer.json", _raise_exceptions_for_missing_entries=False, **where) is None:
+            return
+        self._tokenizer = read_tokenizer(name, **where)
+        expected = self.config.tokenizer_fingerprint
+        if expected and tokenizer_fingerprint(self._tokenizer) != expected:
+            raise InputError(
+                f"{self._loaded_from}: its tokenizer is not the one that the model was trained with; put that one's "
+                "tokenizer.json and tokenizer_config.json back"
+            )
+
+    @property
+    def tokenizer(self) -> Any:
+        """The LM's tokenizer.
+
+        Raises:
+            InputError: the model came without one.
+        """
+        if self._tokenizer is None:
+            raise InputError(
+                f"{self._loaded_from or 'the model'}: no tokenizer (no tokenizer.json); copy the LM's tokenizer into "
+                "the folder, or set model.tokenizer"
+            )
+        return self._tokenizer
+
+    @tokenizer.setter
+    def tokenizer(self, tokenizer: Any) -> None:
+        """Use another tokenizer object."""
+        self._tokenizer = tokenizer
+
+    @property
+    def encoder(self) -> SentenceEncoder:
+        """The sentence encoder of `config.encoder`, loaded at first use."""
+        if self._encoder is None:
+            self._encoder = SentenceEncoder(self._encoder_name or self.config.encoder)
+        return self._encoder
+
+    @encoder.setter
+    def encoder(self, encoder: SentenceEncoder) -> None:
+        """Use another encoder object."""
+        self._encoder = encoder
+
+    def save_pretrained(self, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> None:
+        """Save the model as transformers does, its tokenizer beside it, and what lets transformers find its classes."""
+        if self._tokenizer is not None:
+            self.config.tokenizer_fingerprint = tokenizer_fingerprint(self._tokenizer)
+        self.config.auto_map = {
+            "AutoConfig": f"{_CODE}.{PlanLMConfig.__name__}",
+            "AutoModelForCausalLM": f"{_CODE}.{type(self).__name__}",
+        }
+        super().save_pretrained(save_directory, *args, **kwargs)
+        if kwargs.get("is_main_process", True):
+            code = f"from planlm.model import {PlanLMConfig.__name__}, {type(self).__name__}\n"
+            Path(save_directory, f"{_CODE}.py").write_text(code, encoding="utf-8")
+            if self._tokenizer is not None:
+                self._tokenizer.save_pretrained(save_directory)
+
+    @classmethod
+    def register_for_auto_class(cls, auto_class: str = "AutoModel") -> None:
+        """Leave the class as it is: else transformers would copy PlanLM's sources into the folders it saves."""

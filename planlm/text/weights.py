@@ -1,0 +1,263 @@
+"""Whether the weights of a model folder are the ones that its config.json describes.
+
+transformers only warns of weights that do not fit: it draws random ones for those that are missing and drops the rest.
+Whoever trains or generates with such a model notices late, or never.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from unittest import mock
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import nn
+
+from planlm.errors import InputError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
+Stored = Mapping[str, tuple[str, tuple[int, ...]]]
+"""safetensors' dtype name and the shape of each stored tensor, by key."""
+
+_KNOWN_EXTRA = re.compile(r"\.masked_bias$|rotary_emb\.inv_freq$|(^|\.)position_ids$")
+"""Constants that older versions of transformers stored with the weights and newer ones compute."""
+
+_FLOATS = ("F64", "F32", "F16", "BF16")
+_LAYERS = ("num_hidden_layers", "num_decoder_layers")
+_SHOWN = 3
+_CONVERT = (
+    "and PlanLM never unpickles; convert them to safetensors: load the model where you trust it and save it again"
+)
+_INDEX = "model.safetensors.index.json"
+
+
+def stored_tensors(name: str, **hub: Any) -> Stored:
+    """What the safetensors files of a model hold, read from their headers.
+
+    Args:
+        name: folder or hub name.
+        hub: where in it and how to get it: `subfolder`, `revision`, `cache_dir`, `token`, `local_files_only`.
+
+    Raises:
+        InputError: there are no safetensors files, one that the index names is missing, or one is damaged.
+    """
+    from transformers.utils import cached_file
+
+    def find(file: str) -> str | None:
+        found: str | None = cached_file(name, file, _raise_exceptions_for_missing_entries=False, **hub)
+        return found
+
+    if find("adapter_config.json") is not None:
+        raise InputError(
+            f"{name}: holds a peft adapter (adapter_config.json); merge it into its model (merge_and_unload) and save "
+            "that"
+        )
+    whole = find("model.safetensors")
+    index = None if whole else find(_INDEX)
+    if whole is None and index is None:
+        pickled = [file for file in ("pytorch_model.bin", "pytorch_model.bin.index.json") if find(file)]
+        if pickled:
+            raise InputError(f"{name}: its weights are pickled ({pickled[0]}), {_CONVERT}")
+        raise InputError(f"{name}: no weights here (no model.safetensors); give the folder of a saved model")
+    shards = [whole] if whole else _shards(name, Path(str(index)), find)
+    stored: dict[str, tuple[str, tuple[int, ...]]] = {}
+    for shard in shards:
+        try:
+            with safe_open(shard, framework="pt") as file:
+                for key in file.keys():  # noqa: SIM118  not a mapping
+                    view = file.get_slice(key)
+                    stored[key] = (view.get_dtype(), tuple(view.get_shape()))
+        except (SafetensorError, OSError) as error:
+            raise InputError(f"{shard}: damaged ({error}); copy or save the model again") from None
+    return stored
+
+
+def _shards(name: str, index: Path, find: Callable[[str], str | None]) -> list[str]:
+    """The files that an index names."""
+    try:
+        files = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        paths = {str(file): find(str(file)) for file in files}
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+        raise InputError(f"{index}: not an index of weights; copy or save the model again") from None
+    if missing := [file for file, path in paths.items() if path is None]:
+        raise InputError(f"{name}: {_several(missing)} named in {_INDEX} is missing; copy or save the model again")
+    return [str(path) for path in paths.values()]
+
+
+def check_sizes(name: str, config: PreTrainedConfig, stored: Stored, build: Callable[[], nn.Module]) -> None:
+    """Refuse a configuration that describes more than is stored, before any memory is taken for it.
+
+    Quantised weights are packed in ways of their own and are left to transformers.
+
+    Args:
+        name: of the model, for the message.
+        config: the configuration.
+        stored: see `stored_tensors`.
+        build: makes the model; called where tensors take no memory.
+
+    Raises:
+        InputError: it describes more layers than there are tensors or more parameters than are stored, or integers
+            are stored in place of numbers.
+    """
+    if getattr(config, "quantization_config", None) is not None:
+        return
+    text = config.get_text_config()
+    layers = sum(int(getattr(text, key, 0) or 0) for key in _LAYERS) + getattr(config, "planner_layers", 0)
+    if layers > len(stored):
+        raise InputError(f"{name}: config.json says {layers:,} layers, and {len(stored)} tensors are stored; mend it")
+    if getattr(config, "is_encoder_decoder", False):  # of which an encoder of sentences is one half
+        return
+    with torch.device("meta"):
+        model = build()
+    wanted = sum(tensor.numel() for key, tensor in model.named_parameters() if not _may_lack(key))
+    have = sum(_size(shape) for _, shape in stored.values())
+    if wanted > have:
+        raise InputError(
+            f"{name}: config.json describes {wanted:,} parameters, and the weights hold {have:,}; the two are not of "
+            "the same model"
+        )
+    floats = {key for key, tensor in model.named_parameters() if tensor.is_floating_point()}
+    prefix = getattr(model, "base_model_prefix", "")
+    packed = [
+        f"{key} {dtype}"
+        for key, (dtype, _) in stored.items()
+        if dtype not in _FLOATS and (key in floats or f"{prefix}.{key}" in floats)
+    ]
+    if packed:
+        raise InputError(f"{name}: quantised weights without a quantisation in config.json ({_several(packed)})")
+
+
+def _size(shape: Sequence[int]) -> int:
+    product = 1
+    for length in shape:
+        product *= length
+    return product
+
+
+def _may_lack(key: str) -> bool:
+    """A pooler stands beside what an encoder's sentence embedding is made of, and many are stored without."""
+    return key.split(".", 1)[0] == "pooler"
+
+
+def check_loaded(name: str, info: Mapping[str, Any], *, extra: Callable[[str], bool] = lambda key: True) -> None:
+    """Refuse weights of which transformers has found some missing, some extra or some of another shape.
+
+    Args:
+        name: of the model, for the message.
+        info: transformers' `output_loading_info`.
+        extra: which of the unexpected keys are refused.
+
+    Raises:
+        InputError: names the first few keys, and a prefix that explains them all if there is one.
+    """
+    missing = sorted(info["missing_keys"])
+    unexpected = sorted(info["unexpected_keys"])
+    surplus = [key for key in unexpected if extra(key) and not _KNOWN_EXTRA.search(key)]
+    mismatched = [f"{key} {tuple(have)} for {tuple(want)}" for key, have, want in sorted(info["mismatched_keys"])]
+    found = {"missing": missing, "not of this model": surplus, "of another shape": mismatched}
+    problems = [f"{len(keys)} {what} ({_several(keys)})" for what, keys in found.items() if keys]
+    problems += [str(message).splitlines()[0] for message in info["error_msgs"] if str(message)]
+    if problems:
+        prefix = _prefix(missing, unexpected)
+        advice = (
+            f"the keys carry the prefix {prefix!r}: save the inner model, without its wrapper"
+            if prefix
+            else "save the whole model again with the config.json that belongs to it"
+        )
+        raise InputError(f"{name}: the weights do not fit config.json: {', '.join(problems)}; {advice}")
+
+
+def _prefix(missing: Sequence[str], unexpected: Sequence[str]) -> str:
+    """What a wrapper (DDP, torch.compile, peft) has put before keys that would fit without; "" where it is not that."""
+    for key in unexpected:
+        for wanted in missing:
+            if key.endswith(f".{wanted}"):
+                return key.removesuffix(wanted)
+    return ""
+
+
+def check_finite(name: str, model: nn.Module) -> None:
+    """Refuse weights that hold NaN or infinity; tensors without data here (offloaded, `meta`) are left out.
+
+    Raises:
+        InputError: names the first few.
+    """
+    bad = [key for key, tensor in model.state_dict().items() if not tensor.is_meta and not _is_finite(tensor)]
+    if bad:
+        raise InputError(
+            f"{name}: weights that are not finite numbers ({_several(bad)}): the training that made them diverged, or "
+            "the file is damaged; use another checkpoint"
+        )
+
+
+def _is_finite(tensor: torch.Tensor) -> bool:
+    """NaN and infinity survive a sum, which needs no memory; only a sum that overflows is looked at again."""
+    if not tensor.is_floating_point():
+        return True
+    return bool(tensor.sum(dtype=torch.float32).isfinite()) or bool(tensor.isfinite().all())
+
+
+def check_encoder(name: str, folder: Path) -> bool:
+    """Refuse an encoder's folder with pickled or damaged weights or a configuration larger than they are.
+
+    Args:
+        name: of the encoder, for the message.
+        folder: its folder; each module of sentence-transformers may have one of its own in it.
+
+    Returns:
+        Whether a model's own pooler makes the embedding: most often sentence-transformers' pooling does.
+    """
+    from transformers import AutoConfig, AutoModel
+
+    for found in sorted(folder.rglob("config.json")):
+        if '"model_type"' not in found.read_text(encoding="utf-8"):  # pooling, normalisation and the like
+            continue
+        config = AutoConfig.from_pretrained(found.parent, trust_remote_code=False, local_files_only=True)
+        stored = stored_tensors(str(found.parent), local_files_only=True)
+        check_sizes(name, config, stored, lambda config=config: AutoModel.from_config(config))  # type: ignore[misc]
+    return any("pooler_output" in found.read_text(encoding="utf-8") for found in folder.rglob("sentence_*_config.json"))
+
+
+@contextlib.contextmanager
+def checked_loads(name: str, *, pooler: bool) -> Iterator[None]:
+    """Check what sentence-transformers loads meanwhile: it does not hand on what transformers found.
+
+    An encoder takes the body of a model: heads beside it, as pre-training leaves them, are not missed. Weights are read
+    from safetensors or not at all.
+
+    Args:
+        name: of the encoder, for the message.
+        pooler: whether the model's own pooler makes the embedding; otherwise it may be missing.
+    """
+    from transformers import modeling_utils
+
+    def check(model: Any, *_: Any, loading_info: Any, **__: Any) -> None:
+        info = dict(loading_info.to_dict())
+        parts = {part for part, _ in model.named_children()}
+        info["missing_keys"] = {key for key in info["missing_keys"] if pooler or not _may_lack(key)}
+        whole = not info["missing_keys"]
+
+        def is_own(key: str) -> bool:
+            return not whole or key.removeprefix(f"{model.base_model_prefix}.").split(".", 1)[0] in parts
+
+        check_loaded(name, info, extra=is_own)
+
+    def refuse(file: Any, *_: Any, **__: Any) -> None:
+        raise InputError(f"{name}: its weights are pickled ({file}), {_CONVERT}")
+
+    with (
+        mock.patch.object(modeling_utils, "log_state_dict_report", check),
+        mock.patch.object(torch, "load", refuse),
+    ):
+        yield
+
+
+def _several(names: Sequence[str]) -> str:
+    return ", ".join(names[:_SHOWN]) + (", …" if len(names) > _SHOWN else "")
