@@ -39,12 +39,13 @@ void add(const Tensor& x, const Tensor& plan, const Tensor& ids, const Tensor& g
   const R* gates = gate.defined() ? gate.const_data_ptr<R>() : nullptr;
   const int64_t columns = x.size(1), row_bytes = columns * x.element_size();
   const bool stream = worth_streaming(out);
+  const Matrix states(x), plans(plan), result(out);
   at::parallel_for(0, x.size(0), grain(columns), [&](int64_t begin, int64_t end) {
     for (int64_t t = begin; t < end; ++t) {
       if (rows_of[t] < 0)  // bit for bit
-        std::memcpy(strip(out, t).data, strip(x, t).data, row_bytes);
+        std::memcpy(result.strip(t).data, states.strip(t).data, row_bytes);
       else
-        rows<R>().add(strip(x, t), strip(plan, rows_of[t]), gates, strip(out, t), columns, stream);
+        rows<R>().add(states.strip(t), plans.strip(rows_of[t]), gates, result.strip(t), columns, stream);
     }
     if (stream) rows<R>().fence();
   });
@@ -69,26 +70,27 @@ void sum_segments(const Tensor& gradient, const Tensor& plan, const Tensor& ids,
                             : std::max<int64_t>(1, columns);
   const int64_t strips = (columns + width - 1) / width;
   const R* gates = gate.defined() ? gate.const_data_ptr<R>() : nullptr;
+  R* const for_gates = grad_gate.defined() ? grad_gate.data_ptr<R>() : nullptr;
+  const Matrix upstream(gradient), for_plan(grad_plan);
+  const Matrix plans = for_gates ? Matrix(plan) : Matrix();
   const auto run = [&](int64_t first, int64_t count, int64_t begin, int64_t end, R* for_gate) {
     Buffer<R> total(count), row(for_gate ? count : 0);
     std::vector<double> sum(for_gate ? count : 0, 0.0);
     for (int64_t s = begin; s < end; ++s) {
-      sum_rows(total.data(), gradient, starts[s], starts[s + 1], first, count, rows_of + starts[s]);
-      if (grad_plan.defined())
-        rows<R>().store(total.data(), gates ? gates + first : nullptr, strip(grad_plan, s, first), count);
+      sum_rows(total.data(), upstream, starts[s], starts[s + 1], first, count, rows_of + starts[s]);
+      if (for_plan) rows<R>().store(total.data(), gates ? gates + first : nullptr, for_plan.strip(s, first), count);
       if (for_gate) {
         const int64_t any = 0;
-        rows<R>().sum_rows(row.data(), strip(plan, s, first), 0, &any, 1, count);  // the plan's row, as R
+        rows<R>().sum_rows(row.data(), plans.strip(s, first), 0, &any, 1, count);  // the plan's row, as R
         for (int64_t i = 0; i < count; ++i) sum[i] += double(total[i]) * row[i];
       }
     }
     for (int64_t i = 0; for_gate && i < count; ++i) for_gate[i] += R(sum[i]);
   };
-  R* for_gate = grad_gate.defined() ? grad_gate.data_ptr<R>() : nullptr;
-  if (strips > 1 || for_gate) {
+  if (strips > 1 || for_gates) {
     at::parallel_for(0, strips, 1, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i)
-        run(i * width, std::min(width, columns - i * width), 0, num_segments, for_gate ? for_gate + i * width : nullptr);
+        run(i * width, std::min(width, columns - i * width), 0, num_segments, for_gates ? for_gates + i * width : nullptr);
     });
   } else if (strips == 1) {
     // Shared out by tokens, as segments differ in length: each goes to whoever has its first token, or the end for the

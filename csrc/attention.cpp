@@ -41,9 +41,17 @@ struct Head {
   Half* row(int64_t position) const { return data + position * step; }
 };
 
-Head head_of(const Tensor& tensor, int64_t b, int64_t h) {
-  return {tensor.data_ptr<Half>() + b * tensor.stride(0) + h * tensor.stride(2), tensor.stride(1)};
-}
+// All heads of such a tensor.
+struct Heads {
+  Half* data;
+  int64_t row_step, step, head_step;
+  explicit Heads(const Tensor& tensor)
+      : data(tensor.data_ptr<Half>()),
+        row_step(tensor.stride(0)),
+        step(tensor.stride(1)),
+        head_step(tensor.stride(2)) {}
+  Head at(int64_t b, int64_t h) const { return {data + b * row_step + h * head_step, step}; }
+};
 
 // Rows `begin` to `end` as the right factor of a product over positions, and, transposed, of one over channels.
 void pack(const Head& head, int64_t begin, int64_t end, int64_t size, Half* to) {
@@ -113,21 +121,24 @@ std::tuple<Tensor, Tensor> packed_attention(const Tensor& query, const Tensor& k
   Tensor log_sums = empty({batch, heads, width}, query.options().dtype(at::kFloat));
   const float factor = float(scale * log2e);
   const int64_t shared = heads / groups;
+  const Heads all_queries(query), all_keys(key), all_values(value), all_out(out);
+  const int64_t* const starts = first.const_data_ptr<int64_t>();
+  float* const all_log_sums = log_sums.data_ptr<float>();
   at::parallel_for(0, batch * heads, 1, [&, width = width, heads = heads, size = size](int64_t begin, int64_t end) {
     Buffer<Half> key_panels(width * size), value_pairs(width * size), weights(queries * keys);
     Buffer<float> scores(queries * keys), mixed(queries * size);
     int64_t packed = -1;
     for (int64_t task = begin; task < end; ++task) {
       const int64_t b = task / heads, h = task % heads;
-      const Head to_query = head_of(query, b, h), to_key = head_of(key, b, h / shared),
-                 to_value = head_of(value, b, h / shared), to_out = head_of(out, b, h);
+      const Head to_query = all_queries.at(b, h), to_key = all_keys.at(b, h / shared),
+                 to_value = all_values.at(b, h / shared), to_out = all_out.at(b, h);
       if (packed != task / shared) {
         pack_transposed(to_key, 0, width, size, key_panels.data());
         pack(to_value, 0, width, size, value_pairs.data());
         packed = task / shared;
       }
-      const int64_t* from = first.const_data_ptr<int64_t>() + b * width;
-      float* log_sum = log_sums.data_ptr<float>() + (b * heads + h) * width;
+      const int64_t* from = starts + b * width;
+      float* log_sum = all_log_sums + (b * heads + h) * width;
       for (int64_t q = 0; q < width; q += queries) {
         const int64_t block = std::min(queries, width - q), last = q + block;
         float largest[queries], sum[queries];
@@ -171,6 +182,10 @@ std::tuple<Tensor, Tensor, Tensor> packed_attention_backward(const Tensor& grad,
          to_value = empty(value.sizes(), value.options());
   const float factor = float(scale * log2e);
   const int64_t shared = heads / groups;
+  const Heads all_queries(query), all_keys(key), all_values(value), all_out(out), all_grads(upstream);
+  const Heads for_query(to_query), for_key(to_key), for_value(to_value);
+  const int64_t* const starts = first.const_data_ptr<int64_t>();
+  const float* const all_log_sums = log_sums.const_data_ptr<float>();
   at::parallel_for(0, batch * groups, 1, [&, width = width, heads = heads, groups = groups, size = size](int64_t begin,
                                                                                                          int64_t end) {
     Buffer<Half> turned(size * width), pairs(size * panel);        // K^T, and what it comes from
@@ -182,8 +197,8 @@ std::tuple<Tensor, Tensor, Tensor> packed_attention_backward(const Tensor& grad,
     std::vector<int64_t> stop(width);                              // the first position that does not see a key
     for (int64_t task = begin; task < end; ++task) {
       const int64_t b = task / groups, g = task % groups;
-      const Head from_key = head_of(key, b, g), from_value = head_of(value, b, g);
-      const int64_t* from = first.const_data_ptr<int64_t>() + b * width;
+      const Head from_key = all_keys.at(b, g), from_value = all_values.at(b, g);
+      const int64_t* from = starts + b * width;
       for (int64_t k = 0, t = 0; k < width; ++k) {
         while (t < width && from[t] <= k) ++t;
         stop[k] = t;
@@ -192,9 +207,9 @@ std::tuple<Tensor, Tensor, Tensor> packed_attention_backward(const Tensor& grad,
       std::fill_n(of_key.data(), width * size, 0.0f);
       std::fill_n(of_value.data(), width * size, 0.0f);
       for (int64_t h = g * shared; h < (g + 1) * shared; ++h) {
-        const Head from_query = head_of(query, b, h), from_grad = head_of(upstream, b, h), from_out = head_of(out, b, h),
-                   into_query = head_of(to_query, b, h);
-        const float* log_sum = log_sums.const_data_ptr<float>() + (b * heads + h) * width;
+        const Head from_query = all_queries.at(b, h), from_grad = all_grads.at(b, h), from_out = all_out.at(b, h),
+                   into_query = for_query.at(b, h);
+        const float* log_sum = all_log_sums + (b * heads + h) * width;
         for (int64_t q = 0; q < width; q += queries) {
           const int64_t block = std::min(queries, width - q), last = q + block;
           pack_transposed(from_query, q, last, size, query_panels.data());
@@ -236,7 +251,7 @@ std::tuple<Tensor, Tensor, Tensor> packed_attention_backward(const Tensor& grad,
             rows<float>().store(lines.data() + r * size, nullptr, Strip{into_query.row(q + r), Kind::bf16}, size);
         }
       }
-      const Head into_key = head_of(to_key, b, g), into_value = head_of(to_value, b, g);
+      const Head into_key = for_key.at(b, g), into_value = for_value.at(b, g);
       for (int64_t k = 0; k < width; ++k) {
         rows<float>().store(of_key.data() + k * size, nullptr, Strip{into_key.row(k), Kind::bf16}, size);
         rows<float>().store(of_value.data() + k * size, nullptr, Strip{into_value.row(k), Kind::bf16}, size);

@@ -32,11 +32,34 @@ inline Kind kind_of(const Tensor& tensor) {
   }
 }
 
-// Row `row` of a matrix with adjacent columns, from `column` on.
-inline Strip strip(const Tensor& matrix, int64_t row, int64_t column = 0) {
-  if (!matrix.defined()) return {};
-  return Strip{matrix.data_ptr(), kind_of(matrix)} + (row * matrix.stride(0) + column);
-}
+// A matrix with adjacent columns as memory, or none. Loops that run in several threads see this and never a tensor: a thread
+// of at::parallel_for knows nothing of its caller's modes (inference, gradients, autocast), on which tensors depend.
+struct Matrix {
+  void* data = nullptr;
+  Kind kind = Kind::f32;
+  int64_t rows = 0, columns = 0, step = 0;  // elements from row to row
+
+  Matrix() = default;
+  Matrix(void* data_, Kind kind_, int64_t rows_, int64_t columns_, int64_t step_)
+      : data(data_), kind(kind_), rows(rows_), columns(columns_), step(step_) {}
+  explicit Matrix(const Tensor& tensor) {
+    if (!tensor.defined()) return;
+    *this = {tensor.data_ptr(), kind_of(tensor), tensor.size(0), tensor.size(1),
+             tensor.size(0) > 1 ? tensor.stride(0) : tensor.size(1)};
+  }
+
+  explicit operator bool() const { return data != nullptr; }
+  Strip strip(int64_t row, int64_t column = 0) const {
+    return data ? Strip{data, kind} + (row * step + column) : Strip{};
+  }
+  template <class T>
+  T* at(int64_t row, int64_t column = 0) const {
+    return static_cast<T*>(data) + row * step + column;
+  }
+  Matrix part(int64_t row, int64_t num_rows, int64_t column, int64_t num_columns) const {
+    return data ? Matrix{strip(row, column).data, kind, num_rows, num_columns, step} : Matrix{};
+  }
+};
 
 inline Tensor given(const OptionalTensor& tensor) { return tensor ? *tensor : Tensor(); }
 
@@ -89,11 +112,11 @@ class Buffer {
 // total = sum of the rows `begin` to `end` of a matrix, `count` columns from `first` on, less those with a negative id.
 // Thirty-two rows at a time, those sums in double: one float32 sum of thousands of equal values is off by 1e-4.
 template <class R>
-void sum_rows(R* total, const Tensor& matrix, int64_t begin, int64_t end, int64_t first, int64_t count,
+void sum_rows(R* total, const Matrix& matrix, int64_t begin, int64_t end, int64_t first, int64_t count,
               const int64_t* ids) {
   constexpr int64_t block = 32;
   const auto add = [&](int64_t row, R* sum) {
-    rows<R>().sum_rows(sum, strip(matrix, row, first), matrix.stride(0), ids + (row - begin),
+    rows<R>().sum_rows(sum, matrix.strip(row, first), matrix.step, ids + (row - begin),
                        std::min(block, end - row), count);
   };
   if (end - begin <= block) return add(begin, total);

@@ -4,6 +4,8 @@
 // cache does hold, and one exponential more.
 #include <torch/library.h>
 
+#include <cstring>
+
 #include "common.h"
 
 namespace planlm {
@@ -19,12 +21,14 @@ Tensor cross_entropy_(Tensor logits, const Tensor& labels) {
   for (int64_t row = 0; row < num_rows; ++row)
     TORCH_CHECK_INDEX(targets[row] < num_columns, "target ", targets[row], " is out of bounds: there are ", num_columns,
                       " columns");
+  const Matrix matrix(logits);
+  float* const losses = nll.data_ptr<float>();
   at::parallel_for(0, num_rows, 1, [&](int64_t begin, int64_t end) {
     for (int64_t row = begin; row < end; ++row)
       if (targets[row] < 0)
-        logits[row].zero_();
+        std::memset(matrix.strip(row).data, 0, num_columns * bytes(matrix.kind));
       else
-        nll.data_ptr<float>()[row] = rows<float>().cross_entropy(strip(logits, row), num_columns, targets[row]);
+        losses[row] = rows<float>().cross_entropy(matrix.strip(row), num_columns, targets[row]);
   });
   return nll;
 }

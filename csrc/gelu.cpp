@@ -16,22 +16,24 @@ void in_blocks(int64_t count, Body body) {
   });
 }
 
-Strip from(const Tensor& tensor, int64_t at) { return Strip{tensor.data_ptr(), kind_of(tensor)} + at; }
+Strip all_of(const Tensor& tensor) { return {tensor.data_ptr(), kind_of(tensor)}; }
 
 }  // namespace
 
 Tensor gelu(const Tensor& x) {
   PLANLM_EXPECT(x.is_contiguous(), "gelu takes contiguous tensors");
   Tensor out = empty(x.sizes(), x.options());
-  in_blocks(x.numel(), [&](int64_t at, int64_t count) { rows<float>().gelu(from(x, at), from(out, at), count); });
+  const Strip from = all_of(x), to = all_of(out);
+  in_blocks(x.numel(), [&](int64_t at, int64_t count) { rows<float>().gelu(from + at, to + at, count); });
   return out;
 }
 
 Tensor gelu_backward(const Tensor& grad, const Tensor& x) {
   const Tensor slope = grad.contiguous();
   Tensor out = empty(x.sizes(), x.options());
+  const Strip from = all_of(x), upstream = all_of(slope), to = all_of(out);
   in_blocks(x.numel(), [&](int64_t at, int64_t count) {
-    rows<float>().gelu_slope(from(x, at), from(slope, at), from(out, at), count);
+    rows<float>().gelu_slope(from + at, upstream + at, to + at, count);
   });
   return out;
 }

@@ -18,6 +18,7 @@
 #include <algorithm>
 #include <array>
 #include <cmath>
+#include <cstring>
 #include <limits>
 #include <utility>
 #include <vector>
@@ -41,35 +42,52 @@ struct Ranges {
   int64_t count, size, step;
 };
 
-// The tile in the room made for one; none in none.
-Tensor of_tile(const Tensor& room, const Tile& tile) {
-  return room.defined() ? room.narrow(0, 0, tile.rows * tile.count).view({tile.rows, tile.count}) : Tensor();
-}
+// One room for each range, allocated before their threads begin.
+struct Rooms {
+  Tensor memory;  // [ranges, elements of a room], or none
+  Matrix rooms;
 
-// The room of one range.
-Tensor of_range(const Tensor& rooms, int64_t range) { return rooms.defined() ? rooms.select(0, range) : Tensor(); }
+  Rooms() = default;
+  Rooms(int64_t count, int64_t elements, const at::TensorOptions& options)
+      : memory(empty({count, elements}, options)), rooms(memory) {}
+  // A matrix of that size in the room of `range`; none in none.
+  Matrix of(int64_t range, int64_t num_rows, int64_t num_columns) const {
+    return rooms ? Matrix{rooms.strip(range).data, rooms.kind, num_rows, num_columns, num_columns} : Matrix{};
+  }
+  Matrix of(int64_t range, const Tile& tile) const { return of(range, tile.rows, tile.count); }
+};
 
 // Where logits come from, and how they become scores.
 struct Planner {
   Tensor source, head, head_bias, noise;
+  Matrix sources, heads, biases, noises;  // their memory
   at::ScalarType working;
   double temperature;
   int64_t top_k;
+  bool projects;  // states, with a head
   int64_t num_rows, num_actions, row_step;
 
   Planner(const Tensor& source_, const OptionalTensor& head_, const OptionalTensor& head_bias_,
           const OptionalTensor& noise_, at::ScalarType working_, double temperature_, int64_t top_k_)
-      : source(with_adjacent_columns(source_)),
-        head(given(head_)),
+      : source(head_ ? factor(source_, working_) : with_adjacent_columns(source_)),
+        head(factor(given(head_), working_)),
         head_bias(given(head_bias_)),
         noise(with_adjacent_columns(given(noise_))),
         working(working_),
         temperature(temperature_),
         top_k(top_k_),
+        projects(head_.has_value()),
         num_rows(source_.size(0)),
         num_actions(head.defined() ? head.size(0) : source_.size(1)) {
     row_step = std::max<int64_t>(1, std::min(num_rows, most_rows));
-    if (head_bias.defined()) head_bias = head_bias.to(working);
+    if (head.defined() && head.scalar_type() != source.scalar_type()) {
+      source = source.to(working);
+      head = head.to(working);
+    }
+    if (head_bias.defined()) biases = Matrix(head_bias = head_bias.to(working).contiguous().unsqueeze(0));
+    sources = Matrix(source);
+    heads = Matrix(head);
+    noises = Matrix(noise);
   }
 
   bool separate() const { return temperature != 1.0 || noise.defined() || top_k > 0; }
@@ -98,58 +116,56 @@ struct Planner {
     };
     if (ranges.count == 1) return run(0);  // not in parallel: so what is in the body can be
     at::parallel_for(0, ranges.count, 1, [&](int64_t begin, int64_t end) {
-      const at::AutoDispatchBelowADInplaceOrView below;  // the caller's own holds for its thread
       for (int64_t range = begin; range < end; ++range) run(range);
     });
   }
 
   // Calls `body(tile, logits of the tile)` for the tiles of actions `from` to `to`, all rows of a strip of actions
-  // before the next strip. `room`: a tile's, for logits that come from a head.
+  // before the next strip. `rooms`: that of the range takes logits that come from a head.
   template <class Body>
-  void each_tile(int64_t from, int64_t to, int64_t step, const Tensor& room, Body body) const {
+  void each_tile(int64_t from, int64_t to, int64_t step, const Rooms& rooms, int64_t range, Body body) const {
     for (int64_t first = from; first < to; first += step) {
       const int64_t count = std::min(step, to - first);
       for (int64_t row = 0; row < num_rows; row += row_step) {
         const Tile tile{row, std::min(row_step, num_rows - row), first, count};
-        body(tile, head.defined() ? projected(tile, room) : source.narrow(0, row, tile.rows).narrow(1, first, count));
+        body(tile, projects ? projected(tile, rooms.of(range, tile)) : sources.part(row, tile.rows, first, count));
       }
     }
   }
 
-  // Room for one tile a range, `[ranges, elements of a tile]`; none where it is not wanted.
-  Tensor tiles(const Ranges& ranges, bool wanted, const at::TensorOptions& options) const {
-    return wanted ? empty({ranges.count, row_step * ranges.step}, options) : Tensor();
+  // Room for one tile a range; none where it is not wanted.
+  Rooms tiles(const Ranges& ranges, bool wanted, const at::TensorOptions& options) const {
+    return wanted ? Rooms(ranges.count, row_step * ranges.step, options) : Rooms();
   }
 
   // Room for the logits of tiles, where they come from a head.
-  Tensor logits_tiles(const Ranges& ranges) const {
+  Rooms logits_tiles(const Ranges& ranges) const {
     return tiles(ranges, head.defined(), source.options().dtype(working));
   }
 
   // A strip of one row: of the logits handed to `each_tile`'s body and of the noise.
   template <class R>
-  Scores<R> scores(const Tile& tile, const Tensor& logits, int64_t row, const Tensor& statistics,
-                   const Tensor& cut) const {
+  Scores<R> scores(const Tile& tile, const Matrix& logits, int64_t row, const R* thresholds, const int64_t* cuts) const {
     Scores<R> result{};
-    result.logits = strip(logits, row);
-    result.noise = strip(noise, tile.row + row, tile.first);
+    result.logits = logits.strip(row);
+    result.noise = noises.strip(tile.row + row, tile.first);
     result.first = tile.first;
     result.count = tile.count;
     result.inverse_temperature = R(1.0 / temperature);
-    result.top_k = top_k > 0 && statistics.defined();
+    result.top_k = top_k > 0 && thresholds;
     if (result.top_k) {
-      result.threshold = statistics.const_data_ptr<R>()[4 * num_rows + tile.row + row];
-      result.cut = cut.const_data_ptr<int64_t>()[tile.row + row];
+      result.threshold = thresholds[tile.row + row];
+      result.cut = cuts[tile.row + row];
     }
     return result;
   }
 
  private:
-  Tensor projected(const Tile& tile, const Tensor& room) const {
-    Tensor logits = of_tile(room, tile);
-    if (head_bias.defined()) logits.copy_(head_bias.narrow(0, tile.first, tile.count).expand_as(logits));
-    multiply(logits, source.narrow(0, tile.row, tile.rows), head.narrow(0, tile.first, tile.count),
-             /*transposed=*/true, /*add=*/head_bias.defined());
+  Matrix projected(const Tile& tile, const Matrix& logits) const {
+    for (int64_t row = 0; biases && row < tile.rows; ++row)
+      std::memcpy(logits.strip(row).data, biases.strip(0, tile.first).data, tile.count * bytes(logits.kind));
+    multiply(logits, sources.part(tile.row, tile.rows, 0, sources.columns),
+             heads.part(tile.first, tile.count, 0, heads.columns), /*transposed=*/true, /*add=*/bool(biases));
     return logits;
   }
 };
@@ -166,13 +182,14 @@ void find_largest(Planner& planner, Tensor& statistics, Tensor& cut) {
   // Candidates of all rows at once could outgrow the logits: half of those at most, and as many passes as that takes.
   const int64_t group = std::max<int64_t>(1, planner.num_rows * planner.num_actions / (8 * (kept + slack)));
   R* threshold = statistics.data_ptr<R>() + 4 * planner.num_rows;
+  int64_t* last_kept = cut.data_ptr<int64_t>();
   const Ranges whole = planner.in_ranges(1);
-  const Tensor room = of_range(planner.logits_tiles(whole), 0);
+  const Rooms rooms = planner.logits_tiles(whole);
   for (int64_t from = 0; from < planner.num_rows; from += group) {
     const int64_t to = std::min(planner.num_rows, from + group);
     std::vector<std::vector<Candidate>> found(to - from);
     for (auto& best : found) best.reserve(std::min(kept + slack, planner.num_actions));
-    planner.each_tile(0, planner.num_actions, whole.step, room, [&](const Tile& tile, const Tensor& logits) {
+    planner.each_tile(0, planner.num_actions, whole.step, rooms, 0, [&](const Tile& tile, const Matrix& logits) {
       const int64_t first = std::max(from, tile.row), last = std::min(to, tile.row + tile.rows);
       at::parallel_for(first, std::max(first, last), 1, [&](int64_t begin, int64_t end) {
         Buffer<R> buffer(tile.count);
@@ -185,7 +202,7 @@ void find_largest(Planner& planner, Tensor& statistics, Tensor& cut) {
             least = best.back().first;
           };
           if (int64_t(best.size()) >= kept) prune();
-          rows<R>().scores(planner.scores<R>(tile, logits, row - tile.row, {}, {}), buffer.data());
+          rows<R>().scores(planner.scores<R>(tile, logits, row - tile.row, nullptr, nullptr), buffer.data());
           for (int64_t i = 0; i < tile.count; ++i) {
             const R score = std::isnan(buffer[i]) ? std::numeric_limits<R>::infinity() : buffer[i];
             if (int64_t(best.size()) >= kept && score <= least) continue;
@@ -199,7 +216,7 @@ void find_largest(Planner& planner, Tensor& statistics, Tensor& cut) {
       auto& best = found[row - from];
       std::nth_element(best.begin(), best.begin() + (kept - 1), best.end(), larger);
       threshold[row] = best[kept - 1].first;
-      cut.data_ptr<int64_t>()[row] = best[kept - 1].second;
+      last_kept[row] = best[kept - 1].second;
     }
   }
 }
@@ -238,36 +255,36 @@ Forward mix(Planner& planner, const Tensor& codebook, const Tensor& oracle) {
   std::vector<RowState<R>> states(ranges.count * num_rows, {lowest, 0, lowest, 0, 0, 0});
   const int64_t* labels = oracle.defined() ? oracle.const_data_ptr<int64_t>() : nullptr;
   const bool separate = planner.separate() && oracle.defined();
-  const Tensor mixtures =
-      ranges.count == 1 ? result.mixture.unsqueeze(0) : at::zeros({ranges.count, num_rows, size}, real);
-  const Tensor weights_rooms =
-      planner.tiles(ranges, codebook.defined(), codebook.defined() ? codebook.options() : real);
-  const Tensor logits_rooms = planner.logits_tiles(ranges);
+  const Tensor mixtures = ranges.count == 1 ? result.mixture : at::zeros({ranges.count * num_rows, size}, real);
+  const Matrix all_sums(mixtures), actions(codebook);
+  const Rooms weights_rooms = planner.tiles(ranges, codebook.defined(), codebook.defined() ? codebook.options() : real);
+  const Rooms logits_rooms = planner.logits_tiles(ranges);
+  R* const statistics = result.statistics.template data_ptr<R>();
+  const int64_t* const cuts = result.cut.template const_data_ptr<int64_t>();
   planner.each_range(ranges, [&](int64_t range, int64_t from, int64_t to) {
-    const Tensor sums = mixtures.select(0, range), weights_room = of_range(weights_rooms, range);
-    R* const mixture = sums.template data_ptr<R>();
-    planner.each_tile(from, to, ranges.step, of_range(logits_rooms, range), [&](const Tile& tile, const Tensor& logits) {
-      const Tensor weights = of_tile(weights_room, tile);
+    const Matrix sums = all_sums.part(range * num_rows, num_rows, 0, size);
+    R* const mixture = sums.template at<R>(0);
+    planner.each_tile(from, to, ranges.step, logits_rooms, range, [&](const Tile& tile, const Matrix& logits) {
+      const Matrix weights = weights_rooms.of(range, tile);
       at::parallel_for(0, tile.rows, 1, [&](int64_t begin, int64_t end) {
         Buffer<R> buffer(tile.count);
         for (int64_t row = begin; row < end; ++row) {
           const int64_t s = tile.row + row;
-          const auto scores = planner.scores<R>(tile, logits, row, result.statistics, result.cut);
+          const auto scores = planner.scores<R>(tile, logits, row, statistics + 4 * num_rows, cuts);
           const R rescale = rows<R>().advance(scores, states[range * num_rows + s], separate, labels ? labels[s] : -1,
-                                              strip(weights, row), buffer.data());
+                                              weights.strip(row), buffer.data());
           if (rescale != R(1))
             for (int64_t a = 0; a < size; ++a) mixture[s * size + a] *= rescale;
         }
       });
-      if (!codebook.defined()) return;
-      Tensor sum = sums.narrow(0, tile.row, tile.rows);
-      multiply(sum, weights, codebook.narrow(0, tile.first, tile.count), /*transposed=*/false, /*add=*/true);
+      if (!actions) return;
+      multiply(sums.part(tile.row, tile.rows, 0, size), weights, actions.part(tile.first, tile.count, 0, size),
+               /*transposed=*/false, /*add=*/true);
     });
   });
 
   const R* const parts = mixtures.const_data_ptr<R>();
   R* const mixture = result.mixture.template data_ptr<R>();
-  R* const statistics = result.statistics.template data_ptr<R>();
   for (int64_t s = 0; s < num_rows; ++s) {
     auto state = states[s];
     R* const total = mixture + s * size;
@@ -321,26 +338,74 @@ struct Backward {
   Tensor source, noise, codebook, head, head_bias;
 };
 
-// Sum over rows, in the working dtype; at::sum would first make a copy of a bf16 matrix in it.
+// Adds the sum over rows, formed in the working dtype.
+template <class R>
+void add_sum_of_rows(R* sum, const Matrix& matrix) {
+  constexpr int64_t width = 512;
+  const std::vector<int64_t> every(matrix.rows, 0);
+  at::parallel_for(0, (matrix.columns + width - 1) / width, 1, [&](int64_t begin, int64_t end) {
+    Buffer<R> total(width);
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t first = i * width, count = std::min(width, matrix.columns - first);
+      sum_rows(total.data(), matrix, 0, matrix.rows, first, count, every.data());
+      for (int64_t j = 0; j < count; ++j) sum[first + j] += total[j];
+    }
+  });
+}
+
+// at::sum would first make a copy of a bf16 matrix in the working dtype.
 Tensor sum_of_rows(const Tensor& matrix, at::ScalarType working) {
-  const Tensor rows_of = with_adjacent_columns(matrix);
-  const int64_t num_columns = matrix.size(1), width = 512;
-  Tensor sum = empty({num_columns}, matrix.options().dtype(working));
-  const std::vector<int64_t> every(matrix.size(0), 0);
-  const auto run = [&](auto real) {
-    using R = decltype(real);
-    at::parallel_for(0, (num_columns + width - 1) / width, 1, [&](int64_t begin, int64_t end) {
-      Buffer<R> total(width);
-      for (int64_t i = begin; i < end; ++i) {
-        const int64_t first = i * width, count = std::min(width, num_columns - first);
-        sum_rows(total.data(), rows_of, 0, matrix.size(0), first, count, every.data());
-        std::copy_n(total.data(), count, sum.data_ptr<R>() + first);
-      }
-    });
-  };
-  working == at::kDouble ? run(double{}) : run(float{});
+  const Tensor values = with_adjacent_columns(matrix);
+  Tensor sum = at::zeros({matrix.size(1)}, matrix.options().dtype(working));
+  working == at::kDouble ? add_sum_of_rows(sum.data_ptr<double>(), Matrix(values))
+                         : add_sum_of_rows(sum.data_ptr<float>(), Matrix(values));
   return sum;
 }
+
+// A gradient that is a sum over rows, of left^T right for the actions of each tile; rounded once. oneDNN's bf16 products
+// are not of transposed left factors: there right^T left is formed, of `right` turned once for all tiles, and turned back.
+class SumOverRows {
+ public:
+  SumOverRows() = default;
+  // `right`: as many rows as there are in all.
+  SumOverRows(const Tensor& whole, const Tensor& right, const Ranges& ranges)
+      : whole_(whole), right_(right), num_rows_(right.size(0)) {
+    if (right_.kind != Kind::bf16) return;
+    turned_ = right.t().contiguous();
+    right_ = Matrix(turned_);
+    sums_ = Rooms(ranges.count, right.size(1) * ranges.step, right.options().dtype(at::kFloat));
+  }
+  explicit operator bool() const { return bool(whole_); }
+
+  void add(int64_t range, const Tile& tile, const Matrix& left) const {
+    const Matrix wanted = whole_.part(tile.first, tile.count, 0, whole_.columns);
+    const bool begun = tile.row > 0;
+    if (!sums_.rooms) return multiply_rows(wanted, left, right_.part(tile.row, tile.rows, 0, right_.columns), begun);
+    const Matrix sum = sums_.of(range, whole_.columns, tile.count);
+    multiply(sum, right_.part(0, right_.rows, tile.row, tile.rows), left, /*transposed=*/false, begun);
+    if (tile.row + tile.rows == num_rows_) turn_back(sum, wanted);
+  }
+
+ private:
+  static void turn_back(const Matrix& sum, const Matrix& wanted) {
+    constexpr int64_t most = 64;  // lines of 768 values are then 192 KiB
+    at::parallel_for(0, (sum.columns + most - 1) / most, 1, [&](int64_t begin, int64_t end) {
+      Buffer<float> lines(most * sum.rows);
+      for (int64_t i = begin; i < end; ++i) {
+        const int64_t first = i * most, count = std::min(most, sum.columns - first);
+        // float32 as pairs of bf16: packing them is to transpose
+        rows<float>().pack_transposed(sum.at<float>(0, first), 2 * sum.step, lines.data(), 2 * count, sum.rows);
+        for (int64_t j = 0; j < count; ++j)
+          rows<float>().store(lines.data() + j * sum.rows, nullptr, wanted.strip(first + j), sum.rows);
+      }
+    });
+  }
+
+  Tensor turned_;
+  Matrix whole_, right_;
+  int64_t num_rows_ = 0;
+  Rooms sums_;
+};
 
 // Adds a value to one entry of each row.
 template <class R>
@@ -374,7 +439,7 @@ Backward differentiate(Planner& planner, const Tensor& codebook, const Tensor& m
   if (to_noise) result.noise = empty(planner.noise.sizes(), planner.noise.options());
   const Ranges ranges = planner.ranges(hidden && to_source ? planner.source.size(1) : 0);
   Tensor states_gradients;
-  if (hidden && to_source) states_gradients = at::zeros({ranges.count, num_rows, planner.source.size(1)}, real);
+  if (hidden && to_source) states_gradients = at::zeros({ranges.count * num_rows, planner.source.size(1)}, real);
   if (!hidden && to_source) result.source = empty(planner.source.sizes(), planner.source.options());
   if (to_head) result.head = summed(planner.head, true);
   if (to_head_bias) result.head_bias = at::zeros({num_actions}, real);
@@ -394,27 +459,31 @@ Backward differentiate(Planner& planner, const Tensor& codebook, const Tensor& m
   const bool separate = planner.separate();
 
   const bool stream = result.source.defined() && worth_streaming(result.source);
-  const Tensor product_rooms = planner.tiles(ranges, mixes && to_scores, real);
-  const Tensor weights_rooms = planner.tiles(ranges, weighs, weighs ? codebook.options() : real);
-  const Tensor gradient_rooms = planner.tiles(ranges, hidden && to_logits, planner.source.options());
-  const Tensor logits_rooms = planner.logits_tiles(ranges);
+  const Rooms product_rooms = planner.tiles(ranges, mixes && to_scores, real);
+  const Rooms weights_rooms = planner.tiles(ranges, weighs, weighs ? codebook.options() : real);
+  const Rooms gradient_rooms = planner.tiles(ranges, hidden && to_logits, planner.source.options());
+  const Rooms logits_rooms = planner.logits_tiles(ranges);
+  const SumOverRows for_codebook = weighs ? SumOverRows(result.codebook, mixture_gradient, ranges) : SumOverRows();
+  const SumOverRows for_head = to_head ? SumOverRows(result.head, planner.source, ranges) : SumOverRows();
+  R* const for_head_bias = to_head_bias ? result.head_bias.template data_ptr<R>() : nullptr;
+  const Matrix upstreams(mixture_gradient), actions(codebook), for_logits(hidden ? Tensor() : result.source),
+      for_noise(result.noise), for_states(states_gradients);
+  const int64_t* const cuts = cut.const_data_ptr<int64_t>();
   // The gradient of a score is p (product - inner), `inner` the sum of all p times product, as the mixture's gradient
   // times the mixture. Computed so it rounds otherwise than the products do, and where one action has nearly all of the
   // probability the difference, next to nothing, would be that error. So the sum itself is formed on the way, by range,
   // and the difference made up for at the likeliest action, where it counts.
   const bool corrects = mixes && to_scores && planner.source.scalar_type() == planner.working;
   std::vector<double> sums(corrects ? ranges.count * num_rows : 0, 0.0);
-  // Several tiles of rows add to the same actions: summed in the working dtype, rounded once.
-  const bool several = num_rows > planner.row_step;
   planner.each_range(ranges, [&](int64_t range, int64_t from, int64_t to) {
-    Tensor codebook_sum, head_sum;
-    planner.each_tile(from, to, ranges.step, of_range(logits_rooms, range), [&](const Tile& tile, const Tensor& logits) {
-      const Tensor upstream = mixes ? mixture_gradient.narrow(0, tile.row, tile.rows) : Tensor();
-      Tensor product = of_tile(of_range(product_rooms, range), tile);
-      Tensor weights = of_tile(of_range(weights_rooms, range), tile);
-      Tensor logits_gradient = of_tile(of_range(gradient_rooms, range), tile);
-      if (product.defined())
-        multiply(product, upstream, codebook.narrow(0, tile.first, tile.count), /*transposed=*/true, /*add=*/false);
+    planner.each_tile(from, to, ranges.step, logits_rooms, range, [&](const Tile& tile, const Matrix& logits) {
+      const Matrix product = product_rooms.of(range, tile), weights = weights_rooms.of(range, tile);
+      const Matrix slopes = hidden ? gradient_rooms.of(range, tile)
+                                   : for_logits.part(tile.row, tile.rows, tile.first, tile.count);
+      const Matrix noise_slopes = for_noise.part(tile.row, tile.rows, tile.first, tile.count);
+      if (product)
+        multiply(product, upstreams.part(tile.row, tile.rows, 0, upstreams.columns),
+                 actions.part(tile.first, tile.count, 0, actions.columns), /*transposed=*/true, /*add=*/false);
       at::parallel_for(0, tile.rows, 1, [&](int64_t begin, int64_t end) {
         Buffer<R> buffer(tile.count);
         for (int64_t row = begin; row < end; ++row) {
@@ -429,41 +498,24 @@ Backward differentiate(Planner& planner, const Tensor& codebook, const Tensor& m
                                         nlls ? nlls[s] : R(0),
                                         labels ? labels[s] : -1,
                                         separate};
-          const Strip to = hidden ? strip(logits_gradient, row)
-                                  : strip(to_source ? result.source : Tensor(), s, tile.first);
-          const Scores<R> scores = planner.scores<R>(tile, logits, row, statistics, cut);
-          const R found = rows<R>().differentiate(scores, gradient, strip(product, row), to,
-                                                  to_noise ? strip(result.noise, s, tile.first) : Strip{},
-                                                  strip(weights, row), buffer.data(), stream);
+          const Scores<R> scores = planner.scores<R>(tile, logits, row, stats + 4 * num_rows, cuts);
+          const R found = rows<R>().differentiate(scores, gradient, product.strip(row), slopes.strip(row),
+                                                  noise_slopes.strip(row), weights.strip(row), buffer.data(), stream);
           if (corrects) sums[range * num_rows + s] += found;
         }
         if (stream) rows<R>().fence();
       });
-      // A sum over rows: the strip of `whole` is left^T right, directly where one product gives it.
-      const auto add_product = [&](const Tensor& whole, Tensor& sum, const Tensor& left, const Tensor& right) {
-        Tensor wanted = whole.narrow(0, tile.first, tile.count);
-        if (!several) {
-          at::mm_out(wanted, left.t(), right);
-          return;
-        }
-        if (tile.row == 0) sum = at::zeros(wanted.sizes(), real);
-        at::addmm_out(sum, sum, left.to(planner.working).t(), right.to(planner.working));
-        if (tile.row + tile.rows == num_rows) wanted.copy_(sum);
-      };
-      if (weighs) add_product(result.codebook, codebook_sum, weights, upstream);
-      if (!logits_gradient.defined()) return;
-      const Tensor of_states = planner.source.narrow(0, tile.row, tile.rows);
-      if (to_head) add_product(result.head, head_sum, logits_gradient, of_states);
-      if (to_head_bias)
-        result.head_bias.narrow(0, tile.first, tile.count).add_(sum_of_rows(logits_gradient, planner.working));
-      if (states_gradients.defined()) {
-        Tensor sum = states_gradients.select(0, range).narrow(0, tile.row, tile.rows);
-        multiply(sum, logits_gradient, planner.head.narrow(0, tile.first, tile.count), /*transposed=*/false,
+      if (for_codebook) for_codebook.add(range, tile, weights);
+      if (for_head) for_head.add(range, tile, slopes);
+      if (for_head_bias) add_sum_of_rows(for_head_bias + tile.first, slopes);
+      if (for_states)
+        multiply(for_states.part(range * num_rows + tile.row, tile.rows, 0, for_states.columns), slopes,
+                 planner.heads.part(tile.first, tile.count, 0, planner.heads.columns), /*transposed=*/false,
                  /*add=*/true);
-      }
     });
   });
-  if (states_gradients.defined()) result.source = states_gradients.sum(0).to(planner.source.scalar_type());
+  if (states_gradients.defined())
+    result.source = states_gradients.view({ranges.count, num_rows, planner.source.size(1)}).sum(0).to(planner.source.scalar_type());
   if (corrects) {
     std::vector<R> missing(num_rows);
     for (int64_t s = 0; s < num_rows; ++s) {
@@ -506,8 +558,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> plan_projecti
   const auto working = working_type(source);
   Planner planner(source, head, head_bias, noise, working, temperature, top_k);
   const Tensor actions = given(codebook), labels = checked(oracle, planner.num_actions);
-  const Forward mixed = working == at::kDouble ? mix<double>(planner, actions, labels)
-                                               : mix<float>(planner, actions, labels);
+  const Tensor embeddings = factor(actions, working);
+  const Forward mixed = working == at::kDouble ? mix<double>(planner, embeddings, labels)
+                                               : mix<float>(planner, embeddings, labels);
   Tensor projected = mixed.mixture;
   if (actions.defined()) {
     const Tensor share = shares(labels, given(oracle_weight), working);
@@ -556,9 +609,9 @@ std::vector<Tensor> plan_projection_backward(
   Backward found;
   if (to_source || to_head || to_head_bias || to_codebook || to_noise) {
     const auto run = [&](auto real) {
-      return differentiate<decltype(real)>(planner, actions, mixture_gradient, mixture, given(grad_log_normalizer),
-                                           given(grad_oracle_nll), labels, share, best, statistics, cut, to_source,
-                                           to_head, to_head_bias, to_noise, to_codebook);
+      return differentiate<decltype(real)>(planner, factor(actions, working), factor(mixture_gradient, working), mixture,
+                                           given(grad_log_normalizer), given(grad_oracle_nll), labels, share, best,
+                                           statistics, cut, to_source, to_head, to_head_bias, to_noise, to_codebook);
     };
     found = working == at::kDouble ? run(double{}) : run(float{});
   }
