@@ -83,7 +83,8 @@ class PrepareConfig(CommandConfig):
     """Raw text to a prepared corpus: sentences, embeddings, codebook, actions, tokens."""
 
     inputs: tuple[str, ...] = required(
-        ".txt, .jsonl, .jsonl.gz, .jsonl.zst or .parquet files, folders of them, or hf:name[:config][@split]",
+        ".txt, .json, .jsonl, .ndjson (also .gz, .bz2, .xz, .zst) or .parquet files, folders of them, or "
+        "hf:name[:config][@split]",
         positional=True,
     )
     out: str = required("folder to write the prepared corpus to")

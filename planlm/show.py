@@ -19,6 +19,8 @@ def corpus(result: Any, settings: config.PrepareConfig) -> str:
     lines.append(f"{manifest.num_actions:,} actions of {manifest.action_dim} dimensions from {manifest.encoder}")
     if manifest.left_out:
         lines.append(f"{manifest.left_out:,} documents left out: fewer than {settings.min_sentences} sentences")
+    if aside := sum(source["skipped"] for source in manifest.sources):
+        lines.append(f"{aside:,} files left aside")
     return "\n".join(
         [f"Prepared corpus in {result.path}", *lines, f"next: planlm pretrain-planner --corpus {result.path}"]
     )

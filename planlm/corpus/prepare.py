@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import fcntl
 import importlib.metadata
 import json
+import os
 import shutil
 import sys
 from collections.abc import Iterator
@@ -20,21 +20,24 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import load_file, save
+from safetensors.torch import save
 from transformers import PreTrainedTokenizerFast
 
 from planlm.config import PrepareConfig
 from planlm.corpus.codebook import SAMPLE_PER_ACTION, SENTENCES_PER_ACTION, fit_codebook
+from planlm.corpus.readers import Fields
 from planlm.corpus.shards import EncodedShards, encode_shards
-from planlm.corpus.sources import Fields, read_documents, scan
+from planlm.corpus.sources import Documents
 from planlm.corpus.splits import assign_splits
-from planlm.corpus.store import CODEBOOK, FORMAT_VERSION, MANIFEST, SPLITS, Manifest, PreparedCorpus
+from planlm.corpus.store import CODEBOOK, FORMAT_VERSION, MANIFEST, SPLITS, Manifest, PreparedCorpus, write_manifest
 from planlm.corpus.writing import storage_errors, write_json
 from planlm.distribution import any_rank, first_rank_does
 from planlm.errors import InputError
-from planlm.files import replacing
+from planlm.files import locked, replacing
 from planlm.precision import compute_dtype, device
 from planlm.text.alignment import load_tokenizer, start_tokens, tokenizer_fingerprint
+from planlm.text.assets import Kind, absolute, resolve
+from planlm.text.encoder import encoder_fingerprint
 
 DEFAULT_ACTIONS = 1024
 """K of the papers."""
@@ -42,7 +45,10 @@ DEFAULT_ACTIONS = 1024
 PARTIAL = "partial"
 """Folder of an unfinished preparation."""
 
-ENCODING = ("encoder", "tokenizer", "tokenizer_fingerprint", "precision", "min_sentences", "shard_documents")
+RECORD = "arguments.json"
+"""In it, what the preparation was asked for."""
+
+ENCODING = ("encoder_fingerprint", "tokenizer_fingerprint", "precision", "min_sentences", "shard_documents")
 """Settings that the shards in OUT/partial depend on."""
 
 ASSEMBLY = ("actions", "validation_fraction", "test_fraction", "kmeans_iterations", "seed")
@@ -65,25 +71,44 @@ def prepare(config: PrepareConfig) -> PreparedCorpus:
             f"--validation-fraction {config.validation_fraction} and --test-fraction {config.test_fraction}: together "
             "they must leave some documents for training"
         )
-    # The corpus names its encoder and tokenizer to later commands, which may run in another folder.
-    config = dataclasses.replace(config, encoder=_absolute(config.encoder), tokenizer=_absolute(config.tokenizer))
+    # What can be refused at once comes before the tokenizer, which may have to be converted, and before all reading.
+    documents = Documents(config.inputs, Fields(config.text_field, config.id_field), config.max_documents)
     out = Path(config.out)
-    fields = Fields(config.text_field, config.id_field)
+    _check_place(out)
+    # The corpus names its encoder and tokenizer to later commands, which may run in another folder.
+    config = dataclasses.replace(
+        config, encoder=_located(config.encoder, "encoder"), tokenizer=_located(config.tokenizer, "lm")
+    )
     tokenizer = load_tokenizer(config.tokenizer)
     arguments: dict[str, Any] = {
         "settings": _settings(config, tokenizer_fingerprint(tokenizer)),
-        "sources": [dataclasses.asdict(source) for source in scan(config.inputs, fields, config.max_documents)],
+        "sources": [dataclasses.asdict(source) for source in documents.scan()],
     }
+    for line in documents.left_aside():
+        _note(line)
     with storage_errors(out), contextlib.ExitStack() as held:
         # Whether shards are to be made; the first process asks, holds the folder and finishes the corpus.
         is_new = first_rank_does(lambda: _begin(out, arguments, held))
         if any_rank(bool(is_new)):
-            total = sum(source["documents"] for source in arguments["sources"])
-            documents = read_documents(config.inputs, fields, config.max_documents)
-            paths = encode_shards(documents, total, out / PARTIAL, config)
+            settings = {name: arguments["settings"][name] for name in ENCODING}
+            paths = encode_shards(documents, out / PARTIAL, config, settings)
             any_rank(False)  # wait for the others
-            first_rank_does(lambda: _finish(out, paths, total, arguments, tokenizer, config))
+            first_rank_does(lambda: _finish(out, paths, arguments, tokenizer, config))
     return PreparedCorpus.load(out)
+
+
+def _check_place(out: Path) -> None:
+    """Refuse at once an `out` that cannot be used."""
+    above = next(path for path in (out, *out.absolute().parents) if path.exists())
+    if not above.is_dir():
+        raise InputError(f"{out}: cannot be written (Not a directory: {above}); give another --out")
+    if not os.access(above, os.W_OK | os.X_OK):
+        raise InputError(f"{out}: cannot be written (Permission denied: {above}); give another --out")
+    if out.exists() and not (out / MANIFEST).exists() and not (out / PARTIAL / RECORD).exists():
+        # All that is there before the record is.
+        ours = {PARTIAL, "lock"}
+        if any(file.name not in ours and not file.name.startswith(".planlm-") for file in out.rglob("*")):
+            raise InputError(f"{out}: holds other files; give another --out")
 
 
 def _begin(out: Path, arguments: dict[str, Any], held: contextlib.ExitStack) -> bool:
@@ -98,13 +123,13 @@ def _begin(out: Path, arguments: dict[str, Any], held: contextlib.ExitStack) -> 
 def _finish(
     out: Path,
     paths: list[Path],
-    total: int,
     arguments: dict[str, Any],
     tokenizer: PreTrainedTokenizerFast,
     config: PrepareConfig,
 ) -> None:
     """From shards to the corpus' files, the manifest last."""
     shards = EncodedShards(paths)
+    total = sum(source["documents"] for source in arguments["sources"])
     try:
         splits = _splits(shards, total, config)
     except InputError:  # three documents at most are kept: nothing to go on with after the settings are mended
@@ -118,7 +143,8 @@ def _finish(
         action_dim=codebook.shape[1],
         encoder=config.encoder,
         tokenizer=config.tokenizer,
-        tokenizer_fingerprint=tokenizer_fingerprint(tokenizer),
+        tokenizer_fingerprint=arguments["settings"]["tokenizer_fingerprint"],
+        vocabulary=len(tokenizer),
         has_start_token=bool(start_tokens(tokenizer)),
         splits=totals,
         left_out=total - len(shards.hashes),
@@ -127,26 +153,34 @@ def _finish(
         settings=arguments["settings"],
         versions=_versions(),
     )
-    with replacing(out / MANIFEST) as file:
-        file.write(manifest.to_json().encode())
+    write_manifest(out, manifest)
     shutil.rmtree(out / PARTIAL)
 
 
-def _absolute(name: str) -> str:
-    return str(Path(name).resolve()) if Path(name).is_dir() else name
+def _located(name: str, kind: Kind) -> str:
+    """A model's name for other folders; refuses at once a path to nothing."""
+    if name.startswith((".", "/", "~")):
+        resolve(name, kind)
+    return absolute(name)
 
 
 def _settings(config: PrepareConfig, fingerprint: str) -> dict[str, Any]:
     """What decides a corpus' bytes besides its documents."""
     bf16 = compute_dtype(config.precision, device()) == torch.bfloat16
-    resolved = {"precision": "bf16" if bf16 else "fp32", "tokenizer_fingerprint": fingerprint}
+    resolved = {
+        "precision": "bf16" if bf16 else "fp32",
+        "tokenizer_fingerprint": fingerprint,
+        "encoder_fingerprint": encoder_fingerprint(config.encoder),
+    }
     return {name: resolved.get(name, getattr(config, name, None)) for name in ENCODING + ASSEMBLY}
 
 
 def _differences(found: dict[str, Any], asked: dict[str, Any], settings: tuple[str, ...]) -> str:
     """What distinguishes the sources and some settings of two preparations, in words; empty where nothing does."""
     differences = [
-        f"{name} {found['settings'].get(name)} there, {asked['settings'][name]} here"
+        f"another {name.removesuffix('_fingerprint')}"
+        if name.endswith("_fingerprint")
+        else f"{name} {found['settings'].get(name)} there, {asked['settings'][name]} here"
         for name in settings
         if found["settings"].get(name) != asked["settings"][name]
     ]
@@ -169,26 +203,21 @@ def _check_finished(out: Path, arguments: dict[str, Any]) -> None:
 def _partial(out: Path, arguments: dict[str, Any]) -> Iterator[None]:
     """The folder OUT/partial, checked to belong to `arguments` and held against other calls."""
     partial = out / PARTIAL
-    record = partial / "arguments.json"
-    ours = {partial.name, "lock", f"{record.name}.partial"}  # all there is before the record
-    if not record.exists() and any(file.name not in ours for file in out.rglob("*")):
-        raise InputError(f"{out}: holds other files; give another --out")
+    record = partial / RECORD
     partial.mkdir(parents=True, exist_ok=True)
-    with open(partial / "lock", "w") as lock:
+    with contextlib.ExitStack() as held:
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            held.enter_context(locked(partial / "lock"))
         except BlockingIOError:
             raise InputError(f"{out}: another `planlm prepare` is at work there; wait, or give another --out") from None
         if record.exists():
-            found = json.loads(record.read_text(encoding="utf-8"))
-            differences = _differences(found, arguments, ENCODING)
+            found = _read(record)
+            differences = found and _differences(found, arguments, ENCODING)
             if differences and _shards(partial):
                 raise InputError(
                     f"{out}: holds an unfinished preparation of another kind ({differences}); go on with its settings, "
                     "delete it, or give another --out"
                 )
-            if found != arguments:
-                (out / CODEBOOK).unlink(missing_ok=True)
             _note(f"going on with the preparation in {out}")
         write_json(record, arguments)
         try:
@@ -197,6 +226,16 @@ def _partial(out: Path, arguments: dict[str, Any]) -> Iterator[None]:
             if not _shards(partial):
                 _discard(out)
             raise
+
+
+def _read(record: Path) -> dict[str, Any] | None:
+    """What a preparation was asked for; None where that is damaged, since shards say what they were made from too."""
+    try:
+        found = json.loads(record.read_bytes())
+        _differences(found, found, ENCODING)
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
+        return None
+    return found
 
 
 def _shards(partial: Path) -> list[Path]:
@@ -224,9 +263,7 @@ def _splits(shards: EncodedShards, total: int, config: PrepareConfig) -> np.ndar
 
 
 def _codebook(out: Path, shards: EncodedShards, training: np.ndarray, config: PrepareConfig) -> np.ndarray:
-    """Fit the codebook on training sentences and store it, or read the one that an interrupted call stored."""
-    if (out / CODEBOOK).exists():
-        return load_file(out / CODEBOOK)["codebook"].numpy()
+    """Fit the codebook on training sentences and store it."""
     num_sentences = int(shards.num_sentences[training].sum())
     num_actions = config.actions or max(2, min(DEFAULT_ACTIONS, num_sentences // SENTENCES_PER_ACTION))
     sample = shards.sample_embeddings(training, num_actions * SAMPLE_PER_ACTION, config.seed)

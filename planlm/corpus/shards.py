@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
+import itertools
+import json
 import shutil
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import xxhash
 from transformers import PreTrainedTokenizerFast
 
 from planlm.config import PrepareConfig
 from planlm.corpus.codebook import assign_actions
-from planlm.corpus.sources import Document, id_hash
-from planlm.corpus.store import SPLITS, document_features
-from planlm.corpus.writing import lists, read_arrow, write_arrow, write_json, write_split_files
+from planlm.corpus.readers import Document
+from planlm.corpus.sources import Documents, id_hash
+from planlm.corpus.store import SPLIT_NAMES, SPLITS, document_features
+from planlm.corpus.writing import lists, read_arrow, seal, write_arrow, write_json, write_sealed, write_split_files
 from planlm.distribution import num_ranks, rank
-from planlm.errors import InputError
+from planlm.errors import InputError, MachineError
 from planlm.progress import Progress
 from planlm.text.alignment import load_tokenizer, tokenize
 from planlm.text.encoder import SentenceEncoder
@@ -25,38 +31,60 @@ from planlm.text.sentences import split_sentences
 SHARD_CHARACTERS = 16_000_000
 """A shard ends here too: 1,000 usual documents have 4 million characters, 1,000 books would not fit in memory."""
 
+ASSIGNED_TOGETHER = 1 << 16
+"""Sentences whose actions are looked up at a time: they are widened to float32 for it."""
+
 ENCODED_TOGETHER = 2048
 """Sentences sorted by length at a time: enough for batches without padding, few enough for progress every seconds."""
 
 
-def encode_shards(documents: Iterable[Document], total: int, folder: Path, config: PrepareConfig) -> list[Path]:
-    """First pass: split, tokenise and embed, one shard at a time; shards already in `folder` are not redone.
+def encode_shards(documents: Documents, folder: Path, config: PrepareConfig, settings: dict[str, Any]) -> list[Path]:
+    """First pass: split, tokenise and embed, one shard at a time; sound shards already in `folder` are not redone.
 
     Of several processes each makes its share, and all return all paths.
 
     Args:
-        documents: all of them, in order.
-        total: their number, for progress.
+        documents: all of them, scanned.
         folder: where shards are written.
         config: the command's.
+        settings: what shards depend on; a shard says from which settings and documents it was made.
 
     Returns:
         Arrow files with the columns of `document_features` except actions; only documents with enough sentences.
     """
+    assert documents.hashes is not None
     # Loading takes seconds, which a call that finds every shard done need not spend.
     tools: tuple[PreTrainedTokenizerFast, SentenceEncoder] | None = None
-    paths = []
-    with Progress("Preparing", total, "documents") as progress:
-        for number, shard in enumerate(_grouped(documents, config.shard_documents)):
-            path = folder / f"shard-{number:05d}.arrow"
+    paths: list[Path] = []
+    first = 0
+    with Progress("Preparing", len(documents.hashes), "documents") as progress:
+        for shard in _grouped(documents, config.shard_documents):
+            number, path = len(paths), folder / f"shard-{len(paths):05d}.arrow"
             paths.append(path)
-            if path.exists() or number % num_ranks() != rank():
+            digest = xxhash.xxh3_128(json.dumps(settings).encode())
+            digest.update(documents.hashes[first : first + len(shard)].tobytes())
+            identity = digest.hexdigest()
+            first += len(shard)
+            if number % num_ranks() != rank() or _is_done(path, identity):
                 progress.advance(len(shard))
                 continue
             if tools is None:
                 tools = load_tokenizer(config.tokenizer), SentenceEncoder(config.encoder, precision=config.precision)
-            write_arrow(path, _encoded(shard, *tools, config.min_sentences, progress.advance))
+            table = _encoded(shard, *tools, config.min_sentences, progress.advance)
+            write_sealed(path, table, identity)
     return paths
+
+
+def _is_done(path: Path, identity: str) -> bool:
+    """Whether a shard is there and sound; one that is not is set aside, to be made anew."""
+    if not path.exists():
+        return False
+    if seal(path) == identity:
+        return True
+    aside = path.with_suffix(".damaged")
+    path.replace(aside)
+    print(f"{path}: damaged; kept as {aside.name} and made anew", file=sys.stderr, flush=True)
+    return False
 
 
 def _grouped(documents: Iterable[Document], size: int) -> Iterator[list[Document]]:
@@ -80,11 +108,9 @@ def _encoded(
     min_sentences: int,
     advance: Callable[[int], None],
 ) -> pa.Table:
-    kept, spans, ids, counts = [], [], [], []
-    embeddings: list[np.ndarray] = []
-    waiting: list[str] = []
-    read = 0
-    for number, document in enumerate(shard, 1):
+    kept: list[Document] = []
+    spans, ids, counts = [np.zeros((0, 2), np.int32)], [np.zeros(0, np.int32)], [np.zeros(0, np.int32)]
+    for document in shard:
         found = split_sentences(document.text)
         if len(found) >= max(1, min_sentences):
             document_ids, sentence_tokens = tokenize(tokenizer, document.text, found)
@@ -92,24 +118,34 @@ def _encoded(
             spans.append(np.array(found, dtype=np.int32))
             ids.append(np.array(document_ids, dtype=np.int32))
             counts.append(np.array(sentence_tokens, dtype=np.int32))
-            waiting += [document.text[start:end] for start, end in found]
-        if len(waiting) >= ENCODED_TOGETHER or number == len(shard):
-            embeddings.append(encoder.encode(waiting).astype(np.float16))
-            waiting = []
-            advance(number - read)
-            read = number
-    rows = np.concatenate(embeddings)  # [sentences of the shard, A]
-    if not np.isfinite(rows).all():
-        raise InputError(f"{encoder.name}: its embeddings are not finite in float16; use another encoder or precision")
-    ends = np.cumsum([len(array) for array in spans], dtype=np.int64)
+    num_sentences = np.array([len(found) for found in spans[1:]], dtype=np.int64)
+    ends = np.cumsum(num_sentences)
+    rows = np.empty((int(num_sentences.sum()), encoder.dim), dtype=np.float16)  # [sentences of the shard, A]
+    sentences = (
+        document.text[start:end]
+        for document, found in zip(kept, spans[1:], strict=True)
+        for start, end in found.tolist()
+    )
+    done = 0
+    for start in range(0, len(rows), ENCODED_TOGETHER):
+        batch = list(itertools.islice(sentences, ENCODED_TOGETHER))
+        rows[start : start + len(batch)] = encoder.encode(batch)
+        if not np.isfinite(rows[start : start + len(batch)]).all():
+            raise InputError(
+                f"{encoder.name}: its embeddings are not finite in float16; use another encoder or precision"
+            )
+        ready = int(np.searchsorted(ends, start + len(batch), side="right"))
+        advance(ready - done)
+        done = ready
+    advance(len(shard) - done)  # those that are left out
     return pa.table(
         {
             "id": pa.array([document.id for document in kept], pa.string()),
             "text": pa.array([document.text for document in kept], pa.string()),
-            "input_ids": lists(ids, np.zeros(0, np.int32)),
-            "sentence_spans": lists(spans, np.zeros((0, 2), np.int32)),
-            "sentence_tokens": lists(counts, np.zeros(0, np.int32)),
-            "embeddings": lists(np.split(rows, ends)[:-1], rows[:0]),
+            "input_ids": lists(np.concatenate(ids), np.array([len(row) for row in ids[1:]], dtype=np.int64)),
+            "sentence_spans": lists(np.concatenate(spans), num_sentences),
+            "sentence_tokens": lists(np.concatenate(counts), num_sentences),
+            "embeddings": lists(rows, num_sentences),
         }
     )
 
@@ -176,28 +212,34 @@ class EncodedShards:
         first = 0
         with Progress("Assigning actions", len(splits), "documents") as progress:
             for number, path in enumerate(self._paths):
+                if seal(path) is None:
+                    raise MachineError(f"{path}: damaged since it was written; run the same command again")
                 table = read_arrow(path)
                 counts = self.num_sentences[first : first + len(table)]
-                actions, _ = assign_actions(_embeddings(table), codebook)
-                column = lists(np.split(actions, np.cumsum(counts))[:-1], actions[:0])
-                table = table.append_column("actions", column).cast(features.arrow_schema)
+                rows = _embeddings(table)
+                actions = [
+                    assign_actions(rows[start : start + ASSIGNED_TOGETHER], codebook)[0]
+                    for start in range(0, max(1, len(rows)), ASSIGNED_TOGETHER)
+                ]
+                table = table.append_column("actions", lists(np.concatenate(actions), counts))
+                table = table.cast(features.arrow_schema)
                 for split, name in enumerate(SPLITS):
-                    rows = np.flatnonzero(splits[first : first + len(table)] == split)
-                    if not len(rows):
+                    own = np.flatnonzero(splits[first : first + len(table)] == split)
+                    if not len(own):
                         continue
                     (out / name).mkdir(exist_ok=True)
                     files[name].append(f"data-{number:05d}.arrow")
-                    part = table.take(rows)
+                    part = table.take(own)
                     write_arrow(out / name / files[name][-1], part)
-                    totals[name]["documents"] += len(rows)
-                    totals[name]["sentences"] += int(counts[rows].sum())
+                    totals[name]["documents"] += len(own)
+                    totals[name]["sentences"] += int(counts[own].sum())
                     totals[name]["tokens"] += len(part["input_ids"].combine_chunks().flatten())
                 first += len(table)
                 progress.advance(len(table))
         present = [name for name in SPLITS if files[name]]
         for name in present:
             write_split_files(out / name, name, files[name], features)
-        write_json(out / "dataset_dict.json", {"splits": present})
+        write_json(out / SPLIT_NAMES, {"splits": present})
         return totals
 
 

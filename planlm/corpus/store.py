@@ -8,26 +8,30 @@ dataset_dict.json, train/, validation/, test/
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, get_origin, get_type_hints
 
 import datasets
 import numpy as np
 import torch
+import xxhash
 from datasets import Features, List, Value
-from safetensors.torch import load_file
 from torch import Tensor
 
+from planlm.corpus.verify import verify_folder, verify_split
 from planlm.corpus.writing import checksum
 from planlm.errors import InputError
+from planlm.files import replacing
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 SPLITS = ("train", "validation", "test")
-MANIFEST, CODEBOOK = "corpus.json", "codebook.safetensors"
+MANIFEST, CODEBOOK, SPLIT_NAMES = "corpus.json", "codebook.safetensors", "dataset_dict.json"
 
 
 def document_features(action_dim: int) -> Features:
@@ -53,15 +57,18 @@ class Manifest:
         format_version: of the files; another one is refused.
         num_actions: K.
         action_dim: A, the width of sentence embeddings and codebook.
-        encoder, tokenizer: names as given to `prepare`.
+        encoder, tokenizer: names as given to `prepare`; of folders the whole path.
         tokenizer_fingerprint: of the rules that made the ids; an LM must have the same.
+        vocabulary: one more than the largest id that the tokenizer can give.
         has_start_token: whether the tokenizer puts a token before every document.
         splits: documents, sentences and tokens of every split.
         left_out: documents with fewer than the asked for number of sentences.
         seed: of k-means and its sample.
-        sources: input, number of documents and fingerprint of their ids and texts, one for each input.
+        sources: of each input the argument, number of documents, a fingerprint of their ids and texts, and the number
+            of files that were left aside.
         settings: the options that decide the corpus, as resolved.
         versions: of the packages that made it.
+        files: size in bytes and XXH3 checksum of every other file of the corpus.
     """
 
     format_version: int
@@ -70,6 +77,7 @@ class Manifest:
     encoder: str
     tokenizer: str
     tokenizer_fingerprint: str
+    vocabulary: int
     has_start_token: bool
     splits: dict[str, dict[str, int]]
     left_out: int
@@ -77,18 +85,42 @@ class Manifest:
     sources: list[dict[str, Any]]
     settings: dict[str, Any]
     versions: dict[str, str]
+    files: dict[str, tuple[int, str]] = field(default_factory=dict)
 
     def to_json(self) -> str:
-        """The text of `corpus.json`."""
-        return json.dumps(asdict(self), indent=2, ensure_ascii=False) + "\n"
+        """The text of `corpus.json`: the fields and, last, a checksum of them."""
+        content = asdict(self)
+        content["checksum"] = xxhash.xxh3_128_hexdigest(json.dumps(content).encode())
+        return json.dumps(content, indent=2, ensure_ascii=False) + "\n"
 
     @classmethod
     def from_json(cls, text: str) -> Manifest:
-        """Raises ValueError, TypeError or KeyError where `text` is no manifest of this format version."""
-        fields = json.loads(text)
-        if fields["format_version"] != FORMAT_VERSION:
-            raise ValueError(f"format version {fields['format_version']}, this PlanLM reads {FORMAT_VERSION}")
-        return cls(**fields)
+        """Raises ValueError, TypeError or KeyError where `text` is not, byte for byte, what `to_json` wrote."""
+        content = json.loads(text)
+        if content["format_version"] != FORMAT_VERSION:
+            raise ValueError(
+                f"format {content['format_version']!s:.9}, not {FORMAT_VERSION}; format 1 had no checksums"
+            )
+        checksum = content.pop("checksum")
+        manifest = cls(**content)
+        for name, hint in get_type_hints(cls).items():
+            if type(getattr(manifest, name)) is not (get_origin(hint) or hint):
+                raise TypeError(f"{name} in {MANIFEST} is {getattr(manifest, name)!r:.40}")
+        for counts in manifest.splits.values():
+            if any(type(counts[name]) is not int for name in ("documents", "sentences", "tokens")):
+                raise TypeError(f"a split in {MANIFEST} has {counts!r:.40}")
+        if manifest.to_json() != text:
+            raise ValueError(f"{MANIFEST} was changed after it was written, or its checksum {checksum!s:.40} was")
+        return manifest
+
+
+def write_manifest(folder: Path, manifest: Manifest) -> None:
+    """Finish the corpus in `folder`: write its manifest, with the checksums of all that is there."""
+    paths = [folder / CODEBOOK, folder / SPLIT_NAMES]
+    paths += [file for split in manifest.splits for file in sorted((folder / split).glob("*"))]
+    files = {path.relative_to(folder).as_posix(): (path.stat().st_size, checksum(path)) for path in paths}
+    with replacing(folder / MANIFEST) as file:
+        file.write(replace(manifest, files=files).to_json().encode())
 
 
 class PreparedCorpus:
@@ -100,40 +132,43 @@ class PreparedCorpus:
         codebook: action embeddings, float32 [K, A].
     """
 
-    def __init__(self, path: Path, manifest: Manifest, codebook: Tensor, documents: datasets.DatasetDict) -> None:
-        self.path, self.manifest, self.codebook, self._documents = path, manifest, codebook, documents
+    def __init__(self, path: Path, manifest: Manifest, codebook: Tensor) -> None:
+        self.path, self.manifest, self.codebook = path, manifest, codebook
+        self._splits: dict[str, datasets.Dataset] = {}
 
     @classmethod
     def load(cls, path: str | Path) -> PreparedCorpus:
-        """Open the corpus in folder `path`.
+        """Open the corpus in folder `path`. Documents are verified when their split is first asked for.
 
         Raises:
-            InputError: there is none, its preparation has not finished, or another version of PlanLM made it.
+            InputError: there is none, its preparation has not finished, it is damaged, or another version of PlanLM
+                made it.
         """
         path = Path(path)
         if not (path / MANIFEST).is_file():
             if (path / "partial").is_dir():
                 raise InputError(f"{path}: its preparation has not finished; run the same `planlm prepare` again")
             raise InputError(f"{path}: no prepared corpus (no {MANIFEST}); make one with `planlm prepare`")
-        try:
+        with _damage(path):
             manifest = Manifest.from_json((path / MANIFEST).read_text(encoding="utf-8"))
-            codebook = load_file(path / CODEBOOK)["codebook"]
-            documents = datasets.load_from_disk(str(path), keep_in_memory=False)
-        except Exception as error:  # a damaged file shows in many ways: JSON, Arrow and safetensors have their own
-            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-            raise InputError(f"{path}: cannot be read as a prepared corpus ({reason}); prepare it again") from error
-        return cls(path, manifest, codebook, documents)
+            return cls(path, manifest, verify_folder(path, manifest))
 
     def split(self, name: str) -> datasets.Dataset:
         """Documents of the split `name`, with the columns of `document_features`.
 
+        At first its files are read and held against their checksums.
+
         Raises:
-            InputError: the corpus has no such split or no document in it.
+            InputError: the corpus has no such split or no document in it, or the split is damaged.
         """
-        if name not in self._documents or not len(self._documents[name]):
+        if not self.manifest.splits.get(name, {}).get("documents"):
             have = ", ".join(split for split, counts in self.manifest.splits.items() if counts["documents"])
             raise InputError(f"{self.path}: no documents in split {name!r}; it has {have}")
-        return self._documents[name]
+        if name not in self._splits:
+            with _damage(self.path):
+                verify_split(self.path, self.manifest, name, document_features(self.manifest.action_dim).arrow_schema)
+                self._splits[name] = datasets.Dataset.load_from_disk(str(self.path / name), keep_in_memory=False)
+        return self._splits[name]
 
     @cached_property
     def fingerprint(self) -> str:
@@ -141,8 +176,9 @@ class PreparedCorpus:
 
         The same for a copy elsewhere, under another name or with other times of its files.
         """
-        files = sorted([self.path / CODEBOOK, *self.path.glob("*/*.arrow")])
-        contents = {file.relative_to(self.path).as_posix(): checksum(file) for file in files}
+        contents = {
+            name: digest for name, (_, digest) in self.manifest.files.items() if name.endswith((CODEBOOK, ".arrow"))
+        }
         identity = {"tokenizer": self.manifest.tokenizer_fingerprint, "files": contents}
         return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
 
@@ -155,3 +191,16 @@ class PreparedCorpus:
             actions = np.concatenate([chunk.flatten().to_numpy() for chunk in table["actions"].chunks])
             counts += np.bincount(actions, minlength=len(counts))
         return torch.from_numpy(counts)
+
+
+@contextlib.contextmanager
+def _damage(path: Path) -> Iterator[None]:
+    """One line for a damaged corpus, which shows in many ways: JSON, Arrow and safetensors have their own errors."""
+    try:
+        yield
+    except Exception as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise InputError(
+            f"{path}: cannot be read as a prepared corpus ({reason}); take it from a copy, or delete it and prepare it "
+            "again"
+        ) from error

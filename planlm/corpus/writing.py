@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import hashlib
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import pyarrow as pa
@@ -17,6 +16,8 @@ from datasets import Features
 
 from planlm.errors import InputError, MachineError
 from planlm.files import replacing
+
+_IDENTITY = b"planlm.identity"
 
 
 @contextlib.contextmanager
@@ -41,13 +42,14 @@ def write_json(path: Path, content: Any) -> None:
         file.write((json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode())
 
 
-def lists(arrays: list[np.ndarray], like: np.ndarray) -> pa.Array:
-    """An Arrow column of lists from arrays [n_i], or of lists of fixed-size lists from arrays [n_i, width].
+def lists(joined: np.ndarray, lengths: np.ndarray) -> pa.Array:
+    """An Arrow column of lists, or of lists of fixed-size lists, without a copy.
 
-    `like`, an empty array of the same type and width, decides the column's type where there are no arrays.
+    Args:
+        joined: what all lists hold, one behind the other, [sum of lengths] or [sum of lengths, width].
+        lengths: [lists].
     """
-    offsets = np.concatenate([[0], np.cumsum([len(array) for array in arrays])]).astype(np.int32)
-    joined = np.concatenate([like, *arrays])
+    offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
     values = pa.array(joined.reshape(-1))
     if joined.ndim == 2:
         values = pa.FixedSizeListArray.from_arrays(values, joined.shape[1])
@@ -58,6 +60,46 @@ def write_arrow(path: Path, table: pa.Table) -> None:
     """An Arrow stream, as `datasets` keeps them."""
     with replacing(path) as file, pa.ipc.new_stream(file, table.schema) as writer:
         writer.write_table(table)
+
+
+def write_sealed(path: Path, table: pa.Table, identity: str) -> None:
+    """An Arrow stream that says what it was made from and, behind its end, where no reader looks, its own checksum."""
+    with replacing(path) as file:
+        digesting = _Digesting(file)
+        with pa.ipc.new_stream(digesting, table.schema.with_metadata({_IDENTITY: identity})) as writer:
+            writer.write_table(table)
+        file.write(digesting.digest.digest())
+
+
+def seal(path: Path) -> str | None:
+    """The identity with which a sealed file was written, or None where its bytes are not what was written."""
+    digest = xxhash.xxh3_128()
+    left = path.stat().st_size - digest.digest_size
+    with open(path, "rb") as file:
+        while left > 0 and (block := file.read(min(left, 1 << 20))):
+            digest.update(block)
+            left -= len(block)
+        if file.read() != digest.digest():
+            return None
+    with pa.memory_map(str(path)) as source:
+        return (pa.ipc.open_stream(source).schema.metadata or {}).get(_IDENTITY, b"").decode()
+
+
+class _Digesting:
+    """A file to write for Arrow, with a checksum of what went through."""
+
+    closed = False
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self._file = file
+        self.digest = xxhash.xxh3_128()
+
+    def write(self, block: Any) -> int:
+        self.digest.update(block)
+        return self._file.write(block)
+
+    def flush(self) -> None:
+        self._file.flush()
 
 
 def read_arrow(path: Path, columns: list[str] | None = None) -> pa.Table:
@@ -79,10 +121,11 @@ def checksum(path: Path) -> str:
 def write_split_files(folder: Path, name: str, files: list[str], features: Features) -> None:
     """The two JSON files with which `datasets.load_from_disk` opens the Arrow `files` in `folder`."""
     write_json(folder / "dataset_info.json", {"features": features.to_dict()})
+    contents = "".join(checksum(folder / file) for file in files)
     state: dict[str, Any] = {
         "_data_files": [{"filename": file} for file in files],
         # A cache key of datasets'; derived from the contents, since a random one would change the corpus' bytes.
-        "_fingerprint": _fingerprint(folder, files),
+        "_fingerprint": xxhash.xxh3_64_hexdigest(contents.encode()),
         "_format_columns": None,
         "_format_kwargs": {},
         "_format_type": None,
@@ -90,11 +133,3 @@ def write_split_files(folder: Path, name: str, files: list[str], features: Featu
         "_split": name,
     }
     write_json(folder / "state.json", state)
-
-
-def _fingerprint(folder: Path, files: list[str]) -> str:
-    digest = hashlib.blake2b(digest_size=8)
-    for file in files:
-        with open(folder / file, "rb") as content:
-            digest.update(hashlib.file_digest(content, "blake2b").digest())
-    return digest.hexdigest()

@@ -19,7 +19,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
-from planlm.corpus.store import CODEBOOK, MANIFEST, PreparedCorpus
+from planlm.corpus.store import CODEBOOK, MANIFEST, SPLIT_NAMES, PreparedCorpus, write_manifest
 from planlm.files import write_text
 from planlm.precision import autocast, device
 from planlm.progress import track
@@ -146,14 +146,15 @@ def retokenize(corpus: PreparedCorpus, tokenizer_name: str, out: Path) -> Prepar
         documents = corpus.split(name).map(with_tokens, keep_in_memory=True)
         documents.save_to_disk(out / name)
         splits[name] = counts | {"tokens": sum(map(len, documents["input_ids"]))}
-    write_text(out / "dataset_dict.json", f'{{"splits": {list(splits)}}}\n'.replace("'", '"'))
+    write_text(out / SPLIT_NAMES, f'{{"splits": {list(splits)}}}\n'.replace("'", '"'))
     save_file({"codebook": corpus.codebook}, out / CODEBOOK)
     manifest = dataclasses.replace(
         corpus.manifest,
         tokenizer=tokenizer_name,
         tokenizer_fingerprint=tokenizer_fingerprint(tokenizer),
+        vocabulary=len(tokenizer),
         has_start_token=bool(start_tokens(tokenizer)),
         splits=splits,
     )
-    write_text(out / MANIFEST, manifest.to_json())
+    write_manifest(out, manifest)
     return PreparedCorpus.load(out)

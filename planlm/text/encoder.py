@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 from typing import Any
 
@@ -100,3 +101,16 @@ def _to_float32(module: torch.nn.Module, arguments: Any, features: dict[str, Ten
         key: value.float() if isinstance(value, Tensor) and value.is_floating_point() else value
         for key, value in features.items()
     }
+
+
+def encoder_fingerprint(name: str) -> str:
+    """What an encoder is, wherever it lies: sha256 of a folder's files in hexadecimal, or the name on the hub."""
+    if not Path(name).is_dir():
+        return name
+    digest = hashlib.sha256()
+    for path in sorted(Path(name).rglob("*")):
+        inside = path.relative_to(name)
+        if path.is_file() and path.suffix != ".md" and not any(part.startswith(".") for part in inside.parts):
+            with open(path, "rb") as file:
+                digest.update(f"{inside.as_posix()}\0{hashlib.file_digest(file, 'sha256').hexdigest()}\0".encode())
+    return digest.hexdigest()

@@ -20,6 +20,7 @@ from transformers import AutoTokenizer
 
 from planlm.config import PrepareConfig
 from planlm.corpus.prepare import prepare
+from planlm.corpus.sources import Documents, Source
 from planlm.corpus.store import PreparedCorpus
 from planlm.errors import InputError, MachineError
 from planlm.text.encoder import SentenceEncoder
@@ -170,6 +171,64 @@ def test_an_unfinished_preparation_takes_only_its_own_arguments(
         with pytest.raises(InputError, match=f"unfinished preparation of another kind .{difference}"):
             prepare(config)
     prepare(settings(sixty))
+
+
+def test_inputs_spelled_otherwise_are_the_same_preparation(
+    settings: Settings, sixty: str, tmp_path: Path, encoder: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    interrupted(settings(sixty), monkeypatch)
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(settings(sixty).tokenizer, tmp_path / "moved")
+    calls = encoder.calls
+    name = Path(sixty).name
+    corpus = prepare(settings(f"./{name}", out="corpus", tokenizer="moved"))
+    assert encoder.calls == calls
+    (tmp_path / name).rename(tmp_path / "kept.jsonl")
+    (tmp_path / name).symlink_to("kept.jsonl")
+    again = prepare(settings(str(tmp_path / name), out=f"{tmp_path}/../{tmp_path.name}/corpus"))
+    assert again.manifest == corpus.manifest
+    (tmp_path / name).unlink()
+    (tmp_path / name).write_text((tmp_path / "kept.jsonl").read_text().replace("year", "ages", 1))
+    with pytest.raises(InputError, match="other documents"):
+        prepare(settings(f"./{name}", out="corpus"))
+
+
+def test_a_source_that_changes_meanwhile_is_named_and_nothing_untrue_is_written(
+    settings: Settings, sixty: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = contents(prepare(settings(sixty, out=str(tmp_path / "whole"), shard_documents=25)).path)
+    before = Path(sixty).read_text()
+    config = settings(sixty, shard_documents=25)
+    scan = Documents.scan
+
+    def scan_and_change(documents: Documents) -> list[Source]:
+        sources = scan(documents)
+        Path(sixty).write_text("".join(before.splitlines(keepends=True)[:28]) + '{"text": "New. Rows."}\n')
+        return sources
+
+    monkeypatch.setattr(Documents, "scan", scan_and_change)
+    with pytest.raises(InputError, match=r"documents.jsonl:29: not what it was at the first reading"):
+        prepare(config)
+    monkeypatch.setattr(Documents, "scan", scan)
+    assert [file.name for file in Path(config.out).rglob("*.arrow")] == ["shard-00000.arrow"]
+    assert not (Path(config.out) / "corpus.json").exists()
+    Path(sixty).write_text(before)
+    assert contents(prepare(config).path) == expected
+
+
+def test_cheap_things_are_checked_first(settings: Settings, sixty: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("planlm.corpus.prepare.load_tokenizer", lambda name: pytest.fail("loaded before the checks"))
+    for config, message in (
+        (settings("none.jsonl"), r"none.jsonl: no such file or folder"),
+        (settings(sixty, out=sixty), "cannot be written"),
+        (settings(sixty, out=f"{sixty}/below"), "cannot be written"),
+        (settings(sixty, out=str(Path(sixty).parent)), "holds other files"),
+        (settings(sixty, encoder="./none"), "no such folder"),
+        (settings(sixty, tokenizer="/none"), "no such folder"),
+        (settings(sixty, test_fraction=0.5, validation_fraction=0.5), "together"),
+    ):
+        with pytest.raises(InputError, match=message):
+            prepare(config)
 
 
 def test_what_shards_do_not_depend_on_may_change(
@@ -336,7 +395,7 @@ def test_damaged_corpora_are_refused(damage: str, settings: Settings, sixty: str
     path = prepare(settings(sixty)).path
     manifest = (path / "corpus.json").read_text()
     if damage == "version":
-        (path / "corpus.json").write_text(manifest.replace('"format_version": 1', '"format_version": 9'))
+        (path / "corpus.json").write_text(manifest.replace('"format_version": 2', '"format_version": 9'))
     elif damage == "json":
         (path / "corpus.json").write_text(manifest[:100])
     else:

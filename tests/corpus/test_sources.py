@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import bz2
 import gzip
 import json
+import lzma
 import os
 import re
 from collections.abc import Callable
@@ -14,7 +16,8 @@ import pyarrow.parquet as pq
 import pytest
 import zstandard
 
-from planlm.corpus.sources import Document, Fields, read_documents, scan
+from planlm.corpus.readers import Document, Fields
+from planlm.corpus.sources import Documents, Source
 from planlm.errors import InputError
 
 FIELDS = Fields(text="text", id="id")
@@ -24,7 +27,11 @@ EXPECTED = [("a", ROWS[0]["text"]), ("7", ROWS[1]["text"]), ("{name}:3", ROWS[2]
 
 
 def read(*inputs: object, fields: Fields = FIELDS) -> list[Document]:
-    return list(read_documents([str(name) for name in inputs], fields))
+    return list(Documents([str(name) for name in inputs], fields))
+
+
+def scan(inputs: list[str], fields: Fields, max_documents: int | None = None) -> list[Source]:
+    return Documents(inputs, fields, max_documents).scan()
 
 
 def pairs(documents: list[Document]) -> list[tuple[str, str]]:
@@ -43,6 +50,16 @@ WRITERS: dict[str, Callable[[Path], object]] = {
     "d.jsonl.zst": lambda path: path.write_bytes(zstandard.compress(LINES)),
     "d.parquet": parquet,
     "no-last-newline.jsonl": lambda path: path.write_bytes(LINES.rstrip()),
+    "dos.jsonl": lambda path: path.write_bytes(LINES.replace(b"\n", b"\r\n")),
+    "joined.jsonl": lambda path: path.write_bytes(LINES.replace(b"\n", b"\n\xef\xbb\xbf", 1)),
+    "padded.jsonl.gz": lambda path: path.write_bytes(gzip.compress(LINES) + bytes(700)),
+    "d.jsonl.xz": lambda path: path.write_bytes(lzma.compress(LINES)),
+    "d.jsonl.bz2": lambda path: path.write_bytes(bz2.compress(LINES)),
+    "D.JSONL.GZ": lambda path: path.write_bytes(gzip.compress(LINES)),
+    "d.ndjson": lambda path: path.write_bytes(LINES),
+    "lines.json": lambda path: path.write_bytes(LINES),
+    "array.json": lambda path: path.write_text(" " + json.dumps(ROWS, indent=1)),
+    "array.json.zst": lambda path: path.write_bytes(zstandard.compress(json.dumps(ROWS).encode())),
 }
 
 
@@ -69,6 +86,117 @@ def test_folders_are_read_in_the_order_of_names(tmp_path: Path) -> None:
     assert [document.id for document in read(tmp_path)] == ["a.txt", "b/1.txt", "b/2.txt"]
 
 
+def test_what_is_left_aside_is_named_and_counted(tmp_path: Path) -> None:
+    for name in ("a.txt", ".hidden/x.txt", ".y.txt", "notes.md", "b/data.csv", "empty.jsonl", "b/blank.txt"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("" if name in ("empty.jsonl", "b/blank.txt") else "Text.")
+    documents = Documents([str(tmp_path)], FIELDS)
+    (source,) = documents.scan()
+    assert (source.documents, source.skipped) == (1, 6)
+    (line,) = documents.left_aside()
+    assert line.startswith(f"{tmp_path}: left aside ")
+    for name in (".hidden/ ", ".y.txt ", "notes.md ", "b/data.csv ", "empty.jsonl (without", "b/blank.txt (without"):
+        assert name in line
+
+
+def test_links_are_followed_or_refused(tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "x.txt").write_text("Text.")
+    (tmp_path / "in" / "linked").symlink_to(tmp_path / "elsewhere")
+    assert pairs(read(tmp_path / "in")) == [("linked/x.txt", "Text.")]
+    for name, target, message in (
+        ("gone.txt", tmp_path / "nowhere", r"gone.txt: a link to nothing"),
+        ("again.txt", tmp_path / "elsewhere" / "x.txt", r"x.txt: the same as .*again.txt; name it once"),
+        ("loop", tmp_path / "in", r"loop: a link to a folder that it is in"),
+    ):
+        (tmp_path / "in" / name).symlink_to(target)
+        with pytest.raises(InputError, match=message):
+            read(tmp_path / "in")
+        (tmp_path / "in" / name).unlink()
+
+
+def test_folders_that_cannot_be_read_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "closed").mkdir()
+    (tmp_path / "a.txt").write_text("Text.")
+    scandir = os.scandir
+
+    def denied(path: str) -> object:
+        if os.path.basename(path) == "closed":
+            raise PermissionError(13, "Permission denied", path)
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", denied)
+    with pytest.raises(InputError, match=r"closed: cannot be read \(Permission denied\)"):
+        read(tmp_path)
+
+
+@pytest.mark.timeout(20)
+def test_pipes_are_refused_at_once(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.jsonl")
+    for name in (tmp_path / "pipe.jsonl", tmp_path, "/dev/zero", "/dev/stdin"):
+        with pytest.raises(InputError, match="no regular file"):
+            Documents([str(name)], FIELDS)
+
+
+@pytest.mark.parametrize("name", ["", "x" * 5000, "a\0b", "none.txt", "none/none.txt", "~nobody/x"])
+def test_odd_names_are_one_line(name: str) -> None:
+    with pytest.raises(InputError, match=r"no such file|cannot be read") as caught:
+        read(name)
+    assert len(str(caught.value)) < 400 and "\n" not in str(caught.value)
+
+
+def changed(lines: list[bytes], name: str) -> bytes | None:
+    edits: dict[str, bytes | None] = {
+        "a row": b"".join([lines[0], b'{"text": "other"}\n', *lines[2:]]),
+        "an id": b"".join(lines).replace(b'"id": 7', b'"id": 8'),
+        "fewer": b"".join(lines[:-1]),
+        "more": b"".join([*lines, b'{"text": "new"}\n']),
+        "none": b"",
+        "gone": None,
+    }
+    return edits[name]
+
+
+@pytest.mark.parametrize(
+    ("change", "where"),
+    [("a row", "d.jsonl:2"), ("an id", "d.jsonl:2"), ("fewer", "d.jsonl:2"), ("more", "d.jsonl:4"), ("none", "d.jsonl"),
+     ("gone", "d.jsonl")],
+)  # fmt: skip
+def test_a_source_that_changes_between_readings_is_refused(change: str, where: str, tmp_path: Path) -> None:
+    path = tmp_path / "d.jsonl"
+    path.write_bytes(LINES)
+    documents = Documents([str(path)], FIELDS)
+    documents.scan()
+    assert len(list(documents)) == 3
+    content = changed(LINES.splitlines(keepends=True), change)
+    path.unlink() if content is None else path.write_bytes(content)
+    with pytest.raises(InputError, match=re.escape(where)) as caught:
+        list(documents)
+    assert "\n" not in str(caught.value)
+
+
+def test_ids_are_unique_however_inputs_are_spelled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for folder in ("a", "b", "x/a"):
+        (tmp_path / folder).mkdir(parents=True)
+        (tmp_path / folder / "part-0.jsonl").write_text('{"text": "One."}\n')
+    (tmp_path / "a" / "only.txt").write_text("Two.")
+    monkeypatch.chdir(tmp_path)
+    assert [document.id for document in read("a")] == ["only.txt", "part-0.jsonl:1"]
+    both = ["a/only.txt", "a/part-0.jsonl:1", "b/part-0.jsonl:1"]
+    for inputs in (("a", "b"), ("a/", f"{tmp_path}/b"), ("./a", "x/../b")):
+        assert [document.id for document in read(*inputs)] == both
+    ids = [document.id for document in read("a/part-0.jsonl", "x/a/part-0.jsonl", "b")]
+    assert len(set(ids)) == 3 and ids[1] == "x/a/part-0.jsonl:1"
+    assert len(Documents(["a", "b", "x/a"], FIELDS).scan()) == 3
+    for twice in (("a", "./a"), ("a", "a/part-0.jsonl"), ("b", f"{tmp_path}/b/")):
+        with pytest.raises(InputError, match="name it once"):
+            read(*twice)
+    (tmp_path / "link.jsonl").symlink_to("b/part-0.jsonl")
+    with pytest.raises(InputError, match="name it once"):
+        read("link.jsonl", "b")
+
+
 def test_other_field_names(tmp_path: Path) -> None:
     (tmp_path / "d.jsonl").write_text('{"body": "Text.", "key": 3.5}\n')
     assert pairs(read(tmp_path / "d.jsonl", fields=Fields("body", "key"))) == [("3.5", "Text.")]
@@ -84,11 +212,57 @@ def test_data_set_folder_is_streamed(tmp_path: Path) -> None:
     folder.mkdir()
     parquet(folder / "train-00000-of-00001.parquet")
     name = f"hf:{folder}"
-    assert pairs(read(name)) == [(key.format(name=folder), text) for key, text in EXPECTED]
+    assert pairs(read(name)) == [(key.format(name="set"), text) for key, text in EXPECTED]
     with pytest.raises(InputError, match=re.escape(f"{name}@nowhere: cannot be read")):
         read(f"{name}@nowhere")
     with pytest.raises(InputError, match="row 1: no field 'body'"):
         read(name, fields=Fields("body", "id"))
+
+
+def test_data_set_folders_hold_their_own_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "secret.jsonl").write_text('{"text": "secret"}\n')
+    folder = tmp_path / "set"
+    folder.mkdir()
+    (folder / "own.jsonl").write_text('{"text": "own"}\n')
+    monkeypatch.setattr("datasets.config.HF_DATASETS_OFFLINE", True)
+    for data, mine in (
+        ("own.jsonl", True), ("../secret.jsonl", False), (f"{tmp_path}/secret.jsonl", False),
+        ("http://127.0.0.1:9/x.jsonl", False),
+    ):  # fmt: skip
+        (folder / "README.md").write_text(f"---\nconfigs:\n- config_name: default\n  data_files: {data!r}\n---\n")
+        if mine:
+            assert pairs(read(f"hf:{folder}")) == [("set:1", "own")]
+            continue
+        with pytest.raises(InputError, match=r"which is not in the folder|cannot be read"):
+            read(f"hf:{folder}")
+
+
+def test_data_sets_are_named_alike_however_spelled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "set"
+    folder.mkdir()
+    for split in ("train", "test"):
+        parquet(folder / f"{split}.parquet")
+    monkeypatch.chdir(tmp_path)
+    for name in ("hf:set", "hf:./set/", f"hf:{folder}", "hf:set@train"):
+        assert [document.id for document in read(name)] == ["a", "7", "set:3"]
+    assert [document.id for document in read("hf:set", "hf:set@test", fields=Fields("text", "none"))] == [
+        *(f"set:{row}" for row in (1, 2, 3)), *(f"set@test:{row}" for row in (1, 2, 3))
+    ]  # fmt: skip
+    with pytest.raises(InputError, match="name it once"):
+        read("hf:set", "hf:set@train")
+
+
+def test_parquet_that_is_not_utf8_is_refused_by_row(tmp_path: Path) -> None:
+    good, bad = pa.array(["a", "b"]), pa.array([b"c", b"caf\xe9"]).cast(pa.binary())
+    bad = pa.StringArray.from_buffers(2, bad.buffers()[1], bad.buffers()[2])
+    pq.write_table(pa.table({"text": pa.chunked_array([good, bad])}), tmp_path / "d.parquet")
+    with pytest.raises(InputError, match=r"d.parquet, row 4: not UTF-8"):
+        read(tmp_path / "d.parquet")
+
+
+def test_numbers_of_any_size_are_ids(tmp_path: Path) -> None:
+    (tmp_path / "d.jsonl").write_text(f'{{"text": "a", "id": {10**30}}}\n{{"text": "b\\u0000", "id": -0.5}}\n')
+    assert pairs(read(tmp_path / "d.jsonl")) == [(str(10**30), "a"), ("-0.5", "b\0")]
 
 
 def test_hub_out_of_reach_is_one_line_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -115,12 +289,27 @@ FAULTS = {
     "field.jsonl": (b'{"title": "t", "body": "b"}\n', "{path}:1: no field 'text'; name the one"),
     "number.jsonl": (b'{"text": 3}\n', "{path}:1: field 'text' is no text but 3"),
     "id.jsonl": (b'{"text": "a", "id": {"a": 1}}\n', "{path}:1: field 'id' is no id"),
-    "cut.jsonl.gz": (GZIPPED[:-100], "{path}: cannot be read (it is cut off)"),
-    "cut.jsonl.zst": (zstandard.compress(LINES * 100)[:-5], "{path}: cannot be read (it is cut off)"),
-    "plain.jsonl.gz": (LINES, "{path}: cannot be read"),
-    "plain.jsonl.zst": (LINES, "{path}: cannot be read"),
+    "cut.jsonl.gz": (GZIPPED[:-100], "{path}:1: cannot be read (it is cut off)"),
+    "cut.jsonl.zst": (zstandard.compress(LINES * 100)[:-5], "{path}:1: cannot be read (it is cut off)"),
+    "cut.jsonl.xz": (lzma.compress(LINES)[:-30], "{path}:1: cannot be read (it is cut off)"),
+    "cut.jsonl.bz2": (bz2.compress(LINES)[:-3], "{path}:1: cannot be read (it is cut off)"),
+    "cut.txt.gz": (GZIPPED[:-100], "{path}: cannot be read (it is cut off)"),
+    "plain.jsonl.gz": (LINES, "{path}:1: cannot be read"),
+    "plain.jsonl.zst": (LINES, "{path}:1: cannot be read"),
+    "plain.jsonl.xz": (LINES, "{path}:1: cannot be read"),
+    "plain.jsonl.bz2": (LINES, "{path}:1: cannot be read"),
+    "flipped.jsonl.gz": (GZIPPED[:-6] + b"\0\0\0\0\0\0", "{path}:"),
+    "object.json": (b'{\n "text": "a"\n}', "{path}:1: not valid JSON"),
+    "broken.json": (b'[{"text": "a"}', "{path}: not valid JSON"),
+    "deep.json": (b"[" * 200_000, "{path}: not valid JSON"),
+    "texts.json": (b'[{"text": "a"}, "b"]', "{path}, element 2: expected a JSON object with the field 'text'"),
+    "nan.jsonl": (b'{"text": "a", "id": NaN}\n', "{path}:1: field 'id' is no id but nan"),
+    "huge.jsonl": (b'{"text": "a", "id": 1e999}\n', "{path}:1: field 'id' is no id but inf"),
+    "bool.jsonl": (b'{"text": "a", "id": true}\n', "{path}:1: field 'id' is no id but True"),
+    "digits.jsonl": (b'{"text": "a", "id": ' + b"9" * 9999 + b"}", "{path}:1: not valid JSON"),
+    "utf-16.jsonl": (LINES.decode().encode("utf-16"), "{path}:1: not UTF-8 (byte 0xff)"),
     "plain.parquet": (LINES, "{path}: cannot be read"),
-    "page.html": (b"<html>", "{path}: unknown kind of file; expected one that ends in .txt"),
+    "page.html": (b"<html>", "{path}: unknown kind of file; expected a folder, or one that ends in .txt"),
 }
 
 

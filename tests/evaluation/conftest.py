@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from planlm.corpus.store import CODEBOOK, MANIFEST, Manifest, PreparedCorpus, document_features
+from planlm.corpus.store import CODEBOOK, FORMAT_VERSION, Manifest, PreparedCorpus, document_features, write_manifest
 from planlm.model import PlanLMForCausalLM
 from planlm.text.alignment import load_tokenizer, tokenize, tokenizer_fingerprint
 from planlm.text.sentences import split_sentences
@@ -49,15 +49,20 @@ def make_corpus(lm_folder, encoder, tmp_path):
         datasets.DatasetDict(documents).save_to_disk(str(folder))
         save_file({"codebook": codebook}, folder / CODEBOOK)
         counts = {
-            split: {"documents": len(items), "sentences": 0, "tokens": sum(len(item["input_ids"]) for item in items)}
+            split: {
+                "documents": len(items),
+                "sentences": sum(len(item["actions"]) for item in items),
+                "tokens": sum(len(item["input_ids"]) for item in items),
+            }
             for split, items in rows.items()
         }
         manifest = Manifest(
-            format_version=1, num_actions=num_actions, action_dim=A, encoder="hash", tokenizer=lm_folder(family),
-            tokenizer_fingerprint=tokenizer_fingerprint(tokenizer), has_start_token=family == "llama", splits=counts,
+            format_version=FORMAT_VERSION, num_actions=num_actions, action_dim=A, encoder="hash",
+            tokenizer=lm_folder(family), tokenizer_fingerprint=tokenizer_fingerprint(tokenizer),
+            vocabulary=len(tokenizer), has_start_token=family == "llama", splits=counts,
             left_out=0, seed=0, sources=[], settings={}, versions={},
         )  # fmt: skip
-        (folder / MANIFEST).write_text(manifest.to_json())
+        write_manifest(folder, manifest)
         return PreparedCorpus.load(folder)
 
     return make
