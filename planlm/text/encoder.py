@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +13,7 @@ import torch
 from torch import Tensor
 
 from planlm.precision import compute_dtype
-from planlm.text.assets import loading, resolve
+from planlm.text.assets import absolute, loading, resolve
 from planlm.text.weights import check_encoder, check_finite, checked_loads
 
 BATCH_TOKENS = 4096
@@ -19,13 +21,19 @@ BATCH_TOKENS = 4096
 small enough for the activations to stay in a few megabytes."""
 
 
+CHARACTERS_PER_TOKEN = 4
+"""Where a model has no tokenizer of transformers', as word embeddings: fewer than most have, for small batches."""
+
+
 class SentenceEncoder:
     """A sentence-transformers model with batches cut by tokens instead of sentences.
 
+    Never changes: copies of a model share one, it is pickled by name and precision, and threads may use it at once.
+
     Args:
         name: folder or hub name.
-        precision: "fp32", "bf16" (weights and arithmetic of the transformer; pooling stays float32), or "auto": bf16
-            where the processor has it.
+        precision: "fp32", "bf16" (weights and arithmetic of transformers; pooling and other modules stay float32), or
+            "auto": bf16 where the processor has it.
 
     Raises:
         InputError: `name` cannot be loaded, brings code of its own, or its weights do not fit or are not finite.
@@ -33,9 +41,13 @@ class SentenceEncoder:
 
     def __init__(self, name: str, *, precision: str = "auto") -> None:
         from sentence_transformers import SentenceTransformer
+        from sentence_transformers.base.modules import Router, Transformer
+        from transformers import PreTrainedTokenizerBase
         from transformers.utils import logging
 
         self.name = name
+        self._reduced = (absolute(name), precision)
+        self._lock = threading.Lock()  # fast tokenizers refuse to be used by two threads
         folder = resolve(name, "encoder")
         quiet = not logging.is_progress_bar_enabled()
         logging.disable_progress_bar()
@@ -54,12 +66,31 @@ class SentenceEncoder:
             if not quiet:
                 logging.enable_progress_bar()
         check_finite(name, self._model)
-        self._model.eval()
-        self.dim: int = self._model.get_embedding_dimension() or 0
-        self._limit: int = self._model.max_seq_length or 512
+        self._model.eval().float().requires_grad_(False)
         if compute_dtype(precision, self._model.device) == torch.bfloat16:
-            self._model[0].to(torch.bfloat16)
-            self._model[0].register_forward_hook(_to_float32)
+            for module in self._model.modules():
+                if isinstance(module, Transformer):
+                    module.to(torch.bfloat16)
+                    module.register_forward_hook(_to_float32)
+        first = self._model[0]
+        self._routed: dict[str, str] = {}
+        if isinstance(first, Router) and first.default_route is None and not first.route_mappings:
+            routes = list(first.sub_modules)  # a corpus is what documents are
+            self._routed = {"task": "document" if "document" in routes else routes[0]}
+        tokenizer = getattr(first, "tokenizer", None)
+        self._tokenizer = tokenizer if isinstance(tokenizer, PreTrainedTokenizerBase) else None
+        limit = self._model.max_seq_length
+        self._limit = int(limit) if limit and limit < 1 << 20 else 1 << 20  # some say None, infinity or 10**30
+        with loading(name, "encoder"):
+            # Asked of the model itself, since not all modules say how wide their output is.
+            self.dim: int = self._embed(["A sentence."]).shape[1]
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> SentenceEncoder:
+        return self
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        name, precision = self._reduced
+        return functools.partial(SentenceEncoder, precision=precision), (name,)
 
     def encode(self, sentences: list[str]) -> np.ndarray:
         """Embed sentences.
@@ -69,27 +100,36 @@ class SentenceEncoder:
 
         Returns:
             float32 [n, dim], in the order of `sentences`; a row does not depend on the other sentences, but for
-            rounding (a batch is as wide as its longest sentence).
+            rounding (a batch is as wide as its longest sentence), nor on the thread or on its autocast.
         """
         embeddings = np.empty((len(sentences), self.dim), dtype=np.float32)
         if not sentences:
             return embeddings
-        lengths = self._lengths(sentences)
-        order = np.argsort(-lengths, kind="stable")
-        start = 0
-        while start < len(order):
-            size = max(1, BATCH_TOKENS // int(lengths[order[start]]))
-            batch = order[start : start + size]
-            embeddings[batch] = self._model.encode(
-                [sentences[i] for i in batch], batch_size=len(batch), show_progress_bar=False
-            )
-            start += len(batch)
+        with self._lock:
+            lengths = self._lengths(sentences)
+            order = np.argsort(-lengths, kind="stable")
+            start = 0
+            while start < len(order):
+                size = max(1, BATCH_TOKENS // int(lengths[order[start]]))
+                batch = order[start : start + size]
+                embeddings[batch] = self._embed([sentences[i] for i in batch])
+                start += len(batch)
         return embeddings
 
+    def _embed(self, batch: list[str]) -> np.ndarray:
+        """float32 [batch, dim]."""
+        with torch.autocast(self._model.device.type, enabled=False):  # the caller's is of its thread
+            rows: np.ndarray = self._model.encode(
+                batch, batch_size=len(batch), show_progress_bar=False, convert_to_numpy=True, **self._routed
+            )
+        return rows
+
     def _lengths(self, sentences: list[str]) -> np.ndarray:
-        """Tokens of each sentence as the model will see them, at most its maximum length."""
-        tokenizer = self._model.tokenizer
-        encodings = tokenizer(
+        """Tokens of each sentence as the model will see them, at most its maximum length; estimated where need be."""
+        if self._tokenizer is None:
+            lengths = np.array([len(sentence) // CHARACTERS_PER_TOKEN for sentence in sentences])
+            return np.clip(lengths, 1, self._limit)
+        encodings = self._tokenizer(
             sentences, truncation=True, max_length=self._limit, return_attention_mask=False, verbose=False
         )
         return np.array([max(1, len(ids)) for ids in encodings["input_ids"]])
