@@ -1,12 +1,32 @@
 """The joint model; importing this room registers it with transformers' Auto classes."""
 
+from types import ModuleType
+
+import wrapt
 from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.conversion_mapping import register_checkpoint_conversion_mapping
+from transformers.core_model_loading import WeightRenaming
 
 from planlm.model.configuration import PlanLMConfig
+from planlm.model.families import OUTPUT_PROJECTIONS
 from planlm.model.modeling import PlanLMForCausalLM, PlanLMOutput
 from planlm.model.planner import Planner
 
 __all__ = ["PlanLMConfig", "PlanLMForCausalLM", "PlanLMOutput", "Planner"]
 
+# Until 0.1 the codebook lay beside the adapter.
+register_checkpoint_conversion_mapping(PlanLMConfig.model_type, [WeightRenaming(r"^codebook$", "adapter.codebook")])
+
 AutoConfig.register(PlanLMConfig.model_type, PlanLMConfig)
 AutoModelForCausalLM.register(PlanLMConfig, PlanLMForCausalLM)
+
+
+def _teach_peft(constants: ModuleType) -> None:
+    """peft's default target modules: those of the supported families, whose names are found in one LM only."""
+    for name, mapping in vars(constants).items():
+        if name.endswith("_TARGET_MODULES_MAPPING") and isinstance(mapping, dict):
+            families = [mapping[family] for family in OUTPUT_PROJECTIONS if family in mapping]
+            mapping[PlanLMConfig.model_type] = sorted({target for targets in families for target in targets})
+
+
+wrapt.when_imported("peft.utils.constants")(_teach_peft)

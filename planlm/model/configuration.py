@@ -22,11 +22,15 @@ class PlanLMConfig(PretrainedConfig):
         selection, plan_temperature, plan_top_k, gumbel_scale: how the plan is formed unless a call says otherwise.
         codebook_fingerprint: of the codebook that training started from; see `planner.codebook_fingerprint`.
         encoder: sentence encoder, by hub name or folder, that `generate()` embeds finished sentences with; `./...`
-            and `../...` are looked for from the model's own folder first, so that both may be moved together.
+            and `../...` are looked for from the model's own folder first, so that both may be moved together. Empty:
+            every text is planned as one sentence.
         tokenizer_fingerprint: of the tokenizer saved with the model; see `alignment.tokenizer_fingerprint`.
     """
 
     model_type = "planlm"
+    keys_to_ignore_at_inference: ClassVar[list[str]] = [
+        "past_key_values", "nll_sum", "token_nll", "oracle_nll", "action_logits",
+    ]  # fmt: skip
     sub_configs_defaults: ClassVar[dict[str, SubConfigSpec]] = {
         "text_config": SubConfigSpec(config_class=AutoConfig, model_type="gpt2")
     }
@@ -50,3 +54,12 @@ class PlanLMConfig(PretrainedConfig):
     @classmethod
     def register_for_auto_class(cls, auto_class: str = "AutoConfig") -> None:
         """Leave the class as it is: else transformers would copy PlanLM's sources into the folders it saves."""
+
+    @property
+    def vocab_size(self) -> int:
+        """The LM's."""
+        return self.get_text_config().vocab_size
+
+    @vocab_size.setter
+    def vocab_size(self, size: int) -> None:
+        self.get_text_config().vocab_size = size

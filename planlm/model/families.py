@@ -43,6 +43,12 @@ def output_projections(lm: PreTrainedModel) -> list[nn.Module]:
     return [layer.get_submodule(OUTPUT_PROJECTIONS[lm.config.model_type][1]) for layer in lm_layers(lm)]
 
 
+def attention_modules(lm: PreTrainedModel) -> list[nn.Module]:
+    """The modules that hold the attention output projections, from the bottom to the top."""
+    parent = OUTPUT_PROJECTIONS[lm.config.model_type][1].rpartition(".")[0]
+    return [layer.get_submodule(parent) for layer in lm_layers(lm)]
+
+
 def lm_layers(lm: PreTrainedModel) -> list[nn.Module]:
     """All layers of an LM of a supported family, from the bottom to the top."""
     return list(getattr(lm.base_model, OUTPUT_PROJECTIONS[lm.config.model_type][0]))
@@ -55,6 +61,15 @@ def input_width(projection: nn.Module) -> int:
     """
     width: int = projection.nx if isinstance(projection, Conv1D) else projection.in_features  # type: ignore[assignment]
     return width
+
+
+def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
+    """Whether `module` is exactly of this kind and calling it does no more than that, so its weights may be read.
+
+    LoRA puts another kind in its place; hooks, accelerate's among them, which fetches offloaded weights, want the call.
+    """
+    hooked = module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module)
+    return type(module) is kind and not hooked
 
 
 def set_dropout(lm: PreTrainedModel, probability: float) -> None:

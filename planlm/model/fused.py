@@ -8,56 +8,24 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from torch import Tensor
+from transformers import PreTrainedModel
 from transformers.activations import NewGELUActivation
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import sdpa_mask
-from transformers.models.gpt2.modeling_gpt2 import GPT2MLP, GPT2Block
+from transformers.models.gpt2.modeling_gpt2 import GPT2MLP
 from transformers.pytorch_utils import Conv1D
 
-from planlm.kernels import gelu, has_packed_attention, packed_attention
-from planlm.model.recomputation import InputRecomputation
-
-ATTENTION = "planlm"
-"""transformers' name of `attention`: its `sdpa`, and `packed_attention` where `document_starts` stand for the mask."""
+from planlm.kernels import gelu
+from planlm.model.families import is_plain
 
 
 def fuse(lm: PreTrainedModel) -> None:
     """Replace what has a faster equivalent, in place; names and weights stay as they are."""
-    if lm.config._attn_implementation == "sdpa":
-        lm.config._attn_implementation = ATTENTION
     for module in lm.modules():
         for name, child in module.named_children():
             if isinstance(child, NewGELUActivation):
                 setattr(module, name, FusedGELU())
         if type(module) is GPT2MLP:
             module.__class__ = FusedMLP  # names, weights and its own hooks stay as they are
-        if isinstance(module, GPT2Block):
-            _recompute_normed(module.ln_1, module.attn.c_attn)
-            _recompute_normed(module.ln_2, module.mlp.c_fc)
-
-
-def _recompute_normed(norm: nn.Module, product: nn.Module) -> None:
-    """Let the one matrix product that takes a norm's result keep it no more than the norm does.
-
-    The product would keep it in autocast's dtype, so the norm brings it to that.
-    """
-    recomputation = InputRecomputation(product)
-    applied: list[tuple[nn.Module, Tensor]] = []  # the norm, a copy's own if the LM was copied, and its input
-
-    def after(norm: nn.Module, inputs: tuple[Tensor, ...], normed: Tensor) -> Tensor:
-        applied[:] = [(norm, inputs[0])]
-        where = normed.device.type
-        return normed.to(torch.get_autocast_dtype(where)) if torch.is_autocast_enabled(where) else normed
-
-    def before(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        if applied:
-            (norm, x), dtype = applied.pop(), inputs[0].dtype
-            recomputation.enter(inputs[0], lambda x: norm.forward(x).to(dtype), x, *norm.parameters())
-
-    norm.register_forward_hook(after)
-    product.register_forward_pre_hook(before)
 
 
 class FusedGELU(NewGELUActivation):
@@ -84,8 +52,7 @@ class FusedMLP(GPT2MLP):
     def forward(self, hidden_states: Tensor) -> Tensor:
         """`[B, W, d]` to the same."""
         wide = self.c_fc(hidden_states)
-        own = isinstance(self.act, FusedGELU) and type(self.c_proj) is Conv1D
-        own = own and not any(part._forward_hooks or part._forward_pre_hooks for part in (self.act, self.c_proj))
+        own = is_plain(self.act, FusedGELU) and is_plain(self.c_proj, Conv1D)
         if not own or not wide.requires_grad or torch.compiler.is_compiling():
             plain: Tensor = self.dropout(self.c_proj(self.act(wide)))
             return plain
@@ -121,56 +88,3 @@ class _GELUProjection(torch.autograd.Function):
         if needs_x:
             (of_x,) = torch.autograd.grad(activated, x, (flat @ weight.to(x.dtype).t()).view_as(x))
         return of_x, of_weight, _sum(flat).to(weight.dtype) if needs_bias else None
-
-
-def document_starts(lm: PreTrainedModel, position_ids: Tensor, dtype: torch.dtype) -> Tensor | None:
-    """What `attention` takes for a mask, int64 `[B, 1, W, 1]`: where the document of each position begins in its row.
-
-    None where transformers' own masks have to serve.
-
-    Args:
-        lm: an LM that was fused.
-        position_ids: `[B, W]`, going on by one within a document.
-        dtype: in which attention will be computed.
-    """
-    config = lm.config
-    dropout = getattr(config, "attn_pdrop", getattr(config, "attention_dropout", 0.0))
-    if (
-        config._attn_implementation != ATTENTION
-        or getattr(config, "sliding_window", None) is not None
-        or (lm.training and dropout > 0)
-        or not has_packed_attention(position_ids.device, dtype)
-    ):
-        return None
-    # transformers' rule: a document begins where positions do not go on by one.
-    begins = position_ids.diff(dim=1, prepend=position_ids[:, :1] - 1) != 1
-    at = torch.arange(position_ids.shape[1], device=position_ids.device)
-    return at.where(begins, 0).cummax(dim=1).values[:, None, :, None]
-
-
-def attention(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    scaling: float | None = None,
-    **kwargs: Any,
-) -> tuple[Tensor, None]:
-    """transformers' attention interface; query, key and value are `[B, H, W, d]`, the result is `[B, W, H, d]`."""
-    if attention_mask is None or attention_mask.dtype != torch.int64:
-        mixed: tuple[Tensor, None] = sdpa_attention_forward(
-            module, query, key, value, attention_mask, scaling=scaling, **kwargs
-        )
-        return mixed
-    where = query.device.type
-    if torch.is_autocast_enabled(where):  # rotary embeddings leave float32
-        dtype = torch.get_autocast_dtype(where)
-        query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
-    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    starts = attention_mask[:, 0, :, 0]
-    return packed_attention(query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2), starts, scale), None
-
-
-AttentionInterface.register(ATTENTION, attention)
-AttentionMaskInterface.register(ATTENTION, sdpa_mask)

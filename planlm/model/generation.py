@@ -14,6 +14,7 @@ from planlm.files import write_text
 from planlm.model.loading import load_model
 from planlm.model.modeling import PlanLMForCausalLM
 from planlm.model.tracking import SentenceTracker
+from planlm.text.alignment import prompt_ids
 
 TOP_ACTIONS = 3
 """Most probable actions reported for each sentence."""
@@ -38,7 +39,7 @@ def generate(config: GenerateConfig) -> dict[str, Any]:
     if selection == "top-k" and model.config.plan_top_k is None:
         raise InputError(f"--selection top-k: {config.run} was not trained with --top-k; choose soft")
     tokenizer = model.tokenizer
-    input_ids = tokenizer(config.prompt, return_tensors="pt").input_ids.long().to(model.device)
+    input_ids = torch.tensor([prompt_ids(tokenizer, config.prompt)], dtype=torch.long, device=model.device)
     if input_ids.shape[1] == 0:
         raise InputError("--prompt is empty, and this LM has no start token; give at least a word")
     context, length = model.lm.config.max_position_embeddings, input_ids.shape[1]
@@ -97,10 +98,11 @@ def _describe(
     state = tracker.track(ids)
     first = tracker.track(ids[:prompt_length]).segments[-1]
     sentences = list(state.sentences)
-    if open_text := tracker.decode(ids[state.open_start :]).strip():
+    if open_text := tracker.decode(list(ids[state.open_start :])).strip():
         sentences.append(open_text)
-    _, _, embeddings, _ = tracker.inputs(torch.tensor([ids], device=model.device))
-    logits = model.planner.head(model.planner(embeddings)[0]).float()  # [n + 1, K]
+    inputs = tracker.inputs(torch.tensor([ids], device=model.device))
+    everything = torch.tensor([(0, number) for number in range(inputs.sentence_embeddings.shape[1])])
+    logits = model.planner(inputs.sentence_embeddings, rows=everything.to(model.device)).float()  # [n + 1, K]
     probabilities = (logits / model.config.plan_temperature).softmax(dim=-1)
     described = []
     for number in range(first, len(sentences)):

@@ -190,6 +190,11 @@ class ModelFolder(PreTrainedModel):
         """Use another encoder object."""
         self._encoder = encoder
 
+    @property
+    def has_encoder(self) -> bool:
+        """Whether the model can embed sentences; without, it plans every text as one sentence."""
+        return bool(self._encoder or self.config.encoder)
+
     def save_pretrained(self, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> None:
         """Save the model as transformers does, its tokenizer beside it, and what lets transformers find its classes."""
         if self._tokenizer is not None:

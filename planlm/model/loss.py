@@ -13,10 +13,11 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from planlm.errors import InputError
 from planlm.kernels import cross_entropy_
+from planlm.model.families import is_plain
 
 CHUNK = 100 << 20
 """Bytes of logits at a time: 1,000 rows of 50,000 in bf16, enough for full matrix-product speed and few enough sums of
@@ -125,6 +126,40 @@ def _liger(hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None =
 
 LOSSES: dict[str, Callable[..., tuple[Tensor, Tensor | None]]] = {"chunked": linear_cross_entropy, "liger": _liger}
 """Ways to compute `linear_cross_entropy`, by the name that `--loss-kernel` takes."""
+
+
+def token_losses(rows: Tensor, head: nn.Module | None, labels: Tensor, kernel: str) -> tuple[Tensor, Tensor | None]:
+    """Summed and per-token cross-entropy of hidden states, or of logits that are there already.
+
+    Args:
+        rows: `[N, d]` hidden states, or `[N, V]` logits where `head` is None.
+        head: the LM's.
+        labels: `[N]` int64, -100 where not scored.
+        kernel: of `LOSSES`; used where the head is a plain linear layer, whose weight may be read.
+
+    Returns:
+        See `linear_cross_entropy`.
+
+    Raises:
+        InputError: labels that are neither tokens nor -100 (looked for on the CPU only).
+    """
+    if head is not None and is_plain(head, nn.Linear):
+        _check_labels(labels, len(head.weight))  # type: ignore[arg-type]
+        return LOSSES[kernel](rows, head.weight, labels, head.bias)
+    logits = rows if head is None else head(rows)
+    _check_labels(labels, logits.shape[1])
+    token_nll = F.cross_entropy(logits.float(), labels, ignore_index=-100, reduction="none")
+    return token_nll.sum(), token_nll.detach()
+
+
+def _check_labels(labels: Tensor, vocabulary: int) -> None:
+    if labels.device.type != "cpu" or not labels.numel():  # elsewhere looking would wait for the device
+        return
+    wrong = (labels != -100) & ((labels < 0) | (labels >= vocabulary))
+    if wrong.any():
+        raise InputError(
+            f"labels: got {int(labels[wrong][0])}, expected tokens from 0 to {vocabulary - 1}, or -100 where not scored"
+        )
 
 
 def usable_loss(name: str, device: torch.device) -> str:

@@ -6,24 +6,28 @@ dimension, D stacked input widths of the conditioned layers, V vocabulary.
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, GenerationMixin, PreTrainedModel
 from transformers.utils import ModelOutput
+from transformers.utils.generic import can_return_tuple
 
 from planlm.errors import InputError
-from planlm.kernels import PlanProjection, environment, plan_projection
-from planlm.model.adapter import PlanAdapter
+from planlm.kernels import PlanProjection, environment
+from planlm.model.adapter import LayerPlans, PlanAdapter
+from planlm.model.attention import document_starts, take_plans
 from planlm.model.configuration import PlanLMConfig
 from planlm.model.families import check_family, output_projections
-from planlm.model.fused import document_starts, fuse
+from planlm.model.fused import fuse
 from planlm.model.loading import ModelFolder, load_lm
 from planlm.model.lora import add_lora
-from planlm.model.loss import LOSSES
+from planlm.model.loss import token_losses
 from planlm.model.planner import Planner, codebook_fingerprint, default_heads
+from planlm.model.text import Text, generating, generation_inputs, plan_inputs, remember, text_of
 from planlm.model.tracking import SentenceTracker
 from planlm.text.alignment import load_tokenizer
 from planlm.text.assets import absolute
@@ -36,26 +40,29 @@ GUMBEL = ("gumbel", "gumbel-hard")
 
 @dataclass
 class PlanLMOutput(ModelOutput):
-    """What a forward pass returns.
+    """What a forward pass returns, in the order of transformers' causal LMs.
 
     Attributes:
         loss: mean NLL of the labelled tokens (nats), where labels were given.
-        nll_sum: their sum, differentiable.
+        logits: `[B, W or logits_to_keep, V]`, but where `shift_labels` were given.
+        past_key_values: KV cache.
+        hidden_states, attentions: of the LM, where they were asked for.
+        nll_sum: sum of the labelled tokens' NLL, differentiable.
         token_nll: `[B, W]` float32 NLL of each labelled token, detached, 0 elsewhere; None from a loss kernel that
             sums them itself.
         oracle_nll: `[S]` planner cross-entropy with the oracle action, where actions were given; differentiable.
         action_logits: `[S, K]` planner logits, where the planner ran.
-        logits: `[B, W or logits_to_keep, V]`, where no labels were given or they were in transformers' form.
-        past_key_values: KV cache.
     """
 
     loss: Tensor | None = None
+    logits: Tensor | None = None
+    past_key_values: Any = None
+    hidden_states: tuple[Tensor, ...] | None = None
+    attentions: tuple[Tensor, ...] | None = None
     nll_sum: Tensor | None = None
     token_nll: Tensor | None = None
     oracle_nll: Tensor | None = None
     action_logits: Tensor | None = None
-    logits: Tensor | None = None
-    past_key_values: Any = None
 
 
 class PlanLMForCausalLM(ModelFolder, GenerationMixin):
@@ -63,7 +70,9 @@ class PlanLMForCausalLM(ModelFolder, GenerationMixin):
 
     Called with `input_ids` alone it finds the sentences in the text itself, embeds and plans them; training and
     evaluation pass the plan inputs of a prepared corpus instead. Sentences are embedded with the model at
-    `config.encoder`, loaded at first use.
+    `config.encoder`, loaded at first use. Without an encoder every text is one sentence, planned without context.
+
+    Nothing of a call stays in the model. What a KV cache continues, its text, stays with the cache.
 
     Args:
         config: the configuration.
@@ -98,12 +107,13 @@ class PlanLMForCausalLM(ModelFolder, GenerationMixin):
                 f"conditioned layers: {config.conditioned_layers} asked, the LM has {num_layers}; set 1 to {num_layers}"
             )
         fuse(lm)
+        take_plans(lm)
         self.lm = lm
         self.planner = Planner(
             config.action_dim, config.num_actions, config.planner_layers, config.planner_heads, config.planner_dropout
         )
-        self.codebook = nn.Parameter(torch.zeros(config.num_actions, config.action_dim))
-        self.adapter = PlanAdapter(lm, config.action_dim, config.conditioned_layers, config.gate)
+        self.adapter = PlanAdapter(lm, config.num_actions, config.action_dim, config.conditioned_layers, config.gate)
+        self.vocab_size = config.vocab_size
         self.post_init()
 
     def _init_weights(self, module: nn.Module) -> None:
@@ -150,8 +160,8 @@ class PlanLMForCausalLM(ModelFolder, GenerationMixin):
                 "the planner was trained on other actions than the corpus has; pre-train one on this corpus"
             )
         config = PlanLMConfig(
-            text_config=base.config,
-            attn_implementation=base.config._attn_implementation,  # or it is reset for the LM, and its mask with it
+            text_config=copy.deepcopy(base.config),
+            attn_implementation=base.config._attn_implementation,
             num_actions=num_actions,
             action_dim=action_dim,
             planner_layers=int(shape["layers"]),
@@ -166,7 +176,7 @@ class PlanLMForCausalLM(ModelFolder, GenerationMixin):
         model = cls(config, lm=base).to(dtype)
         model.planner.load_state_dict(planner.state_dict())
         with torch.no_grad():
-            model.codebook.copy_(codebook)
+            model.adapter.codebook.copy_(codebook)
         model.generation_config = base.generation_config
         model._tokenizer = load_tokenizer(lm)
         return model
@@ -175,9 +185,36 @@ class PlanLMForCausalLM(ModelFolder, GenerationMixin):
         """The LM's token embedding."""
         return self.lm.get_input_embeddings()
 
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        """Give the LM another token embedding."""
+        self.lm.set_input_embeddings(value)
+
     def get_output_embeddings(self) -> nn.Module:
         """The LM's head."""
         return self.lm.get_output_embeddings()
+
+    def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
+        """Give the LM another head."""
+        self.lm.set_output_embeddings(new_embeddings)
+
+    def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> nn.Embedding:
+        """Resize the LM's token embedding and head; see transformers."""
+        resized = self.lm.resize_token_embeddings(*args, **kwargs)
+        self.config.vocab_size = self.vocab_size = self.lm.config.vocab_size
+        return resized
+
+    @property
+    def codebook(self) -> nn.Parameter:
+        """Action embeddings `[K, A]`."""
+        return self.adapter.codebook
+
+    def gradient_checkpointing_enable(
+        self, gradient_checkpointing_kwargs: dict[str, Any] | None = None, **kwargs: Any
+    ) -> None:
+        """As transformers does, and always without reentrant autograd: all layers share one plan, and its gradient."""
+        super().gradient_checkpointing_enable(
+            (gradient_checkpointing_kwargs or {}) | {"use_reentrant": False}, **kwargs
+        )
 
     def compile_lm(self) -> None:
         """Hand the LM to `torch.compile`; it is compiled at its first call.
@@ -191,6 +228,7 @@ class PlanLMForCausalLM(ModelFolder, GenerationMixin):
 
     def plan(
         self,
+        segment_ids: Tensor,
         segment_rows: Tensor,
         sentence_embeddings: Tensor,
         sentence_positions: Tensor | None = None,
@@ -199,10 +237,11 @@ class PlanLMForCausalLM(ModelFolder, GenerationMixin):
         selection: str | None = None,
         oracle_weight: float | Tensor = 0.0,
         want_oracle_nll: bool = False,
-    ) -> tuple[PlanProjection, Tensor | None]:
+    ) -> tuple[PlanProjection, LayerPlans, Tensor | None]:
         """Plan the given segments.
 
         Args:
+            segment_ids: `[B, W]`, see `forward`.
             segment_rows: `[S, 2]`, row and place in `sentence_embeddings`.
             sentence_embeddings: `[R, n, A]`, see `Planner`.
             sentence_positions: `[R, n]`, see `Planner`.
@@ -213,23 +252,21 @@ class PlanLMForCausalLM(ModelFolder, GenerationMixin):
             want_oracle_nll: run the planner for its cross-entropy even where the selection does not ask it.
 
         Returns:
-            (projection with `projected` `[S, D]`, planner logits `[S, K]` or None where the planner did not run).
+            (projection with `projected` `[S, D]`, the same as the LM takes it, planner logits `[S, K]` or None where
+            the planner did not run).
         """
         selection = selection or self.config.selection
         logits = None
         if selection in PLANNED or want_oracle_nll:
-            states = self.planner(sentence_embeddings, sentence_positions)  # [R, n, A]
-            hidden = states[segment_rows[:, 0], segment_rows[:, 1]]  # [S, A]
-            logits = self.planner.head(hidden).float()  # [S, K]
+            logits = self.planner(sentence_embeddings, sentence_positions, segment_rows).float()  # [S, K]
         noise = None
         if selection in GUMBEL and self.training:  # without noise gumbel is soft, and gumbel-hard takes its arg-max
             assert logits is not None
             noise = self.config.gumbel_scale * _gumbel_like(logits)
-        projection = plan_projection(
-            self.codebook.new_zeros(len(segment_rows), len(self.codebook)) if logits is None else logits,
-            self.codebook,
-            self.adapter.weight,
-            self.adapter.bias,
+        projection, plans = self.adapter(
+            logits,
+            segment_ids,
+            len(segment_rows),
             temperature=self.config.plan_temperature,
             selection=selection,
             oracle=actions if actions is None or selection != "oracle" else actions.clamp_min(0),
@@ -239,17 +276,20 @@ class PlanLMForCausalLM(ModelFolder, GenerationMixin):
         )
         if actions is not None and selection == "oracle":
             projection = projection._replace(oracle_nll=projection.oracle_nll.where(actions >= 0, 0.0))
-        return projection, logits
+        return projection, plans, logits
 
+    @can_return_tuple  # type: ignore[untyped-decorator]
     def forward(
         self,
-        input_ids: Tensor,
+        input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
         past_key_values: Any = None,
+        inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
         *,
-        shift_labels: Tensor | None = None,
         segment_ids: Tensor | None = None,
         segment_rows: Tensor | None = None,
         sentence_embeddings: Tensor | None = None,
@@ -258,28 +298,40 @@ class PlanLMForCausalLM(ModelFolder, GenerationMixin):
         selection: str | None = None,
         oracle_weight: float | Tensor = 0.0,
         want_oracle_nll: bool = False,
-        use_cache: bool | None = None,
-        logits_to_keep: int = 0,
+        text: Text | None = None,
         **kwargs: Any,
     ) -> PlanLMOutput:
         """Run the conditioned LM; without `segment_ids` the model plans the text `input_ids` `[B, W]` itself.
 
-        Arguments not named here are those of transformers and of `plan`.
+        Arguments not named here are those of transformers and of `plan`. Those of transformers' losses are taken too:
+        `shift_labels`, `[B, W]` the token after each position, -100 where not scored, upon which logits are not kept;
+        `num_items_in_batch`, by which the sum of losses is divided in place of the number of labels.
 
         Args:
+            inputs_embeds: `[B, W, d]` in place of `input_ids`; the tokens whose embeddings stand there are the text,
+                anything else, as trained prompts, is none.
             labels: `[B, W]` in transformers' form: the same tokens as `input_ids`, -100 where not scored.
-            shift_labels: `[B, W]` the token after each position, -100 where not scored; logits are then not kept.
             segment_ids: `[B, W]` plan segment of the sentence that holds the token after each position, -1 for none.
             selection: see `plan`; "none" switches the plan off.
+            text: the whole text, where `input_ids` continue a cache; by default what the cache remembers.
+
+        Raises:
+            InputError: labels that are no tokens, or a KV cache whose text is not known.
         """
         selection = selection or self.config.selection
-        result = PlanLMOutput()
-        projected = None
+        shift_labels, num_items = kwargs.pop("shift_labels", None), kwargs.pop("num_items_in_batch", None)
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("expected either input_ids or inputs_embeds")
+        plans = oracle_nll = action_logits = None
         if selection != "none" or want_oracle_nll:
             if segment_ids is None or segment_rows is None or sentence_embeddings is None:
-                tracker = SentenceTracker(self.tokenizer, self.encoder)
-                segment_ids, segment_rows, sentence_embeddings, _ = tracker.inputs(input_ids, attention_mask)
-            projection, result.action_logits = self.plan(
+                text = text or text_of(self, input_ids, inputs_embeds, attention_mask, position_ids, past_key_values)
+                width = (input_ids if inputs_embeds is None else inputs_embeds).shape[1]  # type: ignore[union-attr]
+                segment_ids, segment_rows, sentence_embeddings, actions, oracle_weight = plan_inputs(
+                    text, width, self.config.action_dim, actions, oracle_weight
+                )
+            projection, plans, action_logits = self.plan(
+                segment_ids,
                 segment_rows,
                 sentence_embeddings,
                 sentence_positions,
@@ -288,9 +340,7 @@ class PlanLMForCausalLM(ModelFolder, GenerationMixin):
                 oracle_weight=oracle_weight,
                 want_oracle_nll=want_oracle_nll,
             )
-            projected = None if selection == "none" else projection.projected
-            result.oracle_nll = None if actions is None else projection.oracle_nll
-        self.adapter.condition(projected, segment_ids)
+            oracle_nll = None if actions is None else projection.oracle_nll
         if position_ids is not None and attention_mask is None and past_key_values is None and not use_cache:
             attention_mask = document_starts(self.lm, position_ids, self._dtype_of_products())
         outputs = self.lm.base_model(
@@ -298,69 +348,100 @@ class PlanLMForCausalLM(ModelFolder, GenerationMixin):
             attention_mask=attention_mask,
             position_ids=position_ids,
             past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
             use_cache=use_cache,
+            **({} if plans is None or selection == "none" else {"plan": plans}),
             **kwargs,
         )
-        if not self.lm.is_activation_checkpointing:  # which runs the hooks once more, in the backward pass
-            self.adapter.condition(None, None)
-        result.past_key_values = outputs.past_key_values
-        self._score(result, outputs.last_hidden_state, labels, shift_labels, logits_to_keep)
-        return result
+        if text is not None and outputs.past_key_values is not None:
+            remember(outputs.past_key_values, text)
+        return PlanLMOutput(
+            **self._score(outputs.last_hidden_state, labels, shift_labels, num_items, logits_to_keep),
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            oracle_nll=oracle_nll,
+            action_logits=action_logits,
+        )
 
     def _dtype_of_products(self) -> torch.dtype:
         where = self.device.type
         return torch.get_autocast_dtype(where) if torch.is_autocast_enabled(where) else self.dtype
 
     def _score(
-        self, result: PlanLMOutput, hidden: Tensor, labels: Tensor | None, shift_labels: Tensor | None, keep: int
-    ) -> None:
-        """Fill in the losses, or logits, of hidden states `[B, W, d]`; see `forward`."""
-        if shift_labels is None or labels is not None:
-            result.logits = self.get_output_embeddings()(hidden[:, -keep:])
+        self,
+        hidden: Tensor,
+        labels: Tensor | None,
+        shift_labels: Tensor | None,
+        num_items: int | Tensor | None,
+        keep: int | Tensor,
+    ) -> dict[str, Tensor | None]:
+        """Losses and logits, as `PlanLMOutput` has them, of hidden states `[B, W, d]`; see `forward`."""
+        head, logits = self.get_output_embeddings(), None
+        at = slice(-keep, None) if isinstance(keep, int) else keep
+        if labels is None and shift_labels is None:
+            return {"loss": None, "logits": head(hidden[:, at])}
         if labels is not None:
-            shift_labels = nn.functional.pad(labels, (0, 1), value=-100)[:, 1:]
-        if shift_labels is not None:
-            head: nn.Linear = self.get_output_embeddings()  # type: ignore[assignment]
-            targets = shift_labels.reshape(-1)
-            loss = LOSSES[self.loss_kernel]
-            nll_sum, token_nll = loss(hidden.reshape(len(targets), -1), head.weight, targets, head.bias)
-            result.nll_sum = nll_sum
-            result.token_nll = None if token_nll is None else token_nll.view(shift_labels.shape)
-            result.loss = nll_sum / (targets != -100).sum().clamp(min=1)
+            logits = head(hidden)
+        if shift_labels is None:
+            shift_labels = nn.functional.pad(labels, (0, 1), value=-100)[:, 1:]  # type: ignore[arg-type]
+        rows = (hidden if logits is None else logits).flatten(0, 1)
+        targets = shift_labels.reshape(-1).to(rows.device)
+        nll_sum, token_nll = token_losses(rows, head if logits is None else None, targets, self.loss_kernel)
+        count = (targets != -100).sum().clamp(min=1) if num_items is None else num_items
+        return {
+            "loss": nll_sum / (count.to(nll_sum.device) if isinstance(count, Tensor) else count),
+            "logits": None if logits is None else logits[:, at],
+            "nll_sum": nll_sum,
+            "token_nll": None if token_nll is None else token_nll.view(shift_labels.shape),
+        }
 
     def generate(
-        self, inputs: Tensor | None = None, *args: Any, tracker: SentenceTracker | None = None, **kwargs: Any
+        self,
+        inputs: Tensor | None = None,
+        *args: Any,
+        tracker: SentenceTracker | None = None,
+        selection: str | None = None,
+        **kwargs: Any,
     ) -> Any:
         """Generate as transformers does; each finished sentence is embedded and the next one planned.
 
         Args:
-            inputs: `[B, W]` prompt tokens, or `input_ids=`.
+            inputs: `[B, W]` prompt tokens, or `input_ids=` or `inputs_embeds=`.
             tracker: follows the sentences; give one to force actions or to read the sentences afterwards.
+            selection: see `plan`; default the configuration's.
+
+        Raises:
+            InputError: `cache_implementation="paged"`, see `generate_batch`.
         """
-        if (kwargs.get("selection") or self.config.selection) != "none":
-            kwargs["tracker"] = tracker or SentenceTracker(self.tokenizer, self.encoder)
-        return super().generate(inputs, *args, **kwargs)
+        if kwargs.get("cache_implementation") == "paged":
+            self.generate_batch()
+        with generating(self, inputs, tracker, selection or self.config.selection, kwargs):
+            return super().generate(inputs, *args, **kwargs)
 
     def prepare_inputs_for_generation(
         self,
         input_ids: Tensor,
         next_sequence_length: int | None = None,
+        past_key_values: Any = None,
         attention_mask: Tensor | None = None,
-        tracker: SentenceTracker | None = None,
         **kwargs: Any,
     ) -> dict[str, Any]:
-        """transformers' inputs for one step, and the plan inputs of the positions it computes."""
-        inputs = super().prepare_inputs_for_generation(
-            input_ids, next_sequence_length=next_sequence_length, attention_mask=attention_mask, **kwargs
+        """transformers' inputs for one step, and the text that is planned."""
+        inputs: dict[str, Any] = super().prepare_inputs_for_generation(
+            input_ids,
+            next_sequence_length=next_sequence_length,
+            past_key_values=past_key_values,
+            attention_mask=attention_mask,
+            **kwargs,
         )
-        if tracker is not None:
-            segment_ids, rows, embeddings, forced = tracker.inputs(
-                input_ids, attention_mask, inputs["input_ids"].shape[1]
-            )
-            inputs |= {"segment_ids": segment_ids, "segment_rows": rows, "sentence_embeddings": embeddings}
-            if forced is not None:
-                inputs |= {"actions": forced, "oracle_weight": (forced >= 0).float()}
-        return inputs
+        return inputs | generation_inputs(self, input_ids, next_sequence_length, past_key_values, attention_mask)
+
+    def generate_batch(self, *_: Any, **__: Any) -> NoReturn:
+        """Refused: continuous batching mixes the texts of several requests in one row, and plans belong to texts."""
+        raise InputError("continuous batching is not supported; call generate() with a padded batch")
+
+    init_continuous_batching = continuous_batching_context_manager = generate_batch
 
 
 def _gumbel_like(logits: Tensor) -> Tensor:

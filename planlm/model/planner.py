@@ -125,16 +125,20 @@ class Planner(nn.Module):
         self.head.weight.copy_(codebook)
         self.head.bias.zero_()
 
-    def forward(self, sentence_embeddings: Tensor, sentence_positions: Tensor | None = None) -> Tensor:
-        """Planner states of every sentence.
+    def forward(
+        self, sentence_embeddings: Tensor, sentence_positions: Tensor | None = None, rows: Tensor | None = None
+    ) -> Tensor:
+        """Planner states of every sentence, or the action logits of some.
 
         Args:
             sentence_embeddings: `[R, n, A]`, at each place that of the sentence before; not read where there is none.
             sentence_positions: int64 `[R, n]`, the sentence's number within its document, whose places stand side by
                 side; by default a row is one document.
+            rows: int64 `[S, 2]`, row and place of the sentences whose logits are asked for.
 
         Returns:
-            `[R, n, A]`; the state at a place is a function of the sentences before it in its document only.
+            States `[R, n, A]`, or with `rows` logits `[S, K]`; what belongs to a place is a function of the sentences
+            before it in its document only.
         """
         _, num_places, width = sentence_embeddings.shape
         at = torch.arange(num_places, device=sentence_embeddings.device)
@@ -146,7 +150,7 @@ class Planner(nn.Module):
         for layer in self.layers:
             x = layer(x, first)
         states: Tensor = self.norm(x)
-        return states
+        return states if rows is None else self.head(states[rows[:, 0], rows[:, 1]])
 
     def save(self, folder: Path) -> None:
         """Write `planner.json` and `planner.safetensors` into `folder`."""

@@ -101,3 +101,8 @@ def tokenize(
     prefix = start_tokens(tokenizer)
     counts[0] += len(prefix)
     return prefix + encoding["input_ids"], counts.tolist()
+
+
+def prompt_ids(tokenizer: PreTrainedTokenizerFast, text: str) -> list[int]:
+    """Tokens of a text that is to be continued: as `tokenize` makes them, so without an end token."""
+    return start_tokens(tokenizer) + list(tokenizer(text, add_special_tokens=False, verbose=False).input_ids)

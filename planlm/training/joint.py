@@ -159,9 +159,10 @@ def trainable_groups(model: PlanLMForCausalLM, config: TrainConfig, steps: int) 
     if config.selection != "none":
         adapter = dict(model.adapter.named_parameters(prefix="adapter"))
         bias = {"adapter.bias": adapter.pop("adapter.bias")}
+        codebook = {"adapter.codebook": adapter.pop("adapter.codebook")}
         parts.append(("adapter", adapter.items(), config.lr, 0.0))
         parts.append(("bias", bias.items(), config.lr * BIAS_REACH * model.config.action_dim**0.5, 0.0))
-        parts.append(("codebook", [("codebook", model.codebook)], config.codebook_lr, config.unfreeze_codebook_at))
+        parts.append(("codebook", codebook.items(), config.codebook_lr, config.unfreeze_codebook_at))
     if planner_learns and not config.freeze_planner:
         named = model.planner.named_parameters(prefix="planner")
         parts.append(("planner", named, config.planner_lr, config.unfreeze_planner_at))

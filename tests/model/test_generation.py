@@ -14,6 +14,7 @@ from planlm.config import GenerateConfig
 from planlm.errors import InputError
 from planlm.model import PlanLMForCausalLM
 from planlm.model.loading import load_model
+from planlm.model.text import Text
 from planlm.model.tracking import SentenceTracker
 
 FAMILIES = ("gpt2", "llama")
@@ -82,16 +83,16 @@ def test_prompt_is_cut_as_preparation_cuts_it_and_growth_keeps_decisions(model: 
     text = "Dr. Smith came in! Was he late? Nobody knew"
     ids = tuple(model.tokenizer(text).input_ids)
     state = tracker.track(ids)
-    assert state.sentences == ("Dr. Smith came in!", "Was he late?")
+    assert state.sentences == ["Dr. Smith came in!", "Was he late?"]
     assert state.segments[-1] == 2
     boundary = len(model.tokenizer("Dr. Smith came in!").input_ids)
-    assert state.segments[boundary - 2 : boundary] == (0, 1), "the last token of a sentence carries the next plan"
+    assert state.segments[boundary - 2 : boundary] == [0, 1], "the last token of a sentence carries the next plan"
     more = tuple(model.tokenizer(text + ". And").input_ids)
     assert more[: len(ids)] == ids
     for end in range(len(ids) + 1, len(more) + 1):
         grown = tracker.track(more[:end])
         assert grown.segments[: len(ids)] == state.segments
-    assert grown.sentences == (*state.sentences, "Nobody knew.")
+    assert grown.sentences == [*state.sentences, "Nobody knew."]
 
 
 @pytest.mark.parametrize("model", ["gpt2"], indirect=True)
@@ -99,8 +100,8 @@ def test_forced_action_is_followed(model: PlanLMForCausalLM) -> None:
     """With action a forced on the open sentence the next-token logits are those of the oracle a."""
     ids = model.tokenizer(PROMPT, return_tensors="pt").input_ids
     tracker = SentenceTracker(model.tokenizer, model.encoder, [4])
-    inputs = model.prepare_inputs_for_generation(ids, tracker=tracker, is_first_iteration=True)
-    forced = model(**inputs).logits[0, -1]
+    text = Text(ids, torch.ones_like(ids, dtype=torch.bool), tracker)
+    forced = model(ids, text=text).logits[0, -1]
     plain = SentenceTracker(model.tokenizer, model.encoder).inputs(ids)
     actions = torch.tensor([4 if sentence == 2 else 0 for _, sentence in plain[1].tolist()])
     last = model(

@@ -1,0 +1,130 @@
+"""Attention of an LM that takes two things more: packed documents by a kernel of their own, and the plan.
+
+transformers hands keyword arguments of the LM's call down to its attention function. So the plan of a call is one of
+its arguments, `plan`, added to attention's result before the output projection (docs/method.md's `adapter`): nothing of
+it stays in the model, threads and copies do not share it, activation checkpointing has it when it computes a layer
+again, and it enters whatever stands for the projection, LoRA too.
+
+Sizes: B rows, W positions, H heads, d channels of a head.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, PreTrainedConfig, PreTrainedModel
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.utils.generic import is_flash_attention_requested
+
+from planlm.kernels import has_packed_attention, packed_attention
+from planlm.model.adapter import LayerPlans
+from planlm.model.families import attention_modules
+
+NAME = "planlm"
+"""transformers' name of `attend`."""
+
+
+def take_plans(lm: PreTrainedModel) -> None:
+    """Have the attention of `lm` take the keyword `plan` (`LayerPlans`); without it the LM is what it was.
+
+    The LM's own implementation, which its configuration names and users may change, goes on computing the attention.
+    """
+    for module in attention_modules(lm):
+        module.config = _AttentionConfig(lm.config)  # type: ignore[assignment]
+
+
+def takes_plans(lm: PreTrainedModel) -> bool:
+    """Whether `take_plans` was called on `lm`."""
+    return isinstance(attention_modules(lm)[0].config, _AttentionConfig)
+
+
+class _AttentionConfig:
+    """An LM's configuration as its attention modules see it: another implementation, everything else as it is."""
+
+    _attn_implementation = NAME
+
+    def __init__(self, config: PreTrainedConfig) -> None:
+        self.lm_config = config
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "lm_config" or name.startswith("__"):  # while it is being copied or unpickled
+            raise AttributeError(name)
+        return getattr(self.lm_config, name)
+
+
+class _Original:
+    """An attention module with the LM's configuration, for implementations that look into it."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self._module, self.config = module, module.config.lm_config  # type: ignore[union-attr]
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._module, name)
+
+
+def attend(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    plan: LayerPlans | None = None,
+    scaling: float | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor | None]:
+    """transformers' attention interface; query, key and value are `[B, H, W, d]`, the result is `[B, W, H, d]`."""
+    weights = None
+    if attention_mask is not None and attention_mask.dtype == torch.int64:
+        mixed = _packed(query, key, value, attention_mask, scaling)
+    else:
+        eager = sys.modules[type(module).__module__].eager_attention_forward  # each family has its own
+        config: Any = module.config.lm_config  # type: ignore[union-attr]
+        function = ALL_ATTENTION_FUNCTIONS.get_interface(config._attn_implementation, eager)
+        own: Any = _Original(module) if is_flash_attention_requested(config) else module
+        mixed, weights = function(own, query, key, value, attention_mask, scaling=scaling, **kwargs)
+    if plan is not None:
+        mixed = plan.add(module.layer_idx, mixed)  # type: ignore[arg-type]
+    return mixed, weights
+
+
+def _packed(query: Tensor, key: Tensor, value: Tensor, starts: Tensor, scaling: float | None) -> Tensor:
+    where = query.device.type
+    if torch.is_autocast_enabled(where):  # rotary embeddings leave float32
+        dtype = torch.get_autocast_dtype(where)
+        query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    return packed_attention(
+        query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2), starts[:, 0, :, 0], scale
+    )
+
+
+def document_starts(lm: PreTrainedModel, position_ids: Tensor, dtype: torch.dtype) -> Tensor | None:
+    """What `attend` takes for a mask, int64 `[B, 1, W, 1]`: where the document of each position begins in its row.
+
+    None where transformers' own masks have to serve.
+
+    Args:
+        lm: an LM that takes plans.
+        position_ids: `[B, W]`, going on by one within a document.
+        dtype: in which attention will be computed.
+    """
+    config = lm.config
+    dropout = getattr(config, "attn_pdrop", getattr(config, "attention_dropout", 0.0))
+    if (
+        not takes_plans(lm)
+        or config._attn_implementation != "sdpa"
+        or getattr(config, "sliding_window", None) is not None
+        or (lm.training and dropout > 0)
+        or not has_packed_attention(position_ids.device, dtype)
+    ):
+        return None
+    # transformers' rule: a document begins where positions do not go on by one.
+    begins = position_ids.diff(dim=1, prepend=position_ids[:, :1] - 1) != 1
+    at = torch.arange(position_ids.shape[1], device=position_ids.device)
+    return at.where(begins, 0).cummax(dim=1).values[:, None, :, None]
+
+
+AttentionInterface.register(NAME, attend)

@@ -1,0 +1,263 @@
+"""The text that a call of the model plans, where no prepared corpus gives plan inputs.
+
+A call that continues a KV cache sees new tokens only; plans need the text from its beginning. So the text stays with
+the cache, and a cache that was changed since (its rows reordered, say) is refused unless the change can be followed.
+`generate()` knows the whole text at every step; what it was called with lies in a context variable while it runs.
+
+Sizes: B texts (rows), L tokens from the beginning on, W positions of the call, A dimensions of a sentence embedding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from planlm.errors import InputError
+from planlm.model.tracking import SentenceTracker, TextInputs
+
+if TYPE_CHECKING:
+    from planlm.model.modeling import PlanLMForCausalLM
+
+_AT_ONCE = 1 << 24
+"""Scores of embeddings against the whole table that exist at a time."""
+
+
+@dataclass(frozen=True)
+class Text:
+    """Texts from their beginning to the end of what a call computes.
+
+    Attributes:
+        ids: int64 `[B, L]`, -1 where no token is known.
+        real: bool `[B, L]`, False where there is no text.
+        tracker: finds the sentences; None: every text is one.
+        positions: `[B, L]` where rows hold several texts behind each other, see `SentenceTracker.inputs`.
+    """
+
+    ids: Tensor
+    real: Tensor
+    tracker: SentenceTracker | None
+    positions: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class _Memory:
+    """What a cache knows of its text: the text, and the keys that the first layer had for it."""
+
+    text: Text
+    keys: Tensor | None
+    length: int
+
+
+@dataclass(frozen=True)
+class _Generation:
+    """What `generate()` was called with, and the text that stood in `inputs_embeds`."""
+
+    model: PlanLMForCausalLM
+    selection: str
+    tracker: SentenceTracker | None
+    before: Tensor | None
+
+
+_GENERATION: ContextVar[_Generation | None] = ContextVar("planlm_generation", default=None)
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def text_of(
+    model: PlanLMForCausalLM,
+    input_ids: Tensor | None,
+    inputs_embeds: Tensor | None,
+    attention_mask: Any,
+    position_ids: Tensor | None,
+    cache: Any,
+) -> Text:
+    """The text of a plain call; arguments are those of `PlanLMForCausalLM.forward`.
+
+    Raises:
+        InputError: a cache whose text is not known.
+    """
+    if input_ids is None:
+        assert inputs_embeds is not None
+        input_ids = _tokens(model.get_input_embeddings(), inputs_embeds)
+    past = _length(cache)
+    if past:
+        return _continued(cache, past, input_ids, attention_mask)
+    real = _real(attention_mask, input_ids, 0)
+    several = position_ids is not None and position_ids.shape[-1] == input_ids.shape[1]
+    positions = position_ids.expand(input_ids.shape) if several and position_ids is not None else None
+    return Text(input_ids, real & (input_ids >= 0), _new_tracker(model), positions)
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def plan_inputs(
+    text: Text, width: int, dim: int, actions: Tensor | None, oracle_weight: float | Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None, float | Tensor]:
+    """Plan inputs of the last `width` positions of a text.
+
+    Returns:
+        `segment_ids`, `segment_rows`, `sentence_embeddings`, `actions` and `oracle_weight` as `forward` takes them;
+        the last two are those given unless the tracker forces actions.
+    """
+    length = min(width, text.ids.shape[1])
+    if text.tracker is None:
+        inputs = _one_sentence(text, length, dim)
+    else:
+        inputs = text.tracker.inputs(text.ids, text.real, length, text.positions)
+    # Positions that are no tokens of the text, as peft's trained prompts, stand before it.
+    segment_ids = nn.functional.pad(inputs.segment_ids, (width - length, 0), value=-1)
+    if inputs.forced is not None:
+        actions, oracle_weight = inputs.forced, (inputs.forced >= 0).float()
+    return segment_ids, inputs.segment_rows, inputs.sentence_embeddings, actions, oracle_weight
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def remember(cache: Any, text: Text) -> None:
+    """Leave the text with the cache that holds its keys."""
+    cache.planlm_memory = _Memory(text, _keys(cache), _length(cache))
+
+
+@contextmanager
+def generating(
+    model: PlanLMForCausalLM,
+    inputs: Tensor | None,
+    tracker: SentenceTracker | None,
+    selection: str,
+    kwargs: dict[str, Any],
+) -> Iterator[None]:
+    """What belongs to one `generate()`; arguments are those of `PlanLMForCausalLM.generate`.
+
+    Where sentences end in the prompt is decided from all of it, behind it token by token, however many a step has.
+    """
+    before = None
+    if selection != "none":
+        prompt = kwargs.get("input_ids") if inputs is None else inputs
+        embeds, mask = kwargs.get("inputs_embeds"), kwargs.get("attention_mask")
+        if embeds is not None and (prompt is None or prompt.shape[1] == 0):
+            prompt = before = _tokens(model.get_input_embeddings(), embeds)
+        goes_on = _length(kwargs.get("past_key_values")) > 0
+        if tracker is None and not goes_on:
+            tracker = _new_tracker(model)
+        if tracker is not None and prompt is not None and prompt.shape[1] and not goes_on:
+            tracker.start(prompt, _real(mask, prompt, 0) & (prompt >= 0))
+    token = _GENERATION.set(_Generation(model, selection, tracker, before))
+    try:
+        yield
+    finally:
+        _GENERATION.reset(token)
+
+
+def generation_inputs(
+    model: PlanLMForCausalLM, input_ids: Tensor, next_sequence_length: int | None, cache: Any, mask: Tensor | None
+) -> dict[str, Any]:
+    """Keywords for `forward` at a step of `generate()`, none outside of it.
+
+    Args:
+        model: the model.
+        input_ids: the text so far, or what is new of it.
+        next_sequence_length: number of new tokens, where `input_ids` are all.
+        cache: KV cache.
+        mask: `[B, L]`, 0 on padding.
+    """
+    running = _GENERATION.get()
+    if running is None or running.model is not model:
+        return {}
+    if running.selection == "none":
+        return {"selection": "none"}
+    past = _length(cache)
+    if running.before is not None:
+        before = running.before.repeat_interleave(len(input_ids) // len(running.before), dim=0)
+        input_ids = torch.cat((before, input_ids), dim=1)
+    elif past and next_sequence_length is None:
+        text = _continued(cache, past, input_ids, mask)
+        if running.tracker is not None:
+            text = Text(text.ids, text.real, running.tracker)
+        return {"selection": running.selection, "text": text}
+    real = _real(mask, input_ids, 0) & (input_ids >= 0)
+    return {"selection": running.selection, "text": Text(input_ids, real, running.tracker)}
+
+
+def _continued(cache: Any, past: int, new: Tensor, mask: Any) -> Text:
+    """The text that a cache remembers, with new tokens `[B, W]` behind it."""
+    memory: _Memory | None = getattr(cache, "planlm_memory", None)
+    if memory is None or len(memory.text.ids) != len(new) or not _unchanged(cache, memory, past):
+        raise InputError(
+            "past_key_values: the text behind this cache is not known, since it was filled or changed outside this "
+            "model's calls; pass the whole text as input_ids without a cache, or use generate()"
+        )
+    before = memory.text
+    ids = torch.cat((before.ids[:, :past].to(new.device), new), dim=1)
+    real = _real(mask, new, past)
+    if real.shape[1] == new.shape[1]:
+        real = torch.cat((before.real[:, :past].to(new.device), real), dim=1)
+    return Text(ids, real & (ids >= 0), before.tracker)
+
+
+def _unchanged(cache: Any, memory: _Memory, past: int) -> bool:
+    """Whether a cache holds what it held when its text was noted, or a beginning of that."""
+    keys, then = _keys(cache), memory.keys
+    if keys is None or then is None or memory.text.ids.shape[1] != memory.length:
+        return False
+    if keys is then:
+        return past == memory.length
+    if past > memory.length or keys.shape[-2] != past or then.shape[-2] != memory.length or len(keys) != len(then):
+        return False
+    return torch.equal(keys, then[..., :past, :].to(keys.device))
+
+
+def _keys(cache: Any) -> Tensor | None:
+    """Keys of the first layer, if this kind of cache shows them."""
+    layers = getattr(cache, "layers", None)
+    keys = getattr(layers[0], "keys", None) if layers else None
+    return keys if isinstance(keys, Tensor) else None
+
+
+def _length(cache: Any) -> int:
+    return 0 if cache is None else int(cache.get_seq_length())
+
+
+def _real(mask: Any, ids: Tensor, past: int) -> Tensor:
+    """Where there is text, `[B, past + W]` or, for want of more, `[B, W]`, from any mask that transformers takes."""
+    if isinstance(mask, dict):  # by kind of attention layer
+        mask = next((one for one in mask.values() if one is not None), None)
+    width = ids.shape[1]
+    if isinstance(mask, Tensor) and mask.ndim == 2 and mask.shape[1] >= width:
+        return mask[:, -(past + width) :].to(ids.device).bool().expand(len(ids), -1)
+    if isinstance(mask, Tensor) and mask.ndim == 4:  # a position that does not see itself is padding
+        at = torch.arange(width, device=mask.device)
+        own = mask[:, 0, at, past + at]
+        return (own if own.dtype == torch.bool else own == 0).to(ids.device).expand(len(ids), -1)
+    return torch.ones_like(ids, dtype=torch.bool)
+
+
+def _new_tracker(model: PlanLMForCausalLM) -> SentenceTracker | None:
+    return SentenceTracker(model.tokenizer, model.encoder) if model.has_encoder else None
+
+
+def _one_sentence(text: Text, length: int, dim: int) -> TextInputs:
+    rows = torch.arange(len(text.ids), device=text.ids.device)
+    segment_ids = rows[:, None].where(text.real, -1)[:, text.ids.shape[1] - length :]
+    return TextInputs(
+        segment_ids,
+        torch.stack((rows, torch.zeros_like(rows)), dim=1),
+        torch.zeros(len(rows), 1, dim, device=rows.device),
+    )
+
+
+@torch.no_grad()
+def _tokens(embedding: nn.Module, inputs_embeds: Tensor) -> Tensor:
+    """The tokens whose embeddings stand in `inputs_embeds` `[B, W, d]`, -1 where something else does."""
+    table: Tensor = embedding.weight  # type: ignore[assignment]
+    if table.is_meta:
+        raise InputError("inputs_embeds: the embeddings are offloaded, so their tokens are not known; pass input_ids")
+    flat = inputs_embeds.detach().to(table.device, table.dtype).flatten(0, 1)
+    half_norms = table.float().square().sum(dim=1) / 2
+    found = []
+    for rows in flat.split(max(1, _AT_ONCE // len(table))):
+        nearest = (rows.float() @ table.float().T - half_norms).argmax(dim=1)
+        found.append(nearest.where((table[nearest] == rows).all(dim=1), -1))
+    return torch.cat(found).view(inputs_embeds.shape[:2]).to(inputs_embeds.device)
