@@ -4,8 +4,6 @@ from types import ModuleType
 
 import wrapt
 from transformers import AutoConfig, AutoModelForCausalLM
-from transformers.conversion_mapping import register_checkpoint_conversion_mapping
-from transformers.core_model_loading import WeightRenaming
 
 from planlm.model.configuration import PlanLMConfig
 from planlm.model.families import OUTPUT_PROJECTIONS
@@ -13,9 +11,6 @@ from planlm.model.modeling import PlanLMForCausalLM, PlanLMOutput
 from planlm.model.planner import Planner
 
 __all__ = ["PlanLMConfig", "PlanLMForCausalLM", "PlanLMOutput", "Planner"]
-
-# Until 0.1 the codebook lay beside the adapter.
-register_checkpoint_conversion_mapping(PlanLMConfig.model_type, [WeightRenaming(r"^codebook$", "adapter.codebook")])
 
 AutoConfig.register(PlanLMConfig.model_type, PlanLMConfig)
 AutoModelForCausalLM.register(PlanLMConfig, PlanLMForCausalLM)

@@ -134,6 +134,8 @@ class ModelFolder(PreTrainedModel):
         if not kwargs.get("variant"):
             stored = stored_tensors(str(name), **where)
             check_sizes(str(name), config, stored, lambda: cls(copy.deepcopy(config), *args))
+            if "codebook" in stored:  # where it lay until 0.1
+                kwargs["key_mapping"] = {"^codebook$": "adapter.codebook"} | (kwargs.get("key_mapping") or {})
         kwargs["use_safetensors"] = True
         model, info = super().from_pretrained(
             name, *args, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs
@@ -141,6 +143,8 @@ class ModelFolder(PreTrainedModel):
         refused = info | {"mismatched_keys": set()} if ignore_mismatched_sizes else info
         check_loaded(str(name), refused)
         check_finite(str(name), model)
+        # transformers would save under the old name what it has found there.
+        model._weight_conversions = [c for c in model._weight_conversions if "^codebook$" not in c.source_patterns]
         model._find_assets(str(name), where)
         return (model, info) if output_loading_info else model
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
@@ -266,3 +267,17 @@ def test_dropout_of_every_family_is_set(model_type: str) -> None:
     set_dropout(lm, 0.0)
     first, second = lm(ids).logits, lm(ids).logits
     assert torch.equal(first, second) and torch.equal(first, lm.eval()(ids).logits)
+
+
+def test_folders_from_before_the_codebook_moved_are_read(
+    lm_folder: Callable[[str], str], encoder: object, tmp_path: Path
+) -> None:
+    model, inputs = joint_model(lm_folder("gpt2"), encoder), batch()
+    model.save_pretrained(tmp_path)
+    stored = load_file(tmp_path / "model.safetensors")
+    stored["codebook"] = stored.pop("adapter.codebook")
+    save_file(stored, tmp_path / "model.safetensors", {"format": "pt"})
+    loaded = PlanLMForCausalLM.from_pretrained(tmp_path).eval()
+    assert torch.equal(loaded(**inputs).logits, model(**inputs).logits)
+    loaded.save_pretrained(tmp_path)
+    assert "adapter.codebook" in load_file(tmp_path / "model.safetensors")
