@@ -210,7 +210,7 @@ def test_gradients_are_computed_for_what_trains_only(planted: dict[str, str], tm
     assert {name: group.start for name, group in groups.items()} == {
         "adapter": 0,
         "bias": 0,
-        "codebook": 0,
+        "adapter.codebook": 0,
         "planner": 5,
     }
     assert not any(parameter.requires_grad for parameter in model.parameters())
@@ -230,7 +230,7 @@ def test_planner_joins_at_its_fraction(planted: dict[str, str], planner: dict[st
     assert (
         first_change("model/planner.head.weight") == 4
     )  # the fifth step, 0-based 4 = 0.4 * 10, is the first that moves it
-    assert first_change("model/codebook") == 7
+    assert first_change("model/adapter.codebook") == 7
     assert first_change("model/adapter.weight") == 1
 
 
