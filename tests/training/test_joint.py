@@ -210,7 +210,7 @@ def test_gradients_are_computed_for_what_trains_only(planted: dict[str, str], tm
     assert {name: group.start for name, group in groups.items()} == {
         "adapter": 0,
         "bias": 0,
-        "adapter.codebook": 0,
+        "codebook": 0,
         "planner": 5,
     }
     assert not any(parameter.requires_grad for parameter in model.parameters())
