@@ -25,6 +25,7 @@ from planlm import __version__, arguments, config, show
 from planlm.allocator import keep_memory, start_with_huge_pages
 from planlm.errors import InputError, MachineError
 from planlm.quiet import silence_libraries
+from planlm.terminal import encodable, open_streams, visible
 
 
 @dataclasses.dataclass(frozen=True)
@@ -126,15 +127,13 @@ def main(argv: list[str] | None = None) -> int:
     Returns:
         The exit status.
     """
+    if argv is None:
+        open_streams()
     try:
         with _terminable():
             return _run(sys.argv[1:] if argv is None else argv, is_program=argv is None)
     except InputError as error:
         return _fail(2, str(error))
-    except BrokenPipeError:
-        # The reader of our output has gone, as `head` does. Python would complain once more when it flushes at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
     except KeyboardInterrupt as interrupt:
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second Ctrl-C must not tear the last line
         if os.environ.get("RANK", "0") != "0":  # ended with the others, of which one says why
@@ -165,8 +164,8 @@ def _run(argv: list[str], is_program: bool) -> int:
         settings = arguments.parse(
             command.config, argv[1:], prog=f"planlm {name}", epilog=f"example:\n  {command.example}"
         )
-    except SystemExit as done:  # --help and --version
-        return int(done.code or 0)
+    except SystemExit:  # --help and --version
+        return _print("")
     silence_libraries()
     if command.allocates:
         if is_program:
@@ -183,9 +182,22 @@ def _run(argv: list[str], is_program: bool) -> int:
         text = (
             json.dumps(_plain(command.data(result)), allow_nan=False)
             if settings.json
-            else command.show(result, settings)
+            else visible(command.show(result, settings))
         )
-    print(text, flush=True)
+    return _print(text + "\n")
+
+
+def _print(text: str) -> int:
+    """Print a result, and what stdout holds already; the exit status."""
+    try:
+        sys.stdout.write(encodable(text, sys.stdout.encoding or "utf-8"))
+        sys.stdout.flush()
+    except OSError as error:
+        with contextlib.suppress(OSError):  # a stand-in without a number
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python complains again at exit
+        if isinstance(error, BrokenPipeError):  # the reader has gone, as `head` does
+            return 1
+        return _fail(1, f"standard output: {error.strerror}; the result could not be shown")
     return 0
 
 
@@ -263,7 +275,8 @@ def _machine_failure(error: BaseException | None) -> str | None:
             or "can't allocate memory" in text
         ):
             return "out of memory; a smaller --batch-size, --window or model needs less"
-        if type(error) is OSError and error.errno is not None:  # an input or output error, too many open files
+        is_plain = isinstance(error, BrokenPipeError) or type(error) is OSError
+        if isinstance(error, OSError) and is_plain and error.errno is not None:  # input or output failed
             return f"{error.filename or 'the system'}: {error.strerror}"
         error = error.__cause__ or error.__context__
     return None
@@ -274,7 +287,7 @@ def _fail(status: int, message: str) -> int:
         time.sleep(2)  # most often the first process has the same to say, upon which torchrun ends this one
         message = f"process {number}: {message}"
     with contextlib.suppress(BrokenPipeError):
-        print(f"planlm: error: {' '.join(message.split())}", file=sys.stderr, flush=True)
+        print(f"planlm: error: {visible(' '.join(message.split()))}", file=sys.stderr, flush=True)
     return status
 
 

@@ -11,15 +11,18 @@ of ours (a run, a corpus) may come from anybody: `within` refuses every link tha
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
+import json
 import os
 import re
 import secrets
 import shutil
 import stat
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 from planlm.errors import InputError
 
@@ -74,12 +77,8 @@ def replacing_folder(path: Path, within: Path | None = None) -> Iterator[Path]:
     with _beside(path, target.parent, make) as (beside, _):
         yield beside
         _settle(beside)
-        before = _temporary(target.parent)
-        with contextlib.suppress(FileNotFoundError):
-            target.rename(before)  # quicker than deleting it, and nothing is lost if we are killed after it
-        beside.rename(target)
+        _move(beside, target)
         _flush(target.parent)
-        shutil.rmtree(before, ignore_errors=True)
 
 
 @contextlib.contextmanager
@@ -140,6 +139,35 @@ def check_own(folder: Path) -> None:
     for where, folders, files in os.walk(folder):
         for name in sorted([*folders, *files]):
             belonging(Path(where, name), folder)
+
+
+@contextlib.contextmanager
+def beside_result(path: Path) -> Iterator[None]:
+    """Write a file that only keeps what the caller returns as well: a failure is a line on stderr, and no error."""
+    try:
+        yield
+    except (OSError, InputError) as error:
+        reason = getattr(error, "strerror", None) or error
+        print(f"planlm: warning: {path} could not be written ({reason}); the result is complete", file=sys.stderr)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object in a file.
+
+    Raises:
+        InputError: it is not a file, not JSON in UTF-8, nested too deeply, or no object.
+    """
+    if not path.is_file():  # a pipe would be waited for
+        raise InputError(f"{path}: not a file; delete it and make it again")
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except RecursionError:
+        raise InputError(f"{path}: not valid JSON (nested too deeply); delete it and make it again") from None
+    except ValueError as error:
+        raise InputError(f"{path}: not valid JSON ({error}); delete it and make it again") from None
+    if not isinstance(content, dict):
+        raise InputError(f"{path}: expected a JSON object, got {type(content).__name__}; delete it and make it again")
+    return content
 
 
 def is_utf8(text: str) -> bool:
@@ -233,6 +261,24 @@ def _lock(descriptor: int) -> None:
 def _delete(path: Path) -> None:
     with contextlib.suppress(OSError):
         shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+
+
+def _move(folder: Path, target: Path) -> None:
+    """Put a folder in the place of another, or of what another process puts there at the same time."""
+    while True:
+        before = _temporary(target.parent)
+        with contextlib.suppress(FileNotFoundError):
+            target.rename(before)  # quicker than deleting it: there is next to no time in which neither is there
+        try:
+            folder.rename(target)
+            return
+        except FileExistsError:
+            continue
+        except OSError as error:
+            if error.errno != errno.ENOTEMPTY:
+                raise
+        finally:
+            _delete(before)
 
 
 def _settle(folder: Path) -> None:

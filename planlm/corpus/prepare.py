@@ -33,7 +33,7 @@ from planlm.corpus.store import CODEBOOK, FORMAT_VERSION, MANIFEST, SPLITS, Mani
 from planlm.corpus.writing import storage_errors, write_json
 from planlm.distribution import any_rank, first_rank_does
 from planlm.errors import InputError
-from planlm.files import locked, replacing
+from planlm.files import check_own, locked, replacing
 from planlm.precision import compute_dtype, device
 from planlm.text.alignment import load_tokenizer, start_tokens, tokenizer_fingerprint
 from planlm.text.assets import Kind, absolute, resolve
@@ -99,6 +99,7 @@ def prepare(config: PrepareConfig) -> PreparedCorpus:
 
 def _check_place(out: Path) -> None:
     """Refuse at once an `out` that cannot be used."""
+    check_own(out)
     above = next(path for path in (out, *out.absolute().parents) if path.exists())
     if not above.is_dir():
         raise InputError(f"{out}: cannot be written (Not a directory: {above}); give another --out")

@@ -14,7 +14,7 @@ from planlm.errors import InputError
 from planlm.evaluation.perplexity import default_window, score_documents
 from planlm.evaluation.planner_metrics import planner_metrics
 from planlm.evaluation.significance import DocumentScores, compare_rows
-from planlm.files import write_text
+from planlm.files import beside_result, read_json, write_text
 from planlm.model.configuration import PlanLMConfig
 from planlm.model.loading import load_model
 from planlm.model.modeling import PlanLMForCausalLM
@@ -50,7 +50,8 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     dataset = corpus.split(config.split)
     if config.max_documents is not None:
         dataset = dataset.select(range(min(config.max_documents, len(dataset))))
-    earlier = _read_results(run / RESULTS)
+    # Read before the work starts, so that a damaged file costs no evaluation.
+    earlier = read_json(run / RESULTS) if (run / RESULTS).exists() else {}
     model, is_planned = _load_model(run, plans, corpus)
     _check_fit(model, config, corpus)
     window, stride = _window_and_stride(config, model)
@@ -86,7 +87,8 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
         }
         if (run / "model").is_dir():
             results = earlier | {config.split: result | {"scores": _scores_to_json(scores)}}
-            write_text(run / RESULTS, json.dumps(results, indent=1) + "\n")
+            with beside_result(run / RESULTS):
+                write_text(run / RESULTS, json.dumps(results, indent=1) + "\n", within=run)
         return result
 
     return first_rank_does(finish) or {}
@@ -160,16 +162,6 @@ def _check_scores(scores: dict[str, DocumentScores], config: EvaluateConfig) -> 
             raise InputError(f"{config.corpus}: no document of the {config.split} split has a token to score")
         if not score.nll < _LARGEST_NLL:
             raise InputError(f"{config.run}: training diverged, NLL is {score.nll} under plan {plan}; lower its rates")
-
-
-def _read_results(path: Path) -> dict[str, Any]:
-    """Earlier results, read before the work starts so that a damaged file costs no evaluation."""
-    if not path.exists():
-        return {}
-    try:
-        return dict(json.loads(path.read_text(encoding="utf-8")))
-    except (ValueError, TypeError):
-        raise InputError(f"{path}: not valid JSON; delete it and evaluate again") from None
 
 
 def _scores_to_json(scores: dict[str, DocumentScores]) -> dict[str, Any]:

@@ -10,7 +10,7 @@ import torch
 
 from planlm.config import GenerateConfig
 from planlm.errors import InputError
-from planlm.files import write_text
+from planlm.files import appending, beside_result, write_text
 from planlm.model.loading import load_model
 from planlm.model.modeling import PlanLMForCausalLM
 from planlm.model.tracking import SentenceTracker
@@ -31,6 +31,8 @@ def generate(config: GenerateConfig) -> dict[str, Any]:
     Raises:
         InputError: no model, an empty prompt for an LM without a start token, or an action that does not exist.
     """
+    if config.audit and not Path(config.audit).parent.is_dir():
+        raise InputError(f"--audit {config.audit}: no such folder; make it first")
     model = load_model(config.run)
     forced = _parse_plan(config.plan, model.config.num_actions)
     selection = config.selection or model.config.selection
@@ -68,12 +70,20 @@ def generate(config: GenerateConfig) -> dict[str, Any]:
         "selection": selection,
         "plan": [] if selection == "none" else _describe(model, tracker, tuple(ids), prompt_length, forced),
     }
-    if (Path(config.run) / "model").is_dir():
-        write_text(Path(config.run) / "generation.json", json.dumps(result, ensure_ascii=False, indent=1) + "\n")
-    if config.audit:
-        with Path(config.audit).open("a") as file:
-            file.writelines(json.dumps(sentence, ensure_ascii=False) + "\n" for sentence in result["plan"])
+    _keep(config, result)
     return result
+
+
+def _keep(config: GenerateConfig, result: dict[str, Any]) -> None:
+    """Write `generation.json` into a run directory, and the audit trail."""
+    run = Path(config.run)
+    if (run / "model").is_dir():
+        with beside_result(run / "generation.json"):
+            text = json.dumps(result, ensure_ascii=False, indent=1) + "\n"
+            write_text(run / "generation.json", text, within=run)
+    if config.audit:
+        with beside_result(Path(config.audit)), appending(Path(config.audit)) as file:
+            file.writelines(json.dumps(sentence, ensure_ascii=False) + "\n" for sentence in result["plan"])
 
 
 def _parse_plan(text: str | None, num_actions: int) -> list[int]:

@@ -30,7 +30,7 @@ from planlm.config import (
     ReportConfig,
 )
 from planlm.errors import InputError, MachineError
-from planlm.files import write_text
+from planlm.files import check_own, write_text
 from planlm.quickstart.leads import leads
 from planlm.quickstart.table import KEPT, Table, collect
 
@@ -104,6 +104,7 @@ def quickstart(config: QuickstartConfig) -> dict[str, Any]:
 
 def _open(out: Path, config: QuickstartConfig) -> None:
     """Make the folder; refuse one that holds something else, or a quickstart with another seed or version."""
+    check_own(out)
     record = out / "settings.json"
     settings = {"seed": config.seed, "version": __version__}
     if record.is_file():

@@ -14,13 +14,13 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import save_file
+from safetensors.torch import save
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 from planlm.corpus.store import CODEBOOK, MANIFEST, SPLIT_NAMES, PreparedCorpus, write_manifest
-from planlm.files import write_text
+from planlm.files import replacing, replacing_folder, write_text
 from planlm.precision import autocast, device
 from planlm.progress import track
 from planlm.text.alignment import load_tokenizer, start_tokens, tokenize, tokenizer_fingerprint
@@ -70,11 +70,9 @@ def pretrain_lm(texts: Sequence[str], out: Path, seed: int, shape: SmallLM) -> P
         )
     ).to(device())  # fmt: skip
     _fit(model, windows, seed, shape)
-    beside = out.with_name(f"{out.name}.partial")
-    shutil.rmtree(beside, ignore_errors=True)
-    model.save_pretrained(beside)
-    tokenizer.save_pretrained(beside)
-    beside.rename(out)
+    with replacing_folder(out) as beside:
+        model.save_pretrained(beside)
+        tokenizer.save_pretrained(beside)
     return out
 
 
@@ -147,7 +145,8 @@ def retokenize(corpus: PreparedCorpus, tokenizer_name: str, out: Path) -> Prepar
         documents.save_to_disk(out / name)
         splits[name] = counts | {"tokens": sum(map(len, documents["input_ids"]))}
     write_text(out / SPLIT_NAMES, f'{{"splits": {list(splits)}}}\n'.replace("'", '"'))
-    save_file({"codebook": corpus.codebook}, out / CODEBOOK)
+    with replacing(out / CODEBOOK) as file:
+        file.write(save({"codebook": corpus.codebook}))
     manifest = dataclasses.replace(
         corpus.manifest,
         tokenizer=tokenizer_name,

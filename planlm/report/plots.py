@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from planlm.errors import InputError
+from planlm.files import replacing
 
 try:
     import matplotlib as mpl
@@ -124,10 +125,9 @@ def curves_figure(runs: dict[str, Sequence[dict[str, Any]]]) -> Figure | None:
 
 
 def save_png(figure: Figure, path: str | Path) -> None:
-    """Write a figure as PNG, beside and renamed, so that a reader never sees half of it."""
-    beside = Path(f"{path}.partial")
-    figure.savefig(beside, format="png", dpi=160)
-    beside.replace(path)
+    """Write a figure as PNG."""
+    with replacing(Path(path)) as file:
+        figure.savefig(file, format="png", dpi=160)
 
 
 def to_svg(figure: Figure, prefix: str) -> str:

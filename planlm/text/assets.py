@@ -9,14 +9,13 @@ import contextlib
 import importlib.util
 import io
 import os
-import shutil
 import sys
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
 
 from planlm.errors import InputError, MachineError
+from planlm.files import replacing_folder
 
 Kind = Literal["encoder", "lm"]
 Loaded = Literal["encoder", "lm", "tokenizer", "joint"]
@@ -140,24 +139,14 @@ def _package_path(package: str, inside: str) -> Path | None:
 def _converted(name: str, gguf: Path) -> Path:
     """Folder with the model of a GGUF file as bf16 safetensors, made at the first call.
 
-    Written beside and renamed: of two processes that convert at once one is used and the other's is thrown away.
+    Of two processes that convert at once the later one's stays.
     """
     target = cache_folder() / f"{name.replace('/', '--')}-{gguf.stem.rpartition('.')[2]}-bf16"
     if target.is_dir():
         return target
-    target.parent.mkdir(parents=True, exist_ok=True)
-    beside = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
-    try:
-        print(f"Converting {name} to safetensors, once (about 20 s): {target}", file=sys.stderr, flush=True)
-        with loading(name, "lm"):
-            _convert(gguf, beside)
-        try:
-            beside.rename(target)
-        except OSError:
-            if not target.is_dir():
-                raise
-    finally:
-        shutil.rmtree(beside, ignore_errors=True)
+    print(f"Converting {name} to safetensors, once (about 20 s): {target}", file=sys.stderr, flush=True)
+    with replacing_folder(target) as beside, loading(name, "lm"):
+        _convert(gguf, beside)
     return target
 
 

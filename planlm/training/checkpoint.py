@@ -7,13 +7,12 @@ torch.distributed.checkpoint, which fits what any number of processes wrote to a
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
-import os
 import shutil
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +23,8 @@ from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, Hu
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 
-from planlm.distribution import counted, first_rank_does, num_ranks
+from planlm.distribution import counted, first_rank_does, num_ranks, told
+from planlm.files import replacing_folder
 
 FORMAT_VERSION = 2
 
@@ -34,36 +34,31 @@ def save_checkpoint(folder: Path, tensors: dict[str, torch.Tensor], state: dict[
 
     Several processes write one file each, with what they have of divided tensors and a share of the others.
     """
-    final = folder / f"step-{state['step']}"
-    beside = final.with_name(final.name + ".partial")
+    made = contextlib.ExitStack()
 
-    def begin() -> None:
-        shutil.rmtree(beside, ignore_errors=True)
-        beside.mkdir(parents=True)
+    def begin() -> str:
+        return str(made.enter_context(replacing_folder(folder / f"step-{state['step']}")))
 
     def finish() -> None:
         (beside / "state.json").write_text(json.dumps({"format_version": FORMAT_VERSION, **state}, indent=1))
         sums = {path.name: _digest(path) for path in sorted(beside.iterdir())}
         (beside / "checksums.json").write_text(json.dumps(sums, indent=1))
-        for path in beside.iterdir():
-            _flush(path)
-        shutil.rmtree(final, ignore_errors=True)
-        beside.rename(final)
-        _flush(folder)
+        made.close()
         for old in _newest_first(folder)[max(1, keep) :]:
             shutil.rmtree(old)
 
-    first_rank_does(begin)
-    tensors = {name: tensor.detach() for name, tensor in tensors.items()}
-    if num_ranks() == 1:  # the writer below makes the whole file in memory
-        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, beside / "tensors.safetensors")
-    else:
-        with _errors_of_the_system():
-            save(tensors, storage_writer=HuggingFaceStorageWriter(str(beside), save_distributed=True))
-    first_rank_does(finish)
+    with made:
+        beside = Path(told(first_rank_does(begin)))
+        tensors = {name: tensor.detach() for name, tensor in tensors.items()}
+        if num_ranks() == 1:  # the writer below makes the whole file in memory
+            save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, beside / "tensors.safetensors")
+        else:
+            with _errors_of_the_system():
+                save(tensors, storage_writer=HuggingFaceStorageWriter(str(beside), save_distributed=True))
+        first_rank_does(finish)
 
 
-@contextmanager
+@contextlib.contextmanager
 def _errors_of_the_system() -> Iterator[None]:
     """torch puts every rank's error into one that is no `Exception`: the first of them is raised in its place."""
     try:
@@ -127,12 +122,3 @@ def _newest_first(folder: Path) -> list[Path]:
 def _digest(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _flush(path: Path) -> None:
-    """Make a file's bytes, or a folder's entries, survive a power cut."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

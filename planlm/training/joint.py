@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ from planlm.corpus.batches import PlanBatch, PlanLoader
 from planlm.corpus.store import PreparedCorpus
 from planlm.distribution import counted, first_rank_does, num_ranks, rank, total
 from planlm.errors import InputError
+from planlm.files import replacing_folder
 from planlm.model.families import lm_layers, set_dropout
 from planlm.model.lora import lora_parameters, merged
 from planlm.model.loss import usable_loss
@@ -266,20 +266,13 @@ class Objective:
 
 
 def save_model(model: PlanLMForCausalLM, folder: Path, weights: dict[str, Tensor] | None = None) -> Path:
-    """Write the model's folder beside and rename it, so that it is whole or absent.
+    """Write the model's folder, which is whole or absent.
 
     Args:
         model: the model.
         folder: where to.
         weights: whole ones, where the model's are divided among processes.
     """
-    beside = folder.with_name(folder.name + ".partial")
-    shutil.rmtree(beside, ignore_errors=True)
-    try:
+    with replacing_folder(folder) as beside:
         model.save_pretrained(beside, state_dict=weights)
-    except BaseException:
-        shutil.rmtree(beside, ignore_errors=True)
-        raise
-    shutil.rmtree(folder, ignore_errors=True)
-    beside.rename(folder)
     return folder

@@ -13,7 +13,7 @@ from planlm.corpus.batches import SentenceBatch, SentenceLoader
 from planlm.corpus.store import PreparedCorpus
 from planlm.distribution import counted, first_rank_does, num_ranks, rank
 from planlm.evaluation.planner_metrics import planner_metrics
-from planlm.files import write_text
+from planlm.files import beside_result, replacing_folder, write_text
 from planlm.model.planner import Planner, codebook_fingerprint, default_heads
 from planlm.precision import device
 from planlm.training.groups import ParameterGroup
@@ -80,9 +80,11 @@ def pretrain_planner(config: PlannerConfig) -> dict[str, Any]:
 
     def finish() -> dict[str, Any]:
         metrics = planner_metrics(planner, validation, corpus.action_counts)
-        planner.cpu().save(run.path / "planner")
+        with replacing_folder(run.path / "planner") as folder:
+            planner.cpu().save(folder)
         result = {"run": str(run.path), "planner": str(run.path / "planner"), "split": "validation", **metrics}
-        write_text(run.path / "planner_metrics.json", json.dumps(result, indent=1) + "\n")
+        with beside_result(run.path / "planner_metrics.json"):
+            write_text(run.path / "planner_metrics.json", json.dumps(result, indent=1) + "\n")
         return result
 
     return first_rank_does(finish) or {}

@@ -16,7 +16,7 @@ import yaml
 from planlm.config import PlannerConfig, TrainConfig
 from planlm.distribution import first_rank_does, rank
 from planlm.errors import InputError
-from planlm.files import write_text
+from planlm.files import appending, check_own, write_text
 
 FREE_TO_CHANGE = {"out", "resume", "json", "shard", "log_every", "checkpoint_every", "keep_checkpoints", "tensorboard"}
 """Settings that may differ when a run is resumed: they leave weights and losses as they are."""
@@ -43,6 +43,7 @@ class Run:
         self._has_board, self._board = config.tensorboard, None
 
     def _open(self, config: PlannerConfig | TrainConfig, written: Path) -> None:
+        check_own(self.path)
         settings = asdict(config)
         if written.exists():
             if not config.resume:
@@ -67,7 +68,7 @@ class Run:
         """Append one object to `metrics.jsonl`; what is not finite is null there, as JSON has no such numbers."""
         if rank() > 0:
             return
-        with self.metrics.open("a") as file:
+        with appending(self.metrics, self.path) as file:
             file.write(json.dumps(_finite(line), allow_nan=False) + "\n")
         if self._board is not None:
             for name, value in _flat(line):

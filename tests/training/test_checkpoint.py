@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -49,12 +50,26 @@ def test_damaged_checkpoint_is_set_aside_for_the_one_before(tmp_path: Path, dama
     assert (tmp_path / "step-2.damaged").is_dir()
 
 
-def test_half_written_checkpoint_is_not_seen(tmp_path: Path) -> None:
+def test_half_written_checkpoint_is_not_seen_and_goes_with_the_next(tmp_path: Path) -> None:
     save(tmp_path, 1)
-    (tmp_path / "step-2.partial").mkdir()
+    (tmp_path / ".planlm-0123456789ab.partial").mkdir()
+    (tmp_path / ".planlm-0123456789ab.partial" / "tensors.safetensors").write_bytes(b"half of it")
     found = newest_checkpoint(tmp_path, print)
     assert found is not None and found[1]["step"] == 1
+    save(tmp_path, 2)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-1", "step-2"]
     assert newest_checkpoint(tmp_path / "empty", print) is None
+
+
+def test_a_colleague_can_read_it(tmp_path: Path) -> None:
+    """safetensors writes for its own user alone, whatever the umask."""
+    before = os.umask(0o022)
+    try:
+        folder = save(tmp_path / "checkpoints", 1)
+    finally:
+        os.umask(before)
+    assert {path.stat().st_mode & 0o777 for path in folder.iterdir()} == {0o644}
+    assert folder.stat().st_mode & 0o777 == 0o755
 
 
 def test_what_fails_within_torch_is_an_exception(tmp_path: Path) -> None:

@@ -315,7 +315,7 @@ def test_a_run_may_be_moved_and_its_log_lost(planted: dict[str, str], tmp_path: 
 
 def test_damaged_configuration_is_named_and_a_torn_one_is_no_run(planted: dict[str, str], tmp_path: Path) -> None:
     (tmp_path / "torn").mkdir()
-    (tmp_path / "torn" / "config.yaml.partial").touch()  # the process died before the rename
+    (tmp_path / "torn" / ".planlm-0123456789ab.partial").touch()  # the process died before the rename
     finished = train(settings(planted, tmp_path / "torn", steps=1))
     assert train(settings(planted, tmp_path / "torn", steps=1, resume=True)) == finished, "figures survive a resume"
     (tmp_path / "torn" / "config.yaml").write_text("")
@@ -327,13 +327,14 @@ def test_model_folder_is_whole_or_absent(
     planted: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def full(self: Any, *_: Any, **__: Any) -> None:
-        Path(_[0]).mkdir()
+        (Path(_[0]) / "config.json").touch()
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("planlm.model.modeling.PlanLMForCausalLM.save_pretrained", full)
     with pytest.raises(OSError, match="No space"):
         train(settings(planted, tmp_path / "run", steps=1))
-    assert not list((tmp_path / "run").glob("model*"))
+    left = {path.name for path in (tmp_path / "run").iterdir()}
+    assert "model" not in left and not any(name.endswith(".partial") for name in left)
     monkeypatch.undo()
     train(settings(planted, tmp_path / "run", steps=1, resume=True))
     assert (tmp_path / "run" / "model" / "config.json").exists()
