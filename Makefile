@@ -5,12 +5,14 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/installed
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 
-.PHONY: help install quickstart test lint bench clean
+.PHONY: help install quickstart test lint acceptance conformance bench clean
 
 help:
 	@echo "make quickstart   the whole path on real text and real pre-trained weights, in minutes"
 	@echo "make test         all tests"
 	@echo "make lint         ruff and mypy"
+	@echo "make acceptance   every command of README as a user types it, in minutes"
+	@echo "make conformance  transformers' own tests of a model on joint models; fetches them once"
 	@echo "make bench        the kernels against eager PyTorch, torch.compile and the floor, in an hour or two; writes bench/"
 	@echo "make install      only set up $(VENV)"
 	@echo "make clean        remove $(VENV) and what the quickstart wrote"
@@ -46,6 +48,12 @@ lint: $(INSTALLED)
 	@rm -rf build/types && mkdir -p build/types/planlm
 	@ln -s $(CURDIR)/planlm/* build/types/planlm/ && ln -s $(CURDIR)/kernels build/types/planlm/kernels
 	@cd build/types && $(CURDIR)/$(BIN)/python -m mypy --config-file $(CURDIR)/pyproject.toml -p planlm
+
+acceptance: $(INSTALLED)
+	@$(BIN)/python -m tests.acceptance
+
+conformance: $(INSTALLED)
+	@$(BIN)/python -m tests.conformance
 
 bench: $(INSTALLED)
 	@mkdir -p bench
