@@ -145,7 +145,13 @@ class PlanLMForCausalLM(ModelFolder, GenerationMixin):
         Raises:
             InputError: the LM cannot be loaded, its family is not supported, or the planner does not fit the codebook.
         """
-        base = load_lm(lm, dtype)
+        base, tokenizer = load_lm(lm, dtype), load_tokenizer(lm)
+        rows, ids = base.get_input_embeddings().num_embeddings, max(tokenizer.get_vocab().values(), default=0) + 1
+        if rows < ids:
+            raise InputError(
+                f"{lm}: its tokenizer has {ids} tokens and the LM embeddings for {rows}; give the tokenizer that "
+                "belongs to the LM, or resize the LM's embeddings (resize_token_embeddings)"
+            )
         if lora is not None:
             add_lora(base, *lora)
         num_actions, action_dim = codebook.shape
@@ -178,7 +184,7 @@ class PlanLMForCausalLM(ModelFolder, GenerationMixin):
         with torch.no_grad():
             model.adapter.codebook.copy_(codebook)
         model.generation_config = base.generation_config
-        model._tokenizer = load_tokenizer(lm)
+        model._tokenizer = tokenizer
         return model
 
     def get_input_embeddings(self) -> nn.Module:
@@ -425,6 +431,7 @@ class PlanLMForCausalLM(ModelFolder, GenerationMixin):
         next_sequence_length: int | None = None,
         past_key_values: Any = None,
         attention_mask: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
         **kwargs: Any,
     ) -> dict[str, Any]:
         """transformers' inputs for one step, and the text that is planned."""
@@ -433,6 +440,7 @@ class PlanLMForCausalLM(ModelFolder, GenerationMixin):
             next_sequence_length=next_sequence_length,
             past_key_values=past_key_values,
             attention_mask=attention_mask,
+            inputs_embeds=inputs_embeds,
             **kwargs,
         )
         return inputs | generation_inputs(self, input_ids, next_sequence_length, past_key_values, attention_mask)

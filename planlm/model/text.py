@@ -139,10 +139,11 @@ def generating(
         embeds, mask = kwargs.get("inputs_embeds"), kwargs.get("attention_mask")
         if embeds is not None and (prompt is None or prompt.shape[1] == 0):
             prompt = before = _tokens(model.get_input_embeddings(), embeds)
-        goes_on = _length(kwargs.get("past_key_values")) > 0
-        if tracker is None and not goes_on:
-            tracker = _new_tracker(model)
-        if tracker is not None and prompt is not None and prompt.shape[1] and not goes_on:
+        cache = kwargs.get("past_key_values")
+        memory: _Memory | None = getattr(cache, "planlm_memory", None) if _length(cache) else None
+        if tracker is None:
+            tracker = _new_tracker(model) if memory is None else memory.text.tracker
+        if tracker is not None and prompt is not None and prompt.shape[1] and memory is None:
             tracker.start(prompt, _real(mask, prompt, 0) & (prompt >= 0))
     token = _GENERATION.set(_Generation(model, selection, tracker, before))
     try:
