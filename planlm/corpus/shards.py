@@ -24,7 +24,7 @@ from planlm.corpus.writing import lists, read_arrow, seal, write_arrow, write_js
 from planlm.distribution import num_ranks, rank
 from planlm.errors import InputError, MachineError
 from planlm.progress import Progress
-from planlm.text.alignment import load_tokenizer, tokenize
+from planlm.text.alignment import load_tokenizer, tokenize_array
 from planlm.text.encoder import SentenceEncoder
 from planlm.text.sentences import split_sentences
 
@@ -113,18 +113,16 @@ def _encoded(
     for document in shard:
         found = split_sentences(document.text)
         if len(found) >= max(1, min_sentences):
-            document_ids, sentence_tokens = tokenize(tokenizer, document.text, found)
+            document_ids, sentence_tokens = tokenize_array(tokenizer, document.text, found)
             kept.append(document)
             spans.append(np.array(found, dtype=np.int32))
-            ids.append(np.array(document_ids, dtype=np.int32))
-            counts.append(np.array(sentence_tokens, dtype=np.int32))
+            ids.append(document_ids)
+            counts.append(sentence_tokens.astype(np.int32))
     num_sentences = np.array([len(found) for found in spans[1:]], dtype=np.int64)
     ends = np.cumsum(num_sentences)
     rows = np.empty((int(num_sentences.sum()), encoder.dim), dtype=np.float16)  # [sentences of the shard, A]
     sentences = (
-        document.text[start:end]
-        for document, found in zip(kept, spans[1:], strict=True)
-        for start, end in found.tolist()
+        document.text[start:end] for document, found in zip(kept, spans[1:], strict=True) for start, end in found
     )
     done = 0
     for start in range(0, len(rows), ENCODED_TOGETHER):
@@ -229,7 +227,7 @@ class EncodedShards:
                         continue
                     (out / name).mkdir(exist_ok=True)
                     files[name].append(f"data-{number:05d}.arrow")
-                    part = table.take(own)
+                    part = table if len(own) == len(table) else table.take(own)
                     write_arrow(out / name / files[name][-1], part)
                     totals[name]["documents"] += len(own)
                     totals[name]["sentences"] += int(counts[own].sum())

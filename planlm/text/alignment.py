@@ -13,6 +13,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from planlm.errors import InputError
 from planlm.text.assets import loading, resolve
+from planlm.text.pieces import encode
 
 
 def load_tokenizer(name: str) -> PreTrainedTokenizerFast:
@@ -69,6 +70,14 @@ def start_tokens(tokenizer: PreTrainedTokenizerFast) -> list[int]:
 def tokenize(
     tokenizer: PreTrainedTokenizerFast, text: str, spans: Sequence[tuple[int, int]]
 ) -> tuple[list[int], list[int]]:
+    """`tokenize_array`, with lists in place of arrays."""
+    ids, sentence_tokens = tokenize_array(tokenizer, text, spans)
+    return ids.tolist(), sentence_tokens.tolist()
+
+
+def tokenize_array(
+    tokenizer: PreTrainedTokenizerFast, text: str, spans: Sequence[tuple[int, int]]
+) -> tuple[np.ndarray, np.ndarray]:
     """Tokenise a whole text and count the tokens of each sentence.
 
     A token belongs to the sentence that holds its first character, and white space between two sentences belongs to
@@ -81,26 +90,18 @@ def tokenize(
         spans: its n sentences, as `split_sentences` gives them; at least one.
 
     Returns:
-        ids: start token where the tokenizer adds one, then the whole text; no end token. Control tokens spelled out
-            in the text are text.
-        sentence_tokens: n counts that add up to len(ids); a sentence within another one's token has 0.
+        ids: int32, start token where the tokenizer adds one, then the whole text; no end token. Control tokens spelled
+            out in the text are text.
+        sentence_tokens: int64, n counts that add up to len(ids); a sentence within another one's token has 0.
     """
-    encoding = tokenizer(
-        text,
-        add_special_tokens=False,
-        split_special_tokens=True,
-        return_offsets_mapping=True,
-        return_attention_mask=False,
-        verbose=False,
-    )
-    starts = np.array(encoding["offset_mapping"], dtype=np.int64).reshape(-1, 2)[:, 0]
+    ids, starts = encode(tokenizer, text)
     ends = np.array([end for _, end in spans[:-1]], dtype=np.int64)
     # Some normalisers report offsets that step back by a character; sentences must not.
     owners = np.maximum.accumulate(np.searchsorted(ends, starts, side="right")) if len(starts) else starts
     counts = np.bincount(owners, minlength=len(spans))
     prefix = start_tokens(tokenizer)
     counts[0] += len(prefix)
-    return prefix + encoding["input_ids"], counts.tolist()
+    return np.concatenate([np.array(prefix, dtype=np.int32), ids]), counts
 
 
 def prompt_ids(tokenizer: PreTrainedTokenizerFast, text: str) -> list[int]:

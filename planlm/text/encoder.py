@@ -21,6 +21,12 @@ BATCH_TOKENS = 4096
 small enough for the activations to stay in a few megabytes."""
 
 
+TOGETHER = 1_000_000
+"""Characters whose tokens are counted and batches sorted at a time: a tokenizer takes 200 bytes for each."""
+
+LONGEST = 20_000
+"""Characters of a sentence that are looked at: more than the maximum length of an encoder leaves of any text."""
+
 CHARACTERS_PER_TOKEN = 4
 """Where a model has no tokenizer of transformers', as word embeddings: fewer than most have, for small batches."""
 
@@ -103,18 +109,26 @@ class SentenceEncoder:
             rounding (a batch is as wide as its longest sentence), nor on the thread or on its autocast.
         """
         embeddings = np.empty((len(sentences), self.dim), dtype=np.float32)
-        if not sentences:
-            return embeddings
         with self._lock:
-            lengths = self._lengths(sentences)
-            order = np.argsort(-lengths, kind="stable")
             start = 0
-            while start < len(order):
-                size = max(1, BATCH_TOKENS // int(lengths[order[start]]))
-                batch = order[start : start + size]
-                embeddings[batch] = self._embed([sentences[i] for i in batch])
-                start += len(batch)
+            while start < len(sentences):
+                stop, characters = start + 1, 0
+                while stop < len(sentences) and (characters := characters + len(sentences[stop])) < TOGETHER:
+                    stop += 1
+                self._embed_sorted([sentence[:LONGEST] for sentence in sentences[start:stop]], embeddings[start:stop])
+                start = stop
         return embeddings
+
+    def _embed_sorted(self, sentences: list[str], embeddings: np.ndarray) -> None:
+        """Fill `embeddings`, float32 [n, dim], batch by batch of sentences of similar length."""
+        lengths = self._lengths(sentences)
+        order = np.argsort(-lengths, kind="stable")
+        start = 0
+        while start < len(order):
+            size = max(1, BATCH_TOKENS // int(lengths[order[start]]))
+            batch = order[start : start + size]
+            embeddings[batch] = self._embed([sentences[i] for i in batch])
+            start += len(batch)
 
     def _embed(self, batch: list[str]) -> np.ndarray:
         """float32 [batch, dim]."""

@@ -10,6 +10,7 @@ spaces end a sentence (syntok looks for marks at the ends of words only).
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 
 from syntok.segmenter import segment
 from syntok.tokenizer import Tokenizer
@@ -17,7 +18,16 @@ from syntok.tokenizer import Tokenizer
 _TOKENIZER = Tokenizer(replace_not_contraction=False)
 _CLOSING = r"\"'´’”»›」』】〉》）)\]}*_"
 _TERMINATED = re.compile(rf"[.!?…‼‽⁇⁈⁉。！？｡．।॥؟۔][{_CLOSING}.!?…]*$")
+_LINES = re.compile(r"[^\n\r\v\f\x1c-\x1e\x85\u2028\u2029]*(?:\r\n|[\n\r\v\f\x1c-\x1e\x85\u2028\u2029]|$)")
+"""What `str.splitlines` finds, one at a time; and an empty one at the end."""
+
 _UNSPACED = re.compile(rf"[。！？｡।॥؟۔]+[{_CLOSING}]*")
+
+STRETCH = 20_000
+"""Characters of a line that syntok sees at a time."""
+
+LOOKAHEAD = 1_000
+"""Characters behind a boundary on which it may depend: syntok looks a few words ahead, and into short brackets."""
 
 
 def split_sentences(text: str) -> list[tuple[int, int]]:
@@ -30,15 +40,14 @@ def split_sentences(text: str) -> list[tuple[int, int]]:
         Spans (start, end) in characters, in order, without the white space around each; empty for blank text.
     """
     spans = []
-    offset = 0
-    for line in text.splitlines(keepends=True):
+    for match in _LINES.finditer(text):
+        line, offset = match.group(), match.start()
         if not line.isspace():
             for start, end in _pieces(line):
                 sentence = line[start:end].strip()
                 if sentence:
                     start += offset + len(line[start:end]) - len(line[start:end].lstrip())
                     spans.append((start, start + len(sentence)))
-        offset += len(line)
     return spans
 
 
@@ -59,13 +68,33 @@ def ends_sentence(text: str) -> bool:
 
 def _pieces(line: str) -> list[tuple[int, int]]:
     """Spans that cover `line`, one a sentence, white space included."""
-    cuts = {sentence[0].offset for sentence in segment(_TOKENIZER.tokenize(line)) if sentence}
-    cuts |= {match.end() for match in _UNSPACED.finditer(line)}
     pieces = []
     start = 0
-    for cut in sorted(cuts):
+    for cut in _cuts(line):
         if start < cut < len(line) and _TERMINATED.search(line[max(start, cut - 40) : cut].rstrip()):
             pieces.append((start, cut))
             start = cut
     pieces.append((start, len(line)))
     return pieces
+
+
+def _cuts(line: str) -> Iterator[int]:
+    """Where sentences may begin, in order.
+
+    syntok keeps all words of a sentence, some 90 bytes for each character, so it sees a long line in stretches: each
+    begins at the last boundary that the end of the one before cannot have moved, where syntok begins anew in any case,
+    or, where there is none, at a space.
+    """
+    begin = 0
+    while True:
+        stretch = line[begin : begin + STRETCH]
+        own = {sentence[0].offset for sentence in segment(_TOKENIZER.tokenize(stretch)) if sentence}
+        unspaced = {match.end() for match in _UNSPACED.finditer(stretch)}
+        last = len(stretch) if begin + len(stretch) == len(line) else STRETCH - LOOKAHEAD
+        yield from (begin + cut for cut in sorted(own | unspaced) if cut <= last)
+        if last == len(stretch):
+            return
+        for places in (own, unspaced, {stretch.rfind(" ", 0, last)}, {last}):
+            if (place := max((place for place in places if place <= last), default=0)) > 0:
+                begin += place
+                break

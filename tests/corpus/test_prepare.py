@@ -8,6 +8,8 @@ import hashlib
 import os
 import re
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -421,3 +423,31 @@ def test_the_fingerprint_is_of_contents_alone(
     for number, options in enumerate(({"actions": 4}, {"tokenizer": lm_folder("gpt2")}, {"max_documents": 59})):
         other = prepare(settings(sixty, out=str(tmp_path / f"other-{number}"), **options))
         assert other.fingerprint != first.fingerprint
+
+
+def test_a_long_document_costs_few_times_its_size(lm_folder: Callable[[str], str]) -> None:
+    """Sentences, tokens and their arrays of one long text, in a process of its own: at most 40 bytes for each."""
+    script = """
+import resource, sys
+import numpy as np
+from planlm.corpus.readers import Document
+from planlm.corpus.shards import _encoded
+from planlm.text.alignment import load_tokenizer
+
+class Encoder:
+    name, dim = "zero", 16
+    def encode(self, sentences):
+        return np.zeros((len(sentences), self.dim), np.float32)
+
+def peak(text):
+    _encoded([Document("a", text, "a")], tokenizer, Encoder(), 1, lambda count: None)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+tokenizer = load_tokenizer(sys.argv[1])
+sentence = "It was warm there, and the boats of Dr. Smith stayed in the harbour. "
+before = peak(sentence * 6000)
+size = 1_600_000
+print(*((peak(text[:size]) - before) / size for text in (sentence * 30_000, "a. b " * 400_000)))
+"""
+    run = subprocess.run([sys.executable, "-c", script, lm_folder("gpt2")], capture_output=True, text=True, check=True)
+    assert max(map(float, run.stdout.split())) < 40, run.stdout

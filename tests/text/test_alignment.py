@@ -6,12 +6,14 @@ import random
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from planlm.config import DEFAULT_LM
 from planlm.errors import InputError
+from planlm.text import pieces
 from planlm.text.alignment import load_tokenizer, start_tokens, tokenize, tokenizer_fingerprint
 from planlm.text.assets import resolve
 from planlm.text.sentences import split_sentences
@@ -109,6 +111,36 @@ def test_a_token_with_text_of_a_sentence_never_counts_to_a_later_one(tokenizer: 
     owners = [sentence for sentence, count in enumerate(counts) for _ in range(count)]
     for owner, (start, end) in zip(owners[len(start_tokens(tokenizer)) :], encoding["offset_mapping"], strict=True):
         assert not TEXT[start : min(end, spans[owner - 1][1])] or owner == 0, (TEXT[start:end], owner)
+
+
+@pytest.mark.parametrize(("piece", "overlap"), [(150, 60), (1000, 200)])
+def test_pieces_give_the_tokens_of_the_whole(
+    piece: int, overlap: int, tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    generator = random.Random(0)
+    parts = [
+        *TEXT.split(" "),
+        "\n\n",
+        "🙂🙃",
+        "aaaaaaaaaaaaaaaaaaa",
+        "  ",
+        "e\u0301",
+        "x" * 30,
+        "漢字",
+        "\u200b",
+        "'s",
+        "<s>",
+    ]
+    for number in range(12):
+        text = " ".join(generator.choices(parts, k=400)) if number else "ab" * 2000
+        text = text.replace(" ", "", generator.randrange(200))
+        whole = pieces.encode(tokenizer, text)
+        with monkeypatch.context() as patch:
+            patch.setattr(pieces, "PIECE", piece)
+            patch.setattr(pieces, "OVERLAP", overlap)
+            apart = pieces.encode(tokenizer, text)
+        for one, other in zip(whole, apart, strict=True):
+            np.testing.assert_array_equal(one, other)
 
 
 def test_spanning_tokens_leave_sentences_empty() -> None:

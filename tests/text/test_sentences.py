@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from planlm.text.sentences import ends_sentence, split_sentences
+from planlm.text.sentences import _LINES, ends_sentence, split_sentences
 
 
 def sentences(text: str) -> list[str]:
@@ -49,6 +49,35 @@ def test_spans_hold_all_text_in_order_without_white_space_around() -> None:
             assert len(text[start:end].splitlines()) == 1, repr(text)
             last = end
         assert text[last:].strip() == "", repr(text)
+
+
+def test_stretches_give_the_sentences_of_the_whole_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    alphabet = [
+        *"aB.!1'\"();é。🙂 ",
+        "\u200b",
+        "\u00a0",
+        ". A",
+        "Dr. ",
+        "No. 1",
+        "(a. B)",
+        " and went",
+        " It was. Then",
+    ]
+    generator = random.Random(0)
+    for _ in range(100):
+        text = "".join(generator.choices(alphabet, k=generator.randrange(3000)))
+        whole = split_sentences(text)
+        with monkeypatch.context() as patch:
+            patch.setattr("planlm.text.sentences.STRETCH", 2000)
+            patch.setattr("planlm.text.sentences.LOOKAHEAD", 500)
+            assert split_sentences(text) == whole, repr(text)
+
+
+def test_lines_are_those_of_splitlines() -> None:
+    generator = random.Random(0)
+    for _ in range(500):
+        text = "".join(generator.choices("a.\n\r\v\f\x1c\x1d\x1e\x1f\x85\u2028\u2029 ", k=generator.randrange(20)))
+        assert [match.group() for match in _LINES.finditer(text) if match.group()] == text.splitlines(keepends=True)
 
 
 @pytest.mark.parametrize(
