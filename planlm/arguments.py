@@ -5,18 +5,15 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import difflib
-import types
-import typing
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
-from planlm.config import CommandConfig
+from planlm.config import CommandConfig, as_kind, kind_of
 from planlm.errors import InputError
 from planlm.files import is_utf8
+from planlm.flat_yaml import read_flat
 
 Config = TypeVar("Config", bound=CommandConfig)
-
-_KINDS = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
 
 
 def parse(config_class: type[Config], arguments: list[str], *, prog: str, epilog: str) -> Config:
@@ -71,7 +68,7 @@ def _build(config_class: type[Config], prog: str, epilog: str) -> Parser:
     )
     groups = {True: parser.add_argument_group("required"), False: parser.add_argument_group("options")}
     for field in sorted(dataclasses.fields(config_class), key=lambda field: field.name == "json"):
-        _add(groups[field in _required(config_class)], field, _kind(config_class, field))
+        _add(groups[field in _required(config_class)], field, kind_of(config_class, field.name))
     groups[False].add_argument(
         "--config", metavar="FILE", help="YAML file with any of these settings; flags win over it"
     )
@@ -102,14 +99,6 @@ def _help(field: dataclasses.Field[Any]) -> str:
         return str(field.metadata["help"])
     default = {True: "yes", False: "no"}[field.default] if isinstance(field.default, bool) else field.default
     return f"{field.metadata['help']} (default: {default})"
-
-
-def _kind(config_class: type[Config], field: dataclasses.Field[Any]) -> type:
-    """int, float, bool, str or tuple: the field's type without `| None` and element types."""
-    hint = typing.get_type_hints(config_class)[field.name]
-    if isinstance(hint, types.UnionType):
-        hint = next(part for part in typing.get_args(hint) if part is not type(None))
-    return typing.get_origin(hint) or hint
 
 
 def _required(config_class: type[Config]) -> list[dataclasses.Field[Any]]:
@@ -152,54 +141,16 @@ def _read_file(path: Path, config_class: type[Config]) -> dict[str, Any]:
     Raises:
         InputError: no such file, no YAML, no mapping, unknown keys, or values of another type.
     """
-    import yaml
-
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise InputError(f"{path}: {error.strerror}; --config needs a YAML file") from None
-    except UnicodeDecodeError:
-        raise InputError(f"{path}: not UTF-8 text; --config needs a YAML file") from None
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        where = f":{mark.line + 1}" if mark else ""
-        raise InputError(f"{path}{where}: not YAML ({getattr(error, 'problem', None) or 'cannot be read'})") from None
-    if content is None:
-        return {}
-    if not isinstance(content, dict):
-        raise InputError(f"{path}: expected lines of the form `setting: value`")
     known = {field.name: field for field in dataclasses.fields(config_class)}
     settings = {}
-    for key, value in content.items():
-        name = str(key).replace("-", "_")
+    for key, value in read_flat(path).items():
+        name = key.replace("-", "_")
         if name not in known:
             raise InputError(f"{path}: unknown setting {key!r}" + _suggest(name, list(known)))
-        settings[name] = _from_yaml(f"{path}: {key}", value, config_class, known[name])
-    return settings
-
-
-def _from_yaml(where: str, value: Any, config_class: type[Config], field: dataclasses.Field[Any]) -> Any:
-    """A value as the field's type. Text becomes a number where one is needed: to YAML, 1e-3 is text."""
-    kind = _kind(config_class, field)
-    if value is None and "None" in str(field.type):
-        return None
-    if kind is tuple:
-        items = value if isinstance(value, list) else [value]
-        if all(isinstance(item, str) for item in items):
-            return tuple(items)
-        raise InputError(f"{where}: expected a text or a list of texts, got {value!r}")
-    is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    if kind is bool and isinstance(value, bool):
-        return value
-    if kind is str and (isinstance(value, str) or is_number):
-        return str(value)
-    if (
-        kind in (int, float)
-        and (is_number or isinstance(value, str))
-        and not (kind is int and isinstance(value, float))
-    ):
+        if value is None and "None" in str(known[name].type):
+            continue
         try:
-            return kind(value)
-        except ValueError:
-            pass
-    raise InputError(f"{where}: expected {_KINDS[kind]}, got {value!r}")
+            settings[name] = as_kind(kind_of(config_class, name), value)
+        except ValueError as error:
+            raise InputError(f"{path}: {key}: {error}") from None
+    return settings

@@ -8,6 +8,9 @@ from (the papers of docs/method.md, or a figure in docs/log.md).
 from __future__ import annotations
 
 import math
+import os
+import types
+import typing
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from typing import Any
@@ -25,20 +28,103 @@ SELECTIONS = (
 
 @dataclass(frozen=True)
 class Limit:
-    """The numbers a setting can have: `holds` decides, `words` follow "expected" in the error."""
+    """The numbers a setting can have: `holds` decides, `words` say so in the error, `most` is the largest."""
 
     words: str
     holds: Callable[[float], bool]
+    most: float = math.inf
+
+    def expected(self, value: float) -> str | None:
+        """What is expected in place of `value`; None where it will do."""
+        if not self.holds(value):
+            return self.words
+        return f"at most {self.most:,}" if value > self.most else None
 
 
-COUNT = Limit("at least 1", lambda value: value >= 1)
+def count(most: int = 1_000_000_000) -> Limit:
+    """A number of things: at least one, and not so many that the machine would be at it for ever."""
+    return Limit("at least 1", lambda value: value >= 1, most)
+
+
+COUNT = count()
 NOT_NEGATIVE = Limit("at least 0", lambda value: value >= 0)
+NUMBER = Limit("at least 0", lambda value: value >= 0, 1_000_000_000)
 POSITIVE = Limit("more than 0", lambda value: value > 0)
+EPOCHS = Limit("more than 0", lambda value: value > 0, 1_000_000)
+BATCH = count(1_000_000)
+TOKENS = count(1 << 24)  # of a window: no LM's context is longer
 SEED = Limit("0 to 2147483647", lambda value: 0 <= value < 2**31)
 SAMPLING = Limit("0, which is greedy, or at least 0.01", lambda value: value == 0 or value >= 0.01)
 SHARE = Limit("0 to 1", lambda value: 0 <= value <= 1)
 BELOW_ONE = Limit("at least 0 and less than 1", lambda value: 0 <= value < 1)
 SHARE_NOT_ZERO = Limit("more than 0 and at most 1", lambda value: 0 < value <= 1)
+
+KINDS = {
+    int: "a whole number",
+    float: "a number",
+    bool: "true or false",
+    str: "a text",
+    tuple: "a text or a list of texts",
+}
+"""Types of settings, in words."""
+
+
+def kind_of(config_class: type, name: str) -> type:
+    """int, float, bool, str or tuple: the type of a field without `| None` and element types."""
+    hint = typing.get_type_hints(config_class)[name]
+    if isinstance(hint, types.UnionType):
+        hint = next(part for part in typing.get_args(hint) if part is not type(None))
+    return typing.get_origin(hint) or hint
+
+
+def as_kind(kind: type, value: Any) -> Any:
+    """A value from Python or a file as a setting's type; what would change its meaning is refused.
+
+    Scalars of NumPy and torch are numbers, paths are texts, one text is a list of one, and a text is the number that
+    it spells: to YAML, 1e-3 is text.
+
+    Raises:
+        ValueError: "expected a whole number, got 2.5".
+    """
+    given = value
+    if hasattr(value, "item") and getattr(value, "ndim", 1) == 0:
+        value = value.item()
+    if isinstance(value, os.PathLike):
+        value = os.fspath(value)
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    try:
+        if kind is tuple:
+            items = value if isinstance(value, list | tuple) else (value,)
+            if items and all(isinstance(item, str | os.PathLike) for item in items):
+                return tuple(_as_text(os.fspath(item)) for item in items)
+        elif kind is bool and isinstance(value, bool):
+            return value
+        elif kind is str and (isinstance(value, str) or is_number):
+            return _as_text(str(value))
+        elif kind is float and (is_number or isinstance(value, str)):
+            return float(value)
+        elif kind is int and ((is_number and not isinstance(value, float)) or isinstance(value, str)):
+            return int(value)
+    except (ValueError, OverflowError):
+        pass
+    raise ValueError(f"expected {KINDS[kind]}, got {_shown(given)}")
+
+
+def _as_text(text: Any) -> str:
+    """Text that the system and a file can hold: no bytes, no NUL, no half of a pair of UTF-16."""
+    if not isinstance(text, str) or "\0" in text:
+        raise ValueError
+    text.encode("utf-8")
+    return text
+
+
+def _shown(value: Any) -> str:
+    """A value in an error's one line."""
+    try:
+        text = ascii(value) if isinstance(value, str) and not value.isprintable() else repr(value)
+    except ValueError:  # Python does not spell a whole number of thousands of digits
+        return "a number of thousands of digits"
+    return " ".join(text.split()) if len(text) < 100 else " ".join(text[:97].split()) + "..."
 
 
 def option(default: Any, help: str, *, choices: tuple[str, ...] | None = None, limit: Limit | None = None) -> Any:
@@ -53,7 +139,7 @@ def required(help: str, *, positional: bool = False) -> Any:
 
 @dataclass(frozen=True, kw_only=True)
 class CommandConfig:
-    """What every command takes.
+    """What every command takes. Values become the fields' types, whoever gives them: see `as_kind`.
 
     Raises:
         InputError: values that cannot be, all of them in one line.
@@ -65,15 +151,21 @@ class CommandConfig:
         problems = []
         for setting in fields(self):
             value, choices, limit = getattr(self, setting.name), setting.metadata["choices"], setting.metadata["limit"]
-            flag = "--" + setting.name.replace("_", "-")
-            if value is None:
+            flag = setting.name if setting.metadata["positional"] else "--" + setting.name.replace("_", "-")
+            if value is None and "None" in str(setting.type):
                 continue
+            try:
+                value = as_kind(kind_of(type(self), setting.name), value)
+            except ValueError as error:
+                problems.append(f"{flag}: {error}")
+                continue
+            object.__setattr__(self, setting.name, value)
             if choices and value not in choices:
                 problems.append(f"{flag} {value}: expected one of {', '.join(choices)}")
             elif isinstance(value, float) and not math.isfinite(value):
                 problems.append(f"{flag} {value}: expected a finite number")
-            elif limit and not limit.holds(value):
-                problems.append(f"{flag} {value}: expected {limit.words}")
+            elif limit and (expected := limit.expected(value)):
+                problems.append(f"{flag} {_shown(value)}: expected {expected}")
         if problems:
             raise InputError("; ".join(problems))
 
@@ -93,7 +185,7 @@ class PrepareConfig(CommandConfig):
     actions: int | None = option(
         None,
         "number of actions K; default: the papers' 1024, or as many as the training sentences allow at 39 each",
-        limit=COUNT,
+        limit=count(10_000_000),
     )
     encoder: str = option(DEFAULT_ENCODER, "sentence-transformers model, by hub name or folder")
     tokenizer: str = option(DEFAULT_LM, "tokenizer of the LM to be trained, by hub name or folder")
@@ -104,7 +196,7 @@ class PrepareConfig(CommandConfig):
     shard_documents: int = option(
         1000, "documents per shard: the unit that is resumed, and the memory in use", limit=COUNT
     )
-    kmeans_iterations: int = option(20, "k-means iterations", limit=COUNT)
+    kmeans_iterations: int = option(20, "k-means iterations", limit=count(100_000))
     precision: str = option(
         "auto", "encoder arithmetic; auto: bf16 where the processor has it", choices=("auto", "bf16", "fp32")
     )
@@ -117,12 +209,12 @@ class PlannerConfig(CommandConfig):
 
     corpus: str = required("prepared corpus")
     out: str = required("run directory to write")
-    layers: int = option(2, "planner transformer layers", limit=COUNT)
-    heads: int | None = option(None, "attention heads; default: one per 64 channels", limit=COUNT)
+    layers: int = option(2, "planner transformer layers", limit=count(256))
+    heads: int | None = option(None, "attention heads; default: one per 64 channels", limit=count(10_000))
     dropout: float = option(0.1, "dropout in the planner", limit=BELOW_ONE)
-    epochs: float = option(4.0, "passes over the training documents", limit=POSITIVE)
+    epochs: float = option(4.0, "passes over the training documents", limit=EPOCHS)
     steps: int | None = option(None, "optimiser steps; overrides --epochs", limit=COUNT)
-    batch_size: int = option(32, "documents per step (the papers'), of all processes together", limit=COUNT)
+    batch_size: int = option(32, "documents per step (the papers'), of all processes together", limit=BATCH)
     lr: float = option(1e-3, "peak learning rate", limit=NOT_NEGATIVE)
     warmup: float = option(0.05, "fraction of training with linearly rising learning rate", limit=SHARE)
     schedule: str = option("cosine", "learning rate after the warm-up", choices=("cosine", "linear", "constant"))
@@ -150,7 +242,9 @@ class TrainConfig(CommandConfig):
     gumbel_scale: float = option(1.0, "scale of the Gumbel noise", limit=NOT_NEGATIVE)
     conditioning: str = option("adapter", "where the plan enters the LM", choices=("adapter",))
     conditioned_layers: int | None = option(
-        None, "number of topmost LM layers conditioned; default: all but the first two (the papers')", limit=COUNT
+        None,
+        "number of topmost LM layers conditioned; default: all but the first two (the papers')",
+        limit=count(10_000),
     )
     gate: bool = option(False, "multiply the plan with a gate per channel, initialised with zero")
     lm_mode: str = option(
@@ -159,7 +253,7 @@ class TrainConfig(CommandConfig):
         "full: all of the LM",
         choices=("freeze", "lora", "full"),
     )
-    lora_rank: int = option(16, "inner size of the additions of --lm-mode lora", limit=COUNT)
+    lora_rank: int = option(16, "inner size of the additions of --lm-mode lora", limit=count(4096))
     lora_alpha: float = option(32.0, "scale of the additions of --lm-mode lora, times the rank", limit=POSITIVE)
     freeze_planner: bool = option(False, "keep the planner as pre-trained")
     unfreeze_planner_at: float = option(
@@ -174,11 +268,11 @@ class TrainConfig(CommandConfig):
         "sampled", "sampled: per sentence, either; convex: always the weighted mean", choices=("sampled", "convex")
     )
     oracle_schedule: str = option("linear", "shape of RHO:RHO_END", choices=("linear", "cosine"))
-    epochs: float = option(1.0, "passes over the training tokens", limit=POSITIVE)
+    epochs: float = option(1.0, "passes over the training tokens", limit=EPOCHS)
     steps: int | None = option(None, "optimiser steps; overrides --epochs", limit=COUNT)
-    batch_size: int = option(32, "windows per forward pass (the papers'), of all processes together", limit=COUNT)
-    accumulate: int = option(1, "forward passes per optimiser step", limit=COUNT)
-    window: int = option(128, "tokens per window (the papers')", limit=COUNT)
+    batch_size: int = option(32, "windows per forward pass (the papers'), of all processes together", limit=BATCH)
+    accumulate: int = option(1, "forward passes per optimiser step", limit=count(65_536))
+    window: int = option(128, "tokens per window (the papers')", limit=TOKENS)
     lr: float = option(1e-3, "peak learning rate of the new parameters (adapter)", limit=NOT_NEGATIVE)
     planner_lr: float = option(3e-4, "peak learning rate of the planner", limit=NOT_NEGATIVE)
     codebook_lr: float = option(1e-4, "peak learning rate of the codebook", limit=NOT_NEGATIVE)
@@ -223,12 +317,12 @@ class EvaluateConfig(CommandConfig):
     corpus: str = required("prepared corpus")
     split: str = option("test", "split to evaluate", choices=("train", "validation", "test"))
     plans: str = option("none,fixed,uniform,hard,soft,oracle", "comma-separated selections, each one row")
-    window: int | None = option(None, "tokens of context; default: the LM's, at most 1024", limit=COUNT)
-    stride: int | None = option(None, "tokens scored per window; default: the window", limit=COUNT)
-    batch_size: int = option(8, "windows per forward pass", limit=COUNT)
+    window: int | None = option(None, "tokens of context; default: the LM's, at most 1024", limit=TOKENS)
+    stride: int | None = option(None, "tokens scored per window; default: the window", limit=TOKENS)
+    batch_size: int = option(8, "windows per forward pass", limit=BATCH)
     max_documents: int | None = option(None, "evaluate only the first so many documents", limit=COUNT)
     versus: str = option("fixed", "row that differences and intervals refer to")
-    bootstrap: int = option(2000, "resamples of documents for the 95 % intervals", limit=COUNT)
+    bootstrap: int = option(2000, "resamples of documents for the 95 % intervals", limit=BATCH)
     precision: str = option(
         "fp32", "arithmetic; auto: bf16 where the processor has it", choices=("auto", "bf16", "fp32")
     )
@@ -241,7 +335,7 @@ class GenerateConfig(CommandConfig):
 
     run: str = required("run directory of train, or a model folder", positional=True)
     prompt: str = required("text to continue")
-    max_new_tokens: int = option(128, "tokens to generate", limit=COUNT)
+    max_new_tokens: int = option(128, "tokens to generate", limit=BATCH)
     temperature: float = option(0.8, "sampling temperature; 0: greedy", limit=SAMPLING)
     top_p: float = option(0.95, "nucleus of the sampling distribution", limit=SHARE_NOT_ZERO)
     plan: str | None = option(
@@ -260,9 +354,9 @@ class ActionsConfig(CommandConfig):
     """What each action means: size, typical sentences, distinctive terms."""
 
     corpus: str = required("prepared corpus", positional=True)
-    action: int | None = option(None, "only this action, with more examples", limit=NOT_NEGATIVE)
-    examples: int = option(3, "typical sentences per action", limit=NOT_NEGATIVE)
-    terms: int = option(6, "distinctive terms per action", limit=NOT_NEGATIVE)
+    action: int | None = option(None, "only this action, with more examples", limit=NUMBER)
+    examples: int = option(3, "typical sentences per action", limit=NUMBER)
+    terms: int = option(6, "distinctive terms per action", limit=NUMBER)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,0 +1,71 @@
+"""Settings in a YAML file: `name: value` lines, where a value is plain or a list of plain ones."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from planlm.errors import InputError
+
+_MOST = 1 << 20
+"""Characters; settings are far fewer."""
+
+
+def read_flat(path: Path) -> dict[str, Any]:
+    """Names and values: text, numbers that are written as Python writes them, booleans, None, lists.
+
+    All else stays the text that it is: dates, `010`, `1:30` or `1e-3`, of which YAML 1.1 makes other things.
+
+    Raises:
+        InputError: no such file, no YAML, no plain lines, or a name that stands there twice, `-` and `_` being one.
+    """
+    import yaml
+
+    try:
+        with path.open(encoding="utf-8") as file:
+            text = file.read(_MOST + 1)
+        if len(text) > _MOST:
+            raise InputError(f"{path}: too large for a file of settings")
+        loader = yaml.SafeLoader(text)
+        root = loader.get_single_node()
+        if root is None:
+            return {}
+        if not isinstance(root, yaml.MappingNode):
+            raise InputError(f"{path}: expected lines of the form `setting: value`")
+        found: dict[str, Any] = {}
+        lines: dict[str, int] = {}
+        for key, node in root.value:
+            line = key.start_mark.line + 1
+            if not isinstance(key, yaml.ScalarNode) or not key.tag.endswith((":str", ":merge")):
+                raise InputError(f"{path}:{line}: expected a setting's name, which is a text")
+            name = key.value.replace("-", "_")
+            if name in lines:
+                raise InputError(f"{path}:{line}: {key.value} is set in line {lines[name]} already; delete one")
+            lines[name] = line
+            found[key.value] = _value(f"{path}:{line}: {key.value}", loader, node)
+    except OSError as error:
+        raise InputError(f"{path}: {error.strerror}; --config needs a YAML file") from None
+    except UnicodeDecodeError:
+        raise InputError(f"{path}: not UTF-8 text; --config needs a YAML file") from None
+    except RecursionError:
+        raise InputError(f"{path}: nested too deeply; expected lines of the form `setting: value`") from None
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f":{mark.line + 1}" if mark else ""
+        raise InputError(f"{path}{where}: not YAML ({getattr(error, 'problem', None) or 'cannot be read'})") from None
+    return found
+
+
+def _value(where: str, loader: Any, node: Any) -> Any:
+    kind = node.tag.removeprefix("tag:yaml.org,2002:")
+    if node.id == "sequence" and kind == "seq" and all(item.id == "scalar" for item in node.value):
+        return [_value(where, loader, item) for item in node.value]
+    if node.id != "scalar" or kind not in ("str", "int", "float", "bool", "null", "timestamp"):
+        raise InputError(f"{where}: expected a plain value or a list of plain values")
+    if kind == "timestamp":
+        return node.value
+    try:
+        value = loader.construct_object(node)
+    except ValueError:  # not what a tag promises, or too many digits
+        return node.value
+    return value if kind in ("bool", "null") or str(value) == node.value else node.value
