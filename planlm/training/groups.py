@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,13 @@ class ParameterGroup:
 def by_name(groups: list[ParameterGroup]) -> dict[str, nn.Parameter]:
     """All that trains, by its name in the model."""
     return {name: parameter for group in groups for name, parameter in group.parameters.items()}
+
+
+@torch.no_grad()
+def all_finite(tensors: list[torch.Tensor]) -> bool:
+    """Whether there is no NaN and no infinity in tensors, or in this process's part of divided ones."""
+    own = [tensor.to_local() if isinstance(tensor, DTensor) else tensor for tensor in tensors]
+    return not own or bool(torch.stack([tensor.detach().isfinite().all() for tensor in own]).all())
 
 
 def make_optimizer(groups: list[ParameterGroup], weight_decay: float) -> torch.optim.AdamW:
@@ -54,12 +62,16 @@ def optimizer_tensors(groups: list[ParameterGroup], optimizer: torch.optim.Optim
 
 
 def blank_state(groups: list[ParameterGroup], names: list[str]) -> dict[str, torch.Tensor]:
-    """Room for what `optimizer_tensors` gave under these names, divided among processes as the parameters are."""
-    parameters = by_name(groups)
-    return {
-        path: torch.zeros(1) if path.endswith("/step") else torch.zeros_like(parameters[path.rsplit("/", 1)[0]])
-        for path in names
-    }
+    """Room for what `optimizer_tensors` gave under these names, on the parameters' devices and divided as they are.
+
+    The number of steps too lies beside its parameter: the fused update reads it there, without asking the host.
+    """
+    parameters, room = by_name(groups), {}
+    for path in names:
+        parameter = parameters[path.rsplit("/", 1)[0]]
+        is_count = path.endswith("/step")  # one number, whole everywhere, where moments are divided
+        room[path] = torch.zeros(1, device=parameter.device) if is_count else torch.zeros_like(parameter).detach()
+    return room
 
 
 def restore_optimizer(
@@ -69,4 +81,4 @@ def restore_optimizer(
     parameters = by_name(groups)
     for path, value in tensors.items():
         name, key = path.rsplit("/", 1)
-        optimizer.state[parameters[name]][key] = value.reshape(()) if key == "step" else value.detach()
+        optimizer.state[parameters[name]][key] = value.reshape(()) if key == "step" else value
