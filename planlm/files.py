@@ -18,6 +18,7 @@ import os
 import re
 import secrets
 import shutil
+import socket
 import stat
 import sys
 from collections.abc import Callable, Iterator
@@ -92,18 +93,35 @@ def appending(path: Path, within: Path | None = None) -> Iterator[IO[str]]:
 
 @contextlib.contextmanager
 def locked(path: Path) -> Iterator[None]:
-    """Hold the file `path`, made if need be and never written to; the lock dies with its owner.
+    """Hold the file `path`, made if need be, which then says by what process; the lock dies with its owner.
+
+    Where the file system knows no locks a line on stderr says so.
 
     Raises:
-        BlockingIOError: another process holds it.
+        BlockingIOError: another process holds it; `strerror` says which one, where that is known.
+        InputError: it is no file.
         OSError: it cannot be made, or is a link.
     """
-    descriptor = os.open(path, _FILE | os.O_CREAT, 0o666)
+    descriptor = os.open(path, os.O_CREAT | os.O_RDWR | _FILE & ~os.O_WRONLY, 0o666)
     try:
-        _lock(descriptor)
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            raise InputError(f"{path}: not a file; delete it")
+        try:
+            _lock(descriptor)
+        except BlockingIOError as error:
+            raise BlockingIOError(error.errno, _owner(os.read(descriptor, 300)), str(path)) from None
+        except OSError:  # ENOLCK, ENOSYS, EOPNOTSUPP and others
+            print(f"{path}: this file system knows no locks; see to it that one command works here", file=sys.stderr)
+        os.truncate(descriptor, 0)
+        os.write(descriptor, f"{os.getpid()} {socket.gethostname()}\n".encode())
         yield
     finally:
         os.close(descriptor)
+
+
+def _owner(content: bytes) -> str:
+    found = re.fullmatch(rb"(\d{1,20}) ([\w.-]{1,255})\n", content)
+    return f"process {found[1].decode()} on {found[2].decode()}" if found else "another process"
 
 
 def write_text(path: Path, text: str, within: Path | None = None) -> None:

@@ -6,6 +6,7 @@ import errno
 import multiprocessing
 import os
 import signal
+import socket
 import stat
 import subprocess
 import sys
@@ -303,3 +304,61 @@ def test_a_lock_is_held_once_and_never_through_a_link(own: Path) -> None:
     with pytest.raises(OSError, match=os.strerror(errno.ELOOP)), files.locked(own / "link"):
         pass
     assert (own.parent / "outside" / "file").read_text() == "precious"
+
+
+OWNER = """
+import sys
+from pathlib import Path
+from planlm import files
+with files.locked(Path(sys.argv[1])):
+    print("held", flush=True)
+    sys.stdin.read()
+"""
+
+
+def test_a_lock_says_whose_it_is_and_ends_with_its_owner(own: Path) -> None:
+    path = own / "lock"
+    with subprocess.Popen(
+        [sys.executable, "-c", OWNER, str(path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as owner:
+        assert owner.stdout is not None and owner.stdout.readline() == "held\n"
+        with pytest.raises(BlockingIOError) as held, files.locked(path):
+            pass
+        assert held.value.strerror == f"process {owner.pid} on {socket.gethostname()}"
+        owner.send_signal(signal.SIGKILL)
+    with files.locked(path):
+        assert path.read_text() == f"{os.getpid()} {socket.gethostname()}\n"
+        path.write_text("1 \x1b[31mroot\n" * 100)
+        with pytest.raises(BlockingIOError, match="another process"), files.locked(path):
+            pass
+
+
+@pytest.mark.usefixtures("umask")
+@pytest.mark.parametrize("kind", ["folder", "pipe", "socket", "link", "dangling"])
+def test_a_planted_lock_is_refused_and_not_followed(kind: str, own: Path) -> None:
+    path = own / "lock"
+    if kind == "folder":
+        path.mkdir()
+    elif kind == "pipe":
+        os.mkfifo(path)
+    elif kind == "socket":
+        with socket.socket(socket.AF_UNIX) as here:
+            here.bind(str(path))
+    else:
+        path.symlink_to("../outside/file" if kind == "link" else "../outside/new")
+    with pytest.raises((OSError, InputError), match="lock"), files.locked(path):
+        pass
+    assert names(own.parent / "outside") == ["file"] and (own.parent / "outside" / "file").read_text() == "precious"
+    with files.locked(own / "another"):
+        assert mode(own / "another") == 0o640
+
+
+def test_where_there_are_no_locks_it_is_said(
+    own: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def unsupported(*_: object) -> None:
+        raise OSError(errno.EOPNOTSUPP, "Operation not supported")
+
+    monkeypatch.setattr("fcntl.flock", unsupported)
+    with files.locked(own / "lock"):
+        assert "lock: this file system knows no locks" in capsys.readouterr().err

@@ -31,6 +31,23 @@ _CODE = "modeling_planlm"
 """Module in a model's folder through which transformers' Auto classes find PlanLM's, where it is not imported yet."""
 
 
+def lm_config(name: str) -> PreTrainedConfig:
+    """The configuration of an LM by hub name or folder, without its weights.
+
+    Raises:
+        InputError: it cannot be loaded, or its family is not supported.
+    """
+    folder = resolve(name, "lm")
+    with loading(name, "lm"):
+        config: PreTrainedConfig = AutoConfig.from_pretrained(folder, trust_remote_code=False, **_reach(folder))
+        check_family(config)
+    return config
+
+
+def _reach(folder: str) -> dict[str, bool]:
+    return {"local_files_only": True} if Path(folder).is_dir() else {}
+
+
 def load_lm(name: str, dtype: torch.dtype) -> PreTrainedModel:
     """The LM of a hub name or folder; its family is checked before its weights are read.
 
@@ -41,11 +58,9 @@ def load_lm(name: str, dtype: torch.dtype) -> PreTrainedModel:
     Raises:
         InputError: it cannot be loaded, its family is not supported, or its weights do not fit its configuration.
     """
-    folder = resolve(name, "lm")
-    where = {"local_files_only": True} if Path(folder).is_dir() else {}
+    config, folder = lm_config(name), resolve(name, "lm")
+    where = _reach(folder)
     with loading(name, "lm"):
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=False, **where)
-        check_family(config)
         stored = stored_tensors(folder, **where)
         check_sizes(name, config, stored, lambda: AutoModelForCausalLM.from_config(copy.deepcopy(config)))
         lm, info = AutoModelForCausalLM.from_pretrained(
@@ -203,13 +218,14 @@ class ModelFolder(PreTrainedModel):
         """Save the model as transformers does, its tokenizer beside it, and what lets transformers find its classes."""
         if self._tokenizer is not None:
             self.config.tokenizer_fingerprint = tokenizer_fingerprint(self._tokenizer)
+        name = type(self).__name__.removeprefix("FSDP")  # what dividing the weights calls the class
         self.config.auto_map = {
             "AutoConfig": f"{_CODE}.{PlanLMConfig.__name__}",
-            "AutoModelForCausalLM": f"{_CODE}.{type(self).__name__}",
+            "AutoModelForCausalLM": f"{_CODE}.{name}",
         }
         super().save_pretrained(save_directory, *args, **kwargs)
         if kwargs.get("is_main_process", True):
-            code = f"from planlm.model import {PlanLMConfig.__name__}, {type(self).__name__}\n"
+            code = f"from planlm.model import {PlanLMConfig.__name__}, {name}\n"
             Path(save_directory, f"{_CODE}.py").write_text(code, encoding="utf-8")
             if self._tokenizer is not None:
                 self._tokenizer.save_pretrained(save_directory)

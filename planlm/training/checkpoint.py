@@ -24,6 +24,7 @@ from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 
 from planlm.distribution import counted, first_rank_does, num_ranks, told
+from planlm.errors import InputError, MachineError
 from planlm.files import replacing_folder
 
 FORMAT_VERSION = 2
@@ -67,34 +68,78 @@ def _errors_of_the_system() -> Iterator[None]:
         raise next(iter(failed.failures.values()))[0] from None
 
 
+def check_room(folder: Path, size: int) -> None:
+    """Refuse to begin what cannot be stored once.
+
+    Raises:
+        MachineError: the disk of `folder` has fewer than `size` bytes free.
+    """
+    free = shutil.disk_usage(folder).free
+    if free < size:
+        raise MachineError(
+            f"{folder}: no space left on the disk for a checkpoint: {size / 1e9:.1f} GB needed, {free / 1e9:.1f} free"
+        )
+
+
 def newest_checkpoint(folder: Path, log: Callable[[str], None]) -> tuple[Path, dict[str, Any]] | None:
-    """The newest checkpoint whose checksums hold, with its state, or None.
+    """The newest checkpoint whose checksums hold, with its state, or None where none was ever finished.
 
     A damaged one is set aside as `step-N.damaged`, which `log` is told.
+
+    Raises:
+        MachineError: all that there were are damaged.
+        InputError: the newest is of another format.
     """
     found = first_rank_does(lambda: _newest_sound(folder, log))
     number = int(counted(found or 0)[0])  # the others add nothing
     if number == 0:
         return None
     path = folder / f"step-{number}"
-    return path, json.loads((path / "state.json").read_text())
+    state: dict[str, Any] = json.loads((path / "state.json").read_text())
+    if state.get("format_version") != FORMAT_VERSION:
+        raise InputError(
+            f"{path}: of another PlanLM, format {state.get('format_version')}, this one reads {FORMAT_VERSION}"
+        )
+    return path, state
 
 
 def _newest_sound(folder: Path, log: Callable[[str], None]) -> int | None:
     """Its number of steps."""
     for path in _newest_first(folder):
         try:
-            sums = json.loads((path / "checksums.json").read_text())
-            sound = bool(sums) and all(_digest(path / name) == digest for name, digest in sums.items())
-        except (OSError, ValueError, AttributeError):  # valid, and no object
-            sound = False
-        if sound:
+            is_sound = _is_sound(path)
+        except (OSError, ValueError, AttributeError, TypeError, KeyError, RecursionError):  # valid JSON, and no object
+            is_sound = False
+        if is_sound:
             return int(path.name[5:])
         aside = path.with_name(path.name + ".damaged")
         shutil.rmtree(aside, ignore_errors=True)
         path.rename(aside)
         log(f"{path}: damaged, set aside as {aside.name}")
+    damaged = sorted(path.name for path in folder.glob("step-*.damaged"))
+    if damaged:  # beginning anew by itself would overwrite the log of what is lost
+        raise MachineError(
+            f"{folder}: no sound checkpoint is left ({', '.join(damaged)}); choose another --out, or delete this "
+            "folder to begin the run anew"
+        )
     return None
+
+
+def _is_sound(path: Path) -> bool:
+    """Whether a checkpoint is what was written; what else lies in its folder is nobody's concern."""
+    sums = _sums(path)
+    if "state.json" not in sums or any(_digest(path / name) != digest for name, digest in sums.items()):
+        return False
+    state = json.loads((path / "state.json").read_text())
+    return bool(state["step"] == int(path.name[5:]))
+
+
+def _sums(path: Path) -> dict[str, str]:
+    """Digests of a checkpoint's files by name, from `checksums.json`. Raises ValueError where that is no such list."""
+    sums: dict[str, str] = json.loads((path / "checksums.json").read_text())
+    if not all(Path(name).name == name for name in sums):
+        raise ValueError(f"{path}: names files elsewhere")
+    return sums
 
 
 def stored_shapes(path: Path) -> dict[str, torch.Size]:
@@ -111,7 +156,10 @@ def read_tensors(path: Path, into: dict[str, torch.Tensor]) -> None:
 
 
 def _reader(path: Path) -> HuggingFaceStorageReader:
-    return HuggingFaceStorageReader(str(path))
+    """Of the files in `checksums.json`; by itself the reader takes every `.safetensors` in the folder."""
+    reader = HuggingFaceStorageReader(str(path))
+    reader.fs.ls = lambda _: [str(path / name) for name in _sums(path)]  # type: ignore[method-assign,assignment]
+    return reader
 
 
 def _newest_first(folder: Path) -> list[Path]:

@@ -15,6 +15,7 @@ from planlm.distribution import counted, first_rank_does, num_ranks, rank, total
 from planlm.errors import InputError
 from planlm.files import replacing_folder
 from planlm.model.families import lm_layers, set_dropout
+from planlm.model.loading import lm_config
 from planlm.model.lora import lora_parameters, merged
 from planlm.model.loss import usable_loss
 from planlm.model.modeling import PlanLMForCausalLM, PlanLMOutput
@@ -24,9 +25,10 @@ from planlm.text.alignment import load_tokenizer, tokenizer_fingerprint
 from planlm.training.draws import uniform_by_sentence
 from planlm.training.flops import lm_flops, matrix_product_rate
 from planlm.training.groups import ParameterGroup
+from planlm.training.identity import check_encoder, identify
 from planlm.training.loop import Task, check_batch_size, fit, num_steps
 from planlm.training.parallel import Parallel
-from planlm.training.run import Run
+from planlm.training.run import Run, check_out
 from planlm.training.schedules import oracle_ratio, parse_oracle_mix
 
 LEARNING = ("soft", "straight-through", "gumbel", "gumbel-hard", "top-k")
@@ -54,7 +56,10 @@ def train(config: TrainConfig) -> dict[str, Any]:
     """
     ratios = parse_oracle_mix(config.oracle_mix)
     _check(config, ratios)
+    check_batch_size(config.batch_size)
+    check_out(config)
     corpus = PreparedCorpus.load(config.corpus)
+    check_encoder(corpus)
     lm = config.lm or corpus.manifest.tokenizer
     if tokenizer_fingerprint(load_tokenizer(lm)) != corpus.manifest.tokenizer_fingerprint:
         raise InputError(
@@ -65,17 +70,19 @@ def train(config: TrainConfig) -> dict[str, Any]:
         raise InputError(
             f"--top-k {config.top_k}: {config.corpus} has {corpus.manifest.num_actions} actions; set fewer"
         )
+    context = lm_config(lm).max_position_embeddings
+    if config.window > context:
+        raise InputError(f"--window {config.window}: the context of {lm} is {context} tokens; set at most that")
     planner = Planner.load(Path(config.planner) / "planner") if config.planner else None
     loader = PlanLoader(
         corpus.split("train"), window=config.window, batch_size=config.batch_size, seed=config.seed, pack=True
     )
-    check_batch_size(config.batch_size)
     loader.share = (rank(), num_ranks())
     steps = num_steps(config, loader.num_batches, config.accumulate)
     model = _model(config, corpus, lm, planner)
+    identity = first_rank_does(lambda: identify(corpus, model.lm, planner))
     parallel = Parallel(model, lm_layers(model.lm) if config.shard else None)
     groups = trainable_groups(model, config, steps)
-    run = Run(config)
     objective = Objective(parallel, config, steps, ratios)
     full = config.lm_mode == "full"
     below = model.lm.config.num_hidden_layers - model.config.conditioned_layers
@@ -87,7 +94,14 @@ def train(config: TrainConfig) -> dict[str, Any]:
 
     rate = matrix_product_rate(compute_dtype(config.precision, model.device), model.device)
     task = Task(parallel, groups, loader, config.accumulate, steps, objective.backward, flops, rate)
-    fit(task, run, config)
+    with Run(config, identity) as run:
+        fit(task, run, config)
+        return _finish(parallel, run, config)
+
+
+def _finish(parallel: Parallel, run: Run, config: TrainConfig) -> dict[str, Any]:
+    """Write `model/`; what `train` returns."""
+    model: PlanLMForCausalLM = parallel.model  # type: ignore[assignment]
     model.eval()
     has_lora = config.lm_mode == "lora"
     weights = parallel.weights() if parallel.is_sharded or has_lora else None
@@ -118,9 +132,6 @@ def _model(config: TrainConfig, corpus: PreparedCorpus, lm: str, planner: Planne
         encoder=corpus.manifest.encoder,
         lora=(config.lora_rank, config.lora_alpha) if config.lm_mode == "lora" else None,
     ).to(device())
-    context = model.lm.config.max_position_embeddings
-    if config.window > context:
-        raise InputError(f"--window {config.window}: the context of {lm} is {context} tokens; set at most that")
     model.loss_kernel = loss_kernel
     set_dropout(model.lm, config.lm_dropout)
     if config.checkpoint_activations:

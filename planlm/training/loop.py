@@ -4,21 +4,24 @@ from __future__ import annotations
 
 import math
 import signal
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from planlm.config import PlannerConfig, TrainConfig
-from planlm.distribution import any_rank, num_ranks, rank
+from planlm.distribution import any_rank, first_rank_does, num_ranks, rank
 from planlm.errors import InputError, MachineError
 from planlm.progress import Progress
-from planlm.training.checkpoint import newest_checkpoint, read_tensors, save_checkpoint, stored_shapes
+from planlm.training.checkpoint import check_room, newest_checkpoint, read_tensors, save_checkpoint, stored_shapes
 from planlm.training.groups import (
     ParameterGroup,
+    all_finite,
     blank_state,
     by_name,
     make_optimizer,
@@ -27,12 +30,14 @@ from planlm.training.groups import (
 )
 from planlm.training.parallel import Parallel, seed_step, whole
 from planlm.training.prefetch import Loader, Prefetch
-from planlm.training.run import Run
+from planlm.training.run import Run, differences
 from planlm.training.schedules import learning_rate_factor
 from planlm.training.watch import Watch, summary
 
 MAX_SKIPPED = 10
 """Steps in a row with a non-finite gradient after which training stops: the state is beyond recovery by skipping."""
+
+_START_ANEW = "training has diverged: start again with a lower --lr (and others, where set) and another --out"
 
 
 @dataclass(frozen=True)
@@ -122,13 +127,14 @@ def fit(task: Task, run: Run, config: PlannerConfig | TrainConfig) -> None:
 
     Raises:
         KeyboardInterrupt: after SIGINT or SIGTERM, once the state is in a checkpoint.
-        MachineError: losses or gradients stay non-finite.
+        MachineError: losses, gradients or weights are not finite, for many steps or at the end; or no checkpoint is
+            sound or there is no room for one.
+        InputError: the checkpoints are another run's.
     """
     optimizer = make_optimizer(task.groups, config.weight_decay)
     with Progress("train", task.steps) as progress, _StopSignal() as stop:
-        first, tokens = _restore(task, run, optimizer, progress.line)
+        first, tokens, skipped = _restore(task, run, optimizer, progress.line)
         progress.start_at(first)
-        skipped = 0
         with Prefetch(task.loader, ahead=2 * task.accumulate) as batches:
             watch = Watch(task.flops, task.rate, first, task.steps)
             for step in range(first, task.steps):
@@ -155,14 +161,13 @@ def fit(task: Task, run: Run, config: PlannerConfig | TrainConfig) -> None:
                     progress.advance(note=summary(result.figures["loss"], speed))
                 else:
                     progress.advance()
-                give_up = skipped >= MAX_SKIPPED
-                if done % config.checkpoint_every == 0 or done == task.steps or stopping or give_up:
-                    state = {"step": done, "tokens": tokens, "loader": batches.position}
+                if skipped >= (1 if done == task.steps else MAX_SKIPPED):
+                    raise MachineError(f"step {done}: {skipped} steps in a row skipped; {_START_ANEW}")
+                if done % config.checkpoint_every == 0 or done == task.steps or stopping:
+                    state = {"step": done, "tokens": tokens, "skipped": skipped, "loader": batches.position}
                     _save(task, run, optimizer, state, config.keep_checkpoints)
                 if stopping:
                     raise KeyboardInterrupt(f"stopped after step {done}; continue with --resume")
-                if give_up:
-                    raise MachineError(f"step {done}: {skipped} steps in a row skipped; lower the learning rates")
 
 
 def _clip(groups: list[ParameterGroup], max_norm: float) -> dict[str, float]:
@@ -189,20 +194,36 @@ def _set_rates(
 
 
 def _save(task: Task, run: Run, optimizer: torch.optim.Optimizer, state: dict[str, Any], keep: int) -> None:
+    """Write a checkpoint, of what is finite only: the newest one is what a run is taken up from.
+
+    Raises:
+        MachineError: weights or moments are not finite.
+    """
     tensors: dict[str, Tensor] = {f"model/{name}": parameter for name, parameter in by_name(task.groups).items()}
     tensors |= {f"optimizer/{name}": value for name, value in optimizer_tensors(task.groups, optimizer).items()}
+    if any_rank(not all_finite(list(tensors.values()))):
+        raise MachineError(f"step {state['step']}: weights or moments are not finite; {_START_ANEW}")
     run.sync()
-    save_checkpoint(run.checkpoints, tensors, state, keep)
+    save_checkpoint(run.checkpoints, tensors, {**state, "identity": run.identity}, keep)
 
 
-def _restore(task: Task, run: Run, optimizer: torch.optim.Optimizer, log: Callable[[str], None]) -> tuple[int, int]:
-    """Continue from the newest sound checkpoint; returns the numbers of steps done and of tokens seen."""
+def _restore(
+    task: Task, run: Run, optimizer: torch.optim.Optimizer, log: Callable[[str], None]
+) -> tuple[int, int, int]:
+    """Continue from the newest sound checkpoint; the numbers of steps done, tokens seen and steps skipped just now."""
+    parameters = by_name(task.groups)
     found = newest_checkpoint(run.checkpoints, log)
     if found is None:
+        # With two moments a parameter; what is trained has no more than that. All of it is on this disk or on several.
+        size = 3 * sum(parameter.numel() * parameter.element_size() for parameter in parameters.values())
+        first_rank_does(lambda: check_room(run.path, size))
+        if run.last_line():
+            log("no checkpoint had been written: training begins anew")
         run.forget_after(0)
-        return 0, 0
+        return 0, 0, 0
     path, state = found
-    parameters, stored = by_name(task.groups), stored_shapes(path)
+    first_rank_does(lambda: _check_owner(path, state, run))
+    stored = stored_shapes(path)
     if {name[6:]: shape for name, shape in stored.items() if name.startswith("model/")} != {
         name: parameter.shape for name, parameter in parameters.items()
     }:
@@ -213,11 +234,22 @@ def _restore(task: Task, run: Run, optimizer: torch.optim.Optimizer, log: Callab
         {f"model/{name}": parameter.detach() for name, parameter in parameters.items()}
         | {f"optimizer/{name}": value for name, value in moments.items()},
     )
+    if any_rank(not all_finite([*parameters.values(), *moments.values()])):
+        raise MachineError(f"{path}: weights or moments are not finite; {_START_ANEW}")
     restore_optimizer(task.groups, optimizer, moments)
     task.loader.load_state_dict(state["loader"])
     run.forget_after(state["step"])
     log(f"resumed after step {state['step']}")
-    return int(state["step"]), int(state["tokens"])
+    return int(state["step"]), int(state["tokens"]), int(state["skipped"])
+
+
+def _check_owner(path: Path, state: dict[str, Any], run: Run) -> None:
+    if "identity" not in state:
+        raise InputError(f"{path}: an older PlanLM's, without a record of what it was trained on; choose another --out")
+    if changed := differences(state["identity"], run.identity):
+        raise InputError(
+            f"{path}: checkpoint of a run with another {', another '.join(changed)}; give that, or choose another --out"
+        )
 
 
 class _StopSignal:
@@ -231,12 +263,16 @@ class _StopSignal:
 
     def __enter__(self) -> _StopSignal:
         self.asked = False
-        self._before = {number: signal.signal(number, self._ask) for number in (signal.SIGINT, signal.SIGTERM)}
+        # Python hands signals to its main thread alone, and lets no other ask for them.
+        is_main = threading.current_thread() is threading.main_thread()
+        numbers = (signal.SIGINT, signal.SIGTERM) if is_main else ()
+        self._before = {number: signal.signal(number, self._ask) for number in numbers}
         return self
 
     def __exit__(self, *_: object) -> None:
         for number, handler in self._before.items():
-            signal.signal(number, handler)
+            # None: whoever embeds Python handles the signal, and nothing here can put that back.
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)
 
     def _ask(self, number: int, frame: Any) -> None:
         now = time.monotonic()

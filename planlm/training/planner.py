@@ -12,14 +12,16 @@ from planlm.config import PlannerConfig
 from planlm.corpus.batches import SentenceBatch, SentenceLoader
 from planlm.corpus.store import PreparedCorpus
 from planlm.distribution import counted, first_rank_does, num_ranks, rank
+from planlm.errors import InputError
 from planlm.evaluation.planner_metrics import planner_metrics
 from planlm.files import beside_result, replacing_folder, write_text
 from planlm.model.planner import Planner, codebook_fingerprint, default_heads
 from planlm.precision import device
 from planlm.training.groups import ParameterGroup
+from planlm.training.identity import identify
 from planlm.training.loop import Task, check_batch_size, fit, num_steps
 from planlm.training.parallel import Parallel
-from planlm.training.run import Run
+from planlm.training.run import Run, check_out
 
 
 def pretrain_planner(config: PlannerConfig) -> dict[str, Any]:
@@ -33,12 +35,14 @@ def pretrain_planner(config: PlannerConfig) -> dict[str, Any]:
     Raises:
         InputError: no such corpus, or a run directory in use.
     """
-    corpus = PreparedCorpus.load(config.corpus)
-    validation = corpus.split("validation")
     check_batch_size(config.batch_size)
-    run = Run(config)
+    check_out(config)
+    corpus = PreparedCorpus.load(config.corpus)
+    corpus.split("validation")  # or the measurement at the end would find out
     torch.manual_seed(config.seed)
     action_dim = corpus.manifest.action_dim
+    if config.heads is not None and action_dim % config.heads:
+        raise InputError(f"--heads {config.heads}: do not divide the {action_dim} channels of {config.corpus}")
     planner = Planner(
         action_dim,
         corpus.manifest.num_actions,
@@ -75,8 +79,14 @@ def pretrain_planner(config: PlannerConfig) -> dict[str, Any]:
         steps=num_steps(config, loader.num_batches),
         backward=backward,
     )
-    fit(task, run, config)
-    planner.eval()
+    with Run(config, first_rank_does(lambda: identify(corpus))) as run:
+        fit(task, run, config)
+        return _finish(planner.eval(), corpus, run)
+
+
+def _finish(planner: Planner, corpus: PreparedCorpus, run: Run) -> dict[str, Any]:
+    """Measure the planner and write `planner/`; what `pretrain_planner` returns."""
+    validation = corpus.split("validation")
 
     def finish() -> dict[str, Any]:
         metrics = planner_metrics(planner, validation, corpus.action_counts)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import importlib.util
 import json
 import math
@@ -16,59 +18,133 @@ import yaml
 from planlm.config import PlannerConfig, TrainConfig
 from planlm.distribution import first_rank_does, rank
 from planlm.errors import InputError
-from planlm.files import appending, check_own, write_text
+from planlm.files import appending, check_own, locked, write_text
+from planlm.flat_yaml import read_flat
 
-FREE_TO_CHANGE = {"out", "resume", "json", "shard", "log_every", "checkpoint_every", "keep_checkpoints", "tensorboard"}
-"""Settings that may differ when a run is resumed: they leave weights and losses as they are."""
+FREE_TO_CHANGE = {
+    "out", "resume", "json", "shard", "log_every", "checkpoint_every", "keep_checkpoints", "tensorboard",
+    "corpus", "lm", "planner",
+}  # fmt: skip
+"""Settings that may differ when a run is resumed: they leave weights and losses as they are.
+
+Or they are names of what is compared by its content, in `identity.json`: that may have moved.
+"""
+
+LOCK = "lock"
+"""File in a run directory that its running command holds."""
+
+
+def check_out(config: PlannerConfig | TrainConfig) -> None:
+    """Find what is wrong with `--out` before anything is loaded; nothing is written.
+
+    Raises:
+        InputError: as `Run` does, or the folder cannot be written.
+    """
+    if config.tensorboard and importlib.util.find_spec("tensorboard") is None:
+        raise InputError("--tensorboard: needs the package tensorboard: pip install planlm[tensorboard]")
+
+    def look() -> None:
+        path = Path(config.out)
+        if _check_settings(path, config):
+            with _alone(path):
+                pass
+        there = path
+        while not os.path.lexists(there) and there != there.parent:
+            there = there.parent
+        if not there.is_dir():
+            raise InputError(f"{there}: not a folder; choose another --out")
+        if not os.access(there, os.W_OK | os.X_OK):
+            raise InputError(f"{there}: cannot be written; choose another --out")
+
+    first_rank_does(look)
 
 
 class Run:
-    """The run directory of a command; opening it refuses to mix two runs.
+    """The run directory of a command; opening it refuses to mix two runs. Use as a context manager.
 
     Args:
         config: the command's configuration; written to `config.yaml`.
+        identity: fingerprints of what is trained and on what; written to `identity.json`, and into checkpoints.
 
     Raises:
-        InputError: the directory holds a run already and `--resume` was not given, or one with other settings.
+        InputError: the directory holds a run already and `--resume` was not given, or one with other settings or of
+            other content, or one that another process is at work on.
     """
 
-    def __init__(self, config: PlannerConfig | TrainConfig) -> None:
+    def __init__(self, config: PlannerConfig | TrainConfig, identity: dict[str, str] | None = None) -> None:
         self.path = Path(config.out)
         self.checkpoints = self.path / "checkpoints"
         self.metrics = self.path / "metrics.jsonl"
-        written = self.path / "config.yaml"
-        if config.tensorboard and importlib.util.find_spec("tensorboard") is None:
-            raise InputError("--tensorboard: needs the package tensorboard: pip install planlm[tensorboard]")
-        first_rank_does(lambda: self._open(config, written))
+        self.identity = identity or {}
+        self._lock = contextlib.ExitStack()
+        try:
+            first_rank_does(lambda: self._open(config))
+        except BaseException:
+            self.close()
+            raise
         self._has_board, self._board = config.tensorboard, None
 
-    def _open(self, config: PlannerConfig | TrainConfig, written: Path) -> None:
-        check_own(self.path)
-        settings = asdict(config)
-        if written.exists():
-            if not config.resume:
-                raise InputError(f"{self.path}: holds a run already; continue it with --resume or choose another --out")
-            before = _read(written)
-            changed = [name for name in settings if name not in FREE_TO_CHANGE and before.get(name) != settings[name]]
-            if changed:
-                was = ", ".join(f"{name} was {before.get(name)!r}, now {settings[name]!r}" for name in changed)
-                raise InputError(f"{self.path}: cannot resume with other settings ({was})")
-        elif self.path.exists() and any(not file.name.endswith(".partial") for file in self.path.iterdir()):
-            raise InputError(f"{self.path}: is not empty and holds no run; choose another --out")
+    def __enter__(self) -> Run:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Leave the directory to others."""
+        self._lock.close()
+
+    def _open(self, config: PlannerConfig | TrainConfig) -> None:
+        _check_settings(self.path, config)
         self.path.mkdir(parents=True, exist_ok=True)
-        write_text(written, yaml.safe_dump(settings, sort_keys=False))
+        self._lock.enter_context(_alone(self.path))
+        if _check_settings(self.path, config):  # again, now that nobody else can begin a run here
+            self._check_identity(config)
+        # config.yaml makes it a run, so it comes last.
+        write_text(self.path / "identity.json", json.dumps(self.identity, indent=1) + "\n", self.path)
+        write_text(self.path / "config.yaml", yaml.safe_dump(asdict(config), sort_keys=False), self.path)
+
+    def _check_identity(self, config: PlannerConfig | TrainConfig) -> None:
+        """A missing `identity.json` is left to the checkpoints, which have it too."""
+        path = self.path / "identity.json"
+        try:
+            before = json.loads(path.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            return
+        except (ValueError, RecursionError):
+            before = None
+        if not isinstance(before, dict):
+            raise InputError(f"{path}: damaged; choose another --out, or delete the run")
+        changed = differences(before, self.identity)
+        if changed:
+            given = {name: getattr(config, name, None) for name in changed}
+            now = ", ".join(f"{name} {value}" if value else name for name, value in given.items())
+            raise InputError(
+                f"{self.path}: cannot resume with other content than the run began with ({now}, now another); give "
+                "what it began with, or choose another --out"
+            )
 
     def last_line(self) -> dict[str, Any]:
         """The newest object of `metrics.jsonl`; empty where somebody has taken that away."""
-        lines = self.metrics.read_text().splitlines() if self.metrics.exists() else []
-        line: dict[str, Any] = json.loads(lines[-1]) if lines else {}
-        return line
+        return next((line for _, line in reversed(self._lines())), {})
+
+    def _lines(self) -> list[tuple[str, dict[str, Any]]]:
+        """The lines of `metrics.jsonl` that are of a step, as text and object; whatever else is there is left out."""
+        found = []
+        for text in self.metrics.read_text(errors="replace").splitlines() if self.metrics.exists() else []:
+            try:
+                line = json.loads(text)
+            except (ValueError, RecursionError):  # half a line from a process that was killed
+                continue
+            if isinstance(line, dict) and type(line.get("step")) is int:
+                found.append((text, line))
+        return found
 
     def log(self, line: dict[str, Any]) -> None:
         """Append one object to `metrics.jsonl`; what is not finite is null there, as JSON has no such numbers."""
         if rank() > 0:
             return
-        with appending(self.metrics, self.path) as file:
+        with appending(self.metrics, within=self.path) as file:
             file.write(json.dumps(_finite(line), allow_nan=False) + "\n")
         if self._board is not None:
             for name, value in _flat(line):
@@ -87,15 +163,58 @@ class Run:
             self._board = _board(self.path / "tensorboard", step + 1)
         if not self.metrics.exists() or rank() > 0:
             return
-        kept = []
-        for text in self.metrics.read_text(errors="replace").splitlines():
-            try:
-                line = json.loads(text)
-            except ValueError:  # half a line from a process that was killed
-                continue
-            if isinstance(line, dict) and line["step"] <= step:
-                kept.append(text)
-        write_text(self.metrics, "".join(text + "\n" for text in kept))
+        write_text(
+            self.metrics, "".join(text + "\n" for text, line in self._lines() if line["step"] <= step), self.path
+        )
+
+
+def differences(before: dict[str, Any], now: dict[str, str]) -> list[str]:
+    """Names of what two identities do not have alike."""
+    return [name for name in now | before if before.get(name) != now.get(name)]
+
+
+def _check_settings(path: Path, config: PlannerConfig | TrainConfig) -> bool:
+    """Whether the directory holds a run, which `config` may continue."""
+    written = path / "config.yaml"
+    if not os.path.lexists(written):
+        ours = (LOCK, "identity.json")
+        if path.is_dir() and any(
+            not file.name.endswith(".partial") and file.name not in ours for file in path.iterdir()
+        ):
+            raise InputError(f"{path}: is not empty and holds no run; choose another --out")
+        return False
+    check_own(path)
+    if not config.resume:
+        with contextlib.suppress(OSError), _alone(path):  # who is at work there is the better answer
+            pass
+        raise InputError(f"{path}: holds a run already; continue it with --resume or choose another --out")
+    before, settings = _read(written, type(config)), asdict(config)
+    changed = [name for name in settings if name not in FREE_TO_CHANGE and before[name] != settings[name]]
+    if changed:
+        was = ", ".join(f"{name} was {before[name]!r}, now {settings[name]!r}" for name in changed)
+        raise InputError(f"{path}: cannot resume with other settings ({was})")
+    return True
+
+
+@contextlib.contextmanager
+def _alone(path: Path) -> Iterator[None]:
+    """Work in a run directory in which nobody else does.
+
+    Raises:
+        InputError: somebody else does.
+    """
+    with contextlib.ExitStack() as lock:
+        try:
+            lock.enter_context(locked(path / LOCK))
+        except BlockingIOError as held:
+            raise InputError(
+                f"{path}: {held.strerror} is at work on this run; wait for it, or choose another --out"
+            ) from None
+        except OSError as error:
+            if error.errno != errno.ELOOP:
+                raise
+            raise InputError(f"{path / LOCK}: a link; delete it") from None
+        yield
 
 
 def _board(folder: Path, step: int) -> Any:
@@ -120,11 +239,8 @@ def _flat(line: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]
             yield prefix + name, value
 
 
-def _read(path: Path) -> dict[str, Any]:
+def _read(path: Path, config_class: type[PlannerConfig | TrainConfig]) -> dict[str, Any]:
     try:
-        settings = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, ValueError):
-        settings = None
-    if not isinstance(settings, dict):
-        raise InputError(f"{path}: damaged; choose another --out, or delete the run")
-    return settings
+        return asdict(config_class(**read_flat(path)))
+    except (InputError, TypeError):  # no file of settings, or of others
+        raise InputError(f"{path}: damaged; choose another --out, or delete the run") from None
