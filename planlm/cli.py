@@ -16,6 +16,7 @@ import math
 import os
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -25,6 +26,7 @@ from planlm import __version__, arguments, config, show
 from planlm.allocator import keep_memory, start_with_huge_pages
 from planlm.errors import InputError, MachineError
 from planlm.quiet import silence_libraries
+from planlm.ranks import local_rank, num_ranks, rank
 from planlm.terminal import encodable, open_streams, visible
 
 
@@ -129,22 +131,25 @@ def main(argv: list[str] | None = None) -> int:
     """
     if argv is None:
         open_streams()
+    words = sys.argv[1:] if argv is None else argv
     try:
         with _terminable():
-            return _run(sys.argv[1:] if argv is None else argv, is_program=argv is None)
+            return _run(words, is_program=argv is None)
     except InputError as error:
         return _fail(2, str(error))
     except KeyboardInterrupt as interrupt:
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second Ctrl-C must not tear the last line
-        if os.environ.get("RANK", "0") != "0":  # ended with the others, of which one says why
+        if _in_main_thread():
+            signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second Ctrl-C must not tear the last line
+        if rank() > 0:  # ended with the others, of which one says why
             return 1
         return _fail(1, str(interrupt) or "interrupted")
     except Exception as error:
-        if _lost_another(error):
+        options = _options(words)
+        if lost := _lost_another(error):
             # Who ended has the reason to tell and is given the time; torchrun ends this one then.
             time.sleep(5)
-            return _fail(1, "another process of this run has ended; with --resume training goes on")
-        failure = _machine_failure(error)
+            return _fail(1, f"another process of this run {lost}" + "; --resume goes on" * ("--resume" in options))
+        failure = _machine_failure(error, options)
         if failure is None and isinstance(error, _USERS_FILE_ERRORS) and error.filename is not None:
             return _fail(2, f"{error.filename}: {error.strerror}")
         if failure is None:
@@ -155,6 +160,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def _run(argv: list[str], is_program: bool) -> int:
     """Parse, run and print; the exit status. `is_program`: the process is this command's alone."""
+    rank(), local_rank()  # a mistake in what torchrun should say is one before all others
     if not argv:
         _top_parser().print_help(sys.stderr)
         return 2
@@ -177,7 +183,7 @@ def _run(argv: list[str], is_program: bool) -> int:
         _processes(name, command.distributed),
     ):  # stdout is the result's alone, whatever a library prints
         result = getattr(importlib.import_module(module), function)(settings)
-        if os.environ.get("RANK", "0") != "0":  # the first of several processes has the result
+        if rank() > 0:  # the first of several processes has the result
             return 0
         text = (
             json.dumps(_plain(command.data(result)), allow_nan=False)
@@ -203,7 +209,7 @@ def _print(text: str) -> int:
 
 def _processes(name: str, distributed: bool) -> contextlib.AbstractContextManager[None]:
     """The connection between the processes that torchrun started, if it did."""
-    if os.environ.get("WORLD_SIZE", "1") == "1":
+    if num_ranks() == 1:
         return contextlib.nullcontext()
     if not distributed:
         raise InputError(f"planlm {name} runs in one process: start it without torchrun")
@@ -241,24 +247,45 @@ def _terminable() -> Iterator[None]:
     def stop(number: int, frame: Any) -> None:
         raise KeyboardInterrupt("terminated")
 
+    if not _in_main_thread():
+        yield
+        return
     before = signal.signal(signal.SIGTERM, stop)
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        # None: whoever embeds Python handles it, and nothing here can put that back.
+        signal.signal(signal.SIGTERM, signal.SIG_DFL if before is None else before)
 
 
-def _lost_another(error: BaseException | None) -> bool:
-    """Whether an error is that another process of the run is gone, looked for along the chain of causes."""
+def _in_main_thread() -> bool:
+    """Python hands signals to its main thread, and lets no other ask for them."""
+    return threading.current_thread() is threading.main_thread()
+
+
+def _options(argv: list[str]) -> set[str]:
+    """The flags of the command that `argv` begins with."""
+    command = COMMANDS.get(argv[0]) if argv else None
+    names = [field.name for field in dataclasses.fields(command.config)] if command else []
+    return {"--" + name.replace("_", "-") for name in names}
+
+
+def _lost_another(error: BaseException | None) -> str | None:
+    """What has become of another process of the run where an error is that, looked for along the chain of causes."""
     while error is not None:
         if type(error).__name__ in ("DistBackendError", "DistNetworkError") or "gloo/transport" in str(error):
-            return True
+            return "has not answered" if "Timed out" in str(error) else "has ended"
+        if isinstance(error, MachineError):
+            return None
         error = error.__cause__ or error.__context__
-    return False
+    return None
 
 
-def _machine_failure(error: BaseException | None) -> str | None:
-    """One line for an error that is the machine's, looked for along the chain of causes; None for any other."""
+def _machine_failure(error: BaseException | None, options: set[str]) -> str | None:
+    """One line for an error that is the machine's, looked for along the chain of causes; None for any other.
+
+    `options` are what its advice may name: those of the command.
+    """
     while error is not None:
         text = str(error).strip()
         if isinstance(error, MachineError):
@@ -268,13 +295,15 @@ def _machine_failure(error: BaseException | None) -> str | None:
         if is_full or "No space left on device" in text or "File too large" in text:
             file = getattr(error, "filename", None)
             where = f" for {file}" if file else ""
-            return f"no space left on the disk{where}; free some and start again, training with --resume"
+            again = " with --resume" if "--resume" in options else ""
+            return f"no space left on the disk{where}; free some and start again{again}"
         if (
             isinstance(error, MemoryError)
             or type(error).__name__ == "OutOfMemoryError"
             or "can't allocate memory" in text
         ):
-            return "out of memory; a smaller --batch-size, --window or model needs less"
+            less = [option for option in ("--batch-size", "--window", "--shard-documents") if option in options]
+            return f"out of memory; a smaller {', '.join(less) or 'model or input'} needs less"
         is_plain = isinstance(error, BrokenPipeError) or type(error) is OSError
         if isinstance(error, OSError) and is_plain and error.errno is not None:  # input or output failed
             return f"{error.filename or 'the system'}: {error.strerror}"
@@ -283,7 +312,10 @@ def _machine_failure(error: BaseException | None) -> str | None:
 
 
 def _fail(status: int, message: str) -> int:
-    if (number := os.environ.get("RANK", "0")) != "0":
+    number = 0
+    with contextlib.suppress(InputError):  # which may be what there is to say
+        number = rank()
+    if number > 0:
         time.sleep(2)  # most often the first process has the same to say, upon which torchrun ends this one
         message = f"process {number}: {message}"
     with contextlib.suppress(BrokenPipeError):

@@ -7,7 +7,6 @@ order, as collectives are.
 from __future__ import annotations
 
 import contextlib
-import os
 from collections.abc import Callable, Iterator
 from datetime import timedelta
 from typing import TypeVar
@@ -15,24 +14,43 @@ from typing import TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.rendezvous import rendezvous
 
-from planlm.precision import device
+from planlm.errors import InputError, MachineError
+from planlm.precision import CPU, device
+from planlm.pulse import Pulse
+from planlm.ranks import local_rank, meeting_point, num_ranks, rank
+
+__all__ = [
+    "OtherRankFailed",
+    "any_rank",
+    "counted",
+    "first_rank_does",
+    "num_ranks",
+    "processes",
+    "rank",
+    "told",
+    "total",
+    "wait_for_others",
+]  # fmt: skip
 
 Result = TypeVar("Result")
+
+MEETING = timedelta(minutes=15)
+"""Until all processes have come: importing torch from a busy disk takes minutes."""
+
+TOGETHER = timedelta(hours=1)
+"""Of what all do together, a step say: the first one compiles, which takes minutes."""
+
+ALONE = timedelta(days=7)
+"""Of waiting for one that works alone (measuring, clustering, writing); a frozen one is noticed by `Pulse`."""
+
+_patient: dist.ProcessGroup | None = None
+"""All processes once more, to wait for each other `ALONE` long."""
 
 
 class OtherRankFailed(SystemExit):
     """Raised on every other rank where the first one failed: that one says what is wrong."""
-
-
-def num_ranks() -> int:
-    """Processes of this run."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
-
-
-def rank() -> int:
-    """Number of this process, from 0."""
-    return int(os.environ.get("RANK", "0"))
 
 
 @contextlib.contextmanager
@@ -40,30 +58,49 @@ def processes() -> Iterator[None]:
     """Connect the processes that torchrun started, by NCCL where there is CUDA and else by gloo; part again at the end.
 
     Also leaves a connection that exists as it is, and does nothing where there is one process.
+
+    Raises:
+        InputError: what torchrun says in the environment cannot be.
+        MachineError: not all processes have come.
     """
+    global _patient
     if num_ranks() == 1 or dist.is_initialized():
         yield
         return
+    host, port = meeting_point()
     where = device()
     if where.type == "cuda":
+        if local_rank() >= torch.cuda.device_count():
+            raise InputError(
+                f"LOCAL_RANK={local_rank()}: this machine has {torch.cuda.device_count()} CUDA devices; start at most "
+                "as many processes on it"
+            )
         torch.cuda.set_device(where)
-    # The first rank may work alone for long (measuring a planner, writing a model) while the others wait for it.
-    dist.init_process_group("nccl" if where.type == "cuda" else "gloo", timeout=timedelta(hours=12))
     try:
-        yield
+        store, number, size = next(iter(rendezvous("env://", timeout=MEETING)))
+        backend = "nccl" if where.type == "cuda" else "gloo"
+        dist.init_process_group(backend, store=store, rank=number, world_size=size, timeout=TOGETHER)
+        _patient = dist.new_group(backend="gloo", timeout=ALONE)
+    except (RuntimeError, ValueError, OSError) as error:
+        reason = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
+        raise MachineError(f"not all {num_ranks()} processes have met at {host}:{port} ({reason})") from error
+    try:
+        with Pulse(host, port):
+            yield
     finally:
+        _patient = None
         dist.destroy_process_group()
 
 
 def first_rank_does(action: Callable[[], Result]) -> Result | None:
-    """Run `action` on the first rank while the others wait; they get None.
+    """Run `action` on the first rank while the others wait, for however long; they get None.
 
     Raises:
         OtherRankFailed: on the others, where it failed on the first, which raises what it raised.
     """
     if num_ranks() == 1:
         return action()
-    failed = torch.zeros(1, device=device())
+    failed = torch.zeros(1, device=CPU if _patient is not None else device())
     result, error = None, None
     if rank() == 0:
         try:
@@ -71,12 +108,18 @@ def first_rank_does(action: Callable[[], Result]) -> Result | None:
         except BaseException as raised:
             error = raised
             failed += 1
-    dist.broadcast(failed, 0)
+    dist.broadcast(failed, 0, group=_patient)
     if error is not None:
         raise error
     if failed.item():
         raise OtherRankFailed(2)
     return result
+
+
+def wait_for_others() -> None:
+    """Go on when all ranks are here, however much longer than this one the others work."""
+    if num_ranks() > 1:
+        dist.all_reduce(torch.zeros(1, device=CPU if _patient is not None else device()), group=_patient)
 
 
 def total(values: Tensor) -> Tensor:

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import contextlib
-import os
 from pathlib import Path
 
 import torch
+
+from planlm.ranks import local_rank
 
 CPU = torch.device("cpu")
 
 
 def device() -> torch.device:
     """The device that work runs on: this process's CUDA device (the first without torchrun), else the CPU."""
-    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if torch.cuda.is_available() else CPU
+    return torch.device("cuda", local_rank()) if torch.cuda.is_available() else CPU
 
 
 def has_fast_bf16(where: torch.device) -> bool:

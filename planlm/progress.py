@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 import sys
 import time
@@ -11,6 +10,8 @@ from pathlib import Path
 from typing import TypeVar
 
 from tqdm import tqdm
+
+from planlm.ranks import rank
 
 Item = TypeVar("Item")
 
@@ -31,7 +32,7 @@ class Progress:
         self.description, self.total, self.unit = description, total, unit
         self.count, self._before, self.note = 0, 0, ""
         self.started = self._last_line = time.monotonic()
-        self._silent = os.environ.get("RANK", "0") != "0"  # one of several processes speaks for all
+        self._silent = rank() > 0  # one of several processes speaks for all
         shown = sys.stderr.isatty() and not self._silent
         self._bar = tqdm(desc=description, total=total, unit=f" {unit}", leave=False) if shown else None
 

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
 from collections import Counter
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +21,14 @@ import numpy as np
 import pytest
 from safetensors.torch import load_file
 
+from planlm import cli, distribution
 from planlm.corpus.batches import PlanLoader
 from planlm.corpus.store import PreparedCorpus
+from planlm.errors import MachineError
+from planlm.files import locked
 
 STEPS = 50
+ROOT = Path(__file__).parents[2]
 
 
 def command(processes: int, arguments: list[str]) -> subprocess.CompletedProcess[str]:
@@ -218,3 +226,101 @@ def test_who_is_left_alone_calls_it_no_bug(still: dict[str, str], tmp_path: Path
     assert process.returncode != 0
     assert "bug in PlanLM" not in errors, errors
     assert errors.count("planlm: error") == errors.count("planlm: error: another process of this run has ended"), errors
+
+
+IMPATIENT = """
+import sys
+from planlm import pulse
+pulse.EVERY, pulse.PATIENCE = 0.2, 3.0
+from planlm.cli import main
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.parametrize("frozen", [0, 1])
+def test_a_frozen_process_is_named_and_holds_nobody(still: dict[str, str], tmp_path: Path, frozen: int) -> None:
+    """Stopped, as by a debugger or a machine that swaps, it would hold the others until their collectives give up."""
+    (tmp_path / "impatient.py").write_text(IMPATIENT)
+    out = str(tmp_path / "run")
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    flags = ["train", "--corpus", still["corpus"], "--lm", still["lm"], "--out", out, "--window", "16"]
+    process = subprocess.Popen(
+        [*launcher, str(tmp_path / "impatient.py"), *flags, "--conditioned-layers", "2", "--steps", "100000"],
+        stderr=subprocess.PIPE, text=True, env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+    for _ in range(1200):
+        if (tmp_path / "run" / "metrics.jsonl").exists():
+            break
+        time.sleep(0.1)
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    mark = f"\0RANK={frozen}\0".encode()
+    (victim,) = [child for child in children if mark in Path(f"/proc/{child}/environ").read_bytes()]
+    os.kill(int(victim), signal.SIGSTOP)
+    try:
+        _, errors = process.communicate(timeout=120)
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(int(victim), signal.SIGKILL)
+    assert process.returncode != 0
+    who = (
+        rf"planlm: error: process {1 - frozen}: process {frozen} of 2 \(process {victim} on \S+\) has not answered for"
+    )
+    assert re.search(who, errors), errors
+    assert "Traceback" not in errors.split("planlm: error")[0]
+
+
+def test_a_live_run_is_left_alone(still: dict[str, str], tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    with locked(tmp_path / "run" / "lock"):
+        flags = ["--corpus", still["corpus"], "--lm", still["lm"], "--out", str(tmp_path / "run"), "--window", "16"]
+        done = command(2, ["train", *flags, "--steps", "2"])
+    said = [line for line in done.stderr.splitlines() if line.startswith("planlm: error")]
+    assert done.returncode != 0 and len(said) == 1
+    assert f"run: process {os.getpid()} on " in said[0] and "is at work on this run" in said[0]
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["lock"]
+
+
+@pytest.mark.parametrize(
+    ("environment", "says"),
+    [
+        ({"WORLD_SIZE": "two"}, "WORLD_SIZE='two': expected a number"),
+        ({"WORLD_SIZE": "0"}, "WORLD_SIZE='0': expected a number from 1"),
+        ({"WORLD_SIZE": "9" * 30}, "WORLD_SIZE='999"),
+        ({"WORLD_SIZE": "2"}, "RANK is not set though WORLD_SIZE is"),
+        ({"WORLD_SIZE": "2", "RANK": "2"}, "RANK='2': expected a number from 0 to 1"),
+        ({"WORLD_SIZE": "2", "RANK": "-1"}, "RANK='-1'"),
+        ({"WORLD_SIZE": "2", "RANK": "1.5\n"}, "RANK='1.5\\n'"),
+        ({"LOCAL_RANK": "x"}, "LOCAL_RANK='x'"),
+        ({"WORLD_SIZE": "2", "RANK": "0"}, "MASTER_ADDR is not set"),
+        ({"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "localhost"}, "MASTER_PORT is not set"),
+        ({"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "localhost", "MASTER_PORT": "http"}, "MASTER_PORT='http'"),
+        ({"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "localhost", "MASTER_PORT": "70000"}, "to 65535"),
+    ],
+)
+def test_what_torchrun_cannot_have_said_is_refused(
+    environment: dict[str, str], says: str, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert cli.main(["train", "--corpus", str(tmp_path), "--out", str(tmp_path / "run")]) == 2
+    printed = capsys.readouterr()
+    assert printed.out == "" and printed.err.count("\n") == 1 and says in printed.err, printed.err
+
+
+def test_a_rank_without_others_is_the_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Left in the environment, it must not keep the result back."""
+    monkeypatch.setenv("RANK", "3")
+    assert (distribution.rank(), distribution.num_ranks()) == (0, 1)
+
+
+def test_processes_that_do_not_come_are_missed(monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = str(free.getsockname()[1])
+    for name, value in {"WORLD_SIZE": "2", "RANK": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": port}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(distribution, "MEETING", timedelta(seconds=1))
+    missed = pytest.raises(MachineError, match=rf"not all 2 processes have met at localhost:{port}")
+    with missed, distribution.processes():
+        pass
