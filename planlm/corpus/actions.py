@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,6 +18,15 @@ from planlm.progress import Progress
 
 EXAMPLES_OF_ONE = 5
 """Times as many typical sentences where only one action is asked for."""
+
+MOST_WORDS = 5_000_000
+"""Counts of a word in an action that are kept: some 500 MB."""
+
+LONGEST = 20_000
+"""Characters of a sentence that are looked at."""
+
+TOGETHER = 4096
+"""Sentences whose distances are computed at a time."""
 
 _WORD = re.compile(r"[^\W\d_][^\W\d_]+(?:['’-][^\W\d_]+)*")
 
@@ -78,27 +88,39 @@ def _read(
     words: list[Counter[str]] = [Counter() for _ in range(corpus.manifest.num_actions)]
     with Progress("Reading sentences", len(documents), "documents") as progress:
         for table in documents.iter(100):
-            actions, distances, texts = _sentences(table, codebook)
-            for action, distance, text in zip(actions, distances, texts, strict=True):
-                words[action].update(word.lower() for word in _WORD.findall(text))
+            for action, distance, text in _sentences(table, codebook):
+                words[action].update(word.lower() for word in _WORD.findall(text[:LONGEST]))
                 if action in wanted:
-                    _keep_nearest(examples[action], num_examples, distance, text)
+                    _keep_nearest(examples[action], num_examples, distance, text[:LONGEST])
+            _forget_rare(words)
             progress.advance(len(table))
     return examples, words
 
 
-def _sentences(table: pa.Table, codebook: np.ndarray) -> tuple[list[int], list[float], list[str]]:
-    """Action, squared distance to its centroid, and text of every sentence in some rows."""
-    actions = table["actions"].combine_chunks().flatten().to_numpy()
-    rows = table["embeddings"].combine_chunks().flatten()
-    embeddings = rows.flatten().to_numpy().reshape(len(rows), codebook.shape[1]).astype(np.float32)
-    distances = np.square(embeddings - codebook[actions]).sum(axis=1)
-    texts = [
-        text[start:end]
-        for text, spans in zip(table["text"].to_pylist(), table["sentence_spans"].to_pylist(), strict=True)
-        for start, end in spans
-    ]
-    return actions.tolist(), distances.tolist(), texts
+def _forget_rare(words: list[Counter[str]]) -> None:
+    """Keep memory in bounds: drop the rarest words, none of which is typical of an action, when there are too many."""
+    least = 1
+    while sum(map(len, words)) > MOST_WORDS:
+        for counter in words:
+            for word in [word for word, count in counter.items() if count <= least]:
+                del counter[word]
+        least *= 2
+
+
+def _sentences(table: pa.Table, codebook: np.ndarray) -> Iterator[tuple[int, float, str]]:
+    """Action, squared distance to its centroid, and text of every sentence in some rows, one row at a time."""
+    for row in range(len(table)):
+        document = table.slice(row, 1)
+        text = document["text"][0].as_py()
+        actions = document["actions"].combine_chunks().flatten().to_numpy()
+        spans = document["sentence_spans"].combine_chunks().flatten().flatten().to_numpy().reshape(-1, 2)
+        embeddings = document["embeddings"].combine_chunks().flatten().flatten().to_numpy()
+        embeddings = embeddings.reshape(len(actions), codebook.shape[1])
+        for start in range(0, len(actions), TOGETHER):
+            block = slice(start, start + TOGETHER)
+            distances = np.square(embeddings[block].astype(np.float32) - codebook[actions[block]]).sum(axis=1)
+            for action, distance, (begin, end) in zip(actions[block], distances, spans[block], strict=True):
+                yield int(action), float(distance), text[begin:end]
 
 
 def _keep_nearest(examples: list[tuple[float, str]], size: int, distance: float, text: str) -> None:

@@ -163,7 +163,8 @@ class PreparedCorpus:
         """
         if not self.manifest.splits.get(name, {}).get("documents"):
             have = ", ".join(split for split, counts in self.manifest.splits.items() if counts["documents"])
-            raise InputError(f"{self.path}: no documents in split {name!r}; it has {have}")
+            advice = "" if name == "train" else f"; `planlm prepare` with --{name}-fraction above 0 makes some"
+            raise InputError(f"{self.path}: no documents in split {name!r}; it has {have}{advice}")
         if name not in self._splits:
             with _damage(self.path):
                 verify_split(self.path, self.manifest, name, document_features(self.manifest.action_dim).arrow_schema)

@@ -49,11 +49,20 @@ def read_tokenizer(folder: str, name: str = "", **where: Any) -> PreTrainedToken
 def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerFast) -> str:
     """sha256 of what decides how text becomes ids: vocabulary, merges, normalisation, pre- and post-processing.
 
-    Truncation and padding, which calls change on the way, are left out.
+    Truncation and padding, which calls change on the way, are left out; so are special tokens that are no part of the
+    vocabulary ([PAD], say), since none is found in a text, unless the tokenizer itself puts them around one.
     """
     rules = json.loads(tokenizer.backend_tokenizer.to_str())
     rules.pop("truncation", None)
     rules.pop("padding", None)
+    framing = json.dumps(rules.get("post_processor"))
+    vocabulary = rules.get("model", {}).get("vocab", {})
+    known = set(vocabulary) if isinstance(vocabulary, dict) else {entry[0] for entry in vocabulary}
+    rules["added_tokens"] = [
+        token
+        for token in rules.get("added_tokens", [])
+        if not token["special"] or token["content"] in known or json.dumps(token["content"]) in framing
+    ]
     return hashlib.sha256(json.dumps(rules, sort_keys=True).encode()).hexdigest()
 
 

@@ -57,3 +57,12 @@ def test_one_action_with_more_examples(corpus: str) -> None:
 def test_unknown_actions_are_refused(corpus: str) -> None:
     with pytest.raises(InputError, match=r"--action 2: .* has the actions 0 to 1"):
         describe_actions(ActionsConfig(corpus=corpus, action=2))
+
+
+def test_memory_is_bounded_and_typical_words_stay(corpus: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = describe_actions(ActionsConfig(corpus=corpus, examples=2, terms=1))
+    monkeypatch.setattr("planlm.corpus.actions.MOST_WORDS", 8)
+    monkeypatch.setattr("planlm.corpus.actions.TOGETHER", 2)
+    few = describe_actions(ActionsConfig(corpus=corpus, examples=2, terms=1))
+    assert [one.examples for one in few] == [one.examples for one in whole]
+    assert sum(len(one.terms) for one in few) > 0

@@ -11,6 +11,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,8 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
-from planlm.config import PrepareConfig
+import planlm
+from planlm.config import ActionsConfig, PrepareConfig
 from planlm.corpus.prepare import prepare
 from planlm.corpus.sources import Documents, Source
 from planlm.corpus.store import PreparedCorpus
@@ -451,3 +453,13 @@ print(*((peak(text[:size]) - before) / size for text in (sentence * 30_000, "a. 
 """
     run = subprocess.run([sys.executable, "-c", script, lm_folder("gpt2")], capture_output=True, text=True, check=True)
     assert max(map(float, run.stdout.split())) < 40, run.stdout
+
+
+def test_advice_names_options_that_there_are() -> None:
+    options = {field.name.replace("_", "-") for kind in (PrepareConfig, ActionsConfig) for field in fields(kind)}
+    found = set()
+    for room in ("corpus", "text"):
+        for file in Path(planlm.__file__).parent.joinpath(room).glob("*.py"):
+            found |= {(file.name, flag) for flag in re.findall(r"--([a-z][a-z-]*[a-z])\b", file.read_text())}
+    assert len(found) > 10
+    assert {(file, flag) for file, flag in found if flag not in options} == set()

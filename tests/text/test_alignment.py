@@ -205,3 +205,14 @@ def test_unknown_names_are_refused_in_one_line(monkeypatch: pytest.MonkeyPatch, 
             load_tokenizer(name)
         assert name in str(caught.value) and "\n" not in str(caught.value)
     assert resolve(empty, "lm") == empty
+
+
+def test_fingerprint_leaves_out_special_tokens_that_no_text_has() -> None:
+    tokenizer = byte_level(trim=True)
+    before = tokenizer_fingerprint(tokenizer)
+    ids = tokenize(tokenizer, TEXT, split_sentences(TEXT))[0]
+    tokenizer.add_special_tokens({"pad_token": "[PAD]"})
+    assert tokenizer_fingerprint(tokenizer) == before
+    assert tokenize(tokenizer, TEXT + "[PAD]", split_sentences(TEXT))[0][: len(ids) - 1] == ids[:-1]
+    tokenizer.add_tokens(["café"])  # found in text
+    assert tokenizer_fingerprint(tokenizer) != before
