@@ -30,7 +30,7 @@ from planlm.config import (
     ReportConfig,
 )
 from planlm.errors import InputError, MachineError
-from planlm.files import check_own, write_text
+from planlm.files import check_own, read_json, write_text
 from planlm.quickstart.leads import leads
 from planlm.quickstart.table import KEPT, Table, collect
 
@@ -108,7 +108,7 @@ def _open(out: Path, config: QuickstartConfig) -> None:
     record = out / "settings.json"
     settings = {"seed": config.seed, "version": __version__}
     if record.is_file():
-        if json.loads(record.read_text()) != settings:
+        if read_json(record) != settings:
             raise InputError(f"{out}: holds a quickstart with other settings; delete it or choose another --out")
     elif out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise InputError(f"{out}: holds other files; choose another --out")
@@ -121,7 +121,7 @@ class _Clock:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.seconds: dict[str, float] = json.loads(path.read_text()) if path.is_file() else {}
+        self.seconds: dict[str, float] = read_json(path) if path.is_file() else {}
 
     @contextlib.contextmanager
     def stage(self, name: str) -> Iterator[None]:
@@ -167,7 +167,7 @@ def _planner(out: Path, seed: int) -> dict[str, Any]:
 
     metrics = out / "planner" / "planner_metrics.json"
     if metrics.is_file():
-        return dict(json.loads(metrics.read_text()))
+        return read_json(metrics)
     return pretrain_planner(PlannerConfig(corpus=str(out / "corpus"), out=str(out / "planner"), seed=seed, resume=True))
 
 

@@ -14,10 +14,8 @@ from planlm.config import ReportConfig
 from planlm.errors import InputError
 from planlm.files import write_text
 from planlm.report.plots import SERIES, curves_figure, perplexity_figure, to_svg
-from planlm.report.results import Run, compare_runs, load_runs
+from planlm.report.results import SPLITS, Run, compare_runs, load_runs
 from planlm.report.tables import PLANNER_METRICS, ROW_HEADINGS, describe, row_cells
-
-SPLITS = ("test", "validation", "train")
 
 _REACHES_PLANNER = ("soft", "straight-through", "gumbel", "gumbel-hard", "top-k")
 """Plans through which a run's training reaches the planner."""
@@ -42,7 +40,7 @@ def write_report(config: ReportConfig) -> Path:
         raise InputError(f"{out}: is a folder; expected the page's file name, such as {out / 'report.html'}")
     page = render(load_runs(config.runs))
     out.parent.mkdir(parents=True, exist_ok=True)
-    write_text(out, page)
+    write_text(out, page.encode("utf-8", "backslashreplace").decode())  # JSON can hold halves of characters
     return out
 
 

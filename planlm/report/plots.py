@@ -14,6 +14,7 @@ from typing import Any
 
 from planlm.errors import InputError
 from planlm.files import replacing
+from planlm.report.tables import perplexity
 
 try:
     import matplotlib as mpl
@@ -42,6 +43,9 @@ CURVES = (
 _OUTLIER = 4.0
 """A single row this many times farther from the reference than the next is drawn at the edge, for the others' sake."""
 
+_LARGEST = 1e12
+"""Perplexity of a model that has diverged beyond drawing."""
+
 _STYLE: dict[Any, Any] = {
     "font.family": "sans-serif",
     "font.size": 10,
@@ -58,6 +62,7 @@ _STYLE: dict[Any, Any] = {
     "grid.color": GRID,
     "figure.facecolor": PAPER,
     "svg.fonttype": "none",
+    "text.parse_math": False,  # a run may be called $$
 }
 
 
@@ -69,7 +74,7 @@ def perplexity_figure(result: dict[str, Any]) -> Figure:
     Args:
         result: what `planlm evaluate` writes for a split: `rows`, `versus`, `split`.
     """
-    rows = result["rows"]
+    rows = [row | {"perplexity": min(row["perplexity"], _LARGEST), "shown": perplexity(row)} for row in result["rows"]]
     reference = next(row for row in rows if row["plan"] == result["versus"])
     low, high, off_scale = _limits(rows)
     with mpl.rc_context(_STYLE):
@@ -126,7 +131,7 @@ def curves_figure(runs: dict[str, Sequence[dict[str, Any]]]) -> Figure | None:
 
 def save_png(figure: Figure, path: str | Path) -> None:
     """Write a figure as PNG."""
-    with replacing(Path(path)) as file:
+    with mpl.rc_context(_STYLE), replacing(Path(path)) as file:
         figure.savefig(file, format="png", dpi=160)
 
 
@@ -172,14 +177,19 @@ def _draw_row(axes: Axes, height: int, row: dict[str, Any], reference: float, ed
         )  # fmt: skip
     else:
         if row["ci95"] is not None:
-            ends = [reference * math.exp(nats) for nats in row["ci95"]]
+            ends = [_drawn(reference, nats) for nats in row["ci95"]]
             axes.plot(ends, [height, height], color=color, linewidth=2.4, solid_capstyle="butt", alpha=0.6, zorder=2)
         filled = color if decided or is_reference else PAPER
         axes.plot(row["perplexity"], height, "o", color=color, markerfacecolor=filled, markersize=6.5, zorder=3)
-    label = f"{row['perplexity']:.2f}"
+    label = row["shown"]
     if not is_reference:
         label += f"   {row['delta']:+.4f} nats".replace("-", "−")
     axes.annotate(label, (1.02, height), xycoords=("axes fraction", "data"), va="center", fontsize=9.5, color=INK)
+
+
+def _drawn(reference: float, nats: float) -> float:
+    """The perplexity that lies so many nats above a reference, as far as it can be drawn."""
+    return min(reference * math.exp(min(nats, 100.0)), _LARGEST)
 
 
 def _limits(rows: list[dict[str, Any]]) -> tuple[float, float, dict[str, float]]:
@@ -191,7 +201,7 @@ def _limits(rows: list[dict[str, Any]]) -> tuple[float, float, dict[str, float]]
         beyond = distances[-1][1]
     shown = [row for row in rows if row["plan"] != beyond]
     ends = [row["perplexity"] for row in shown]
-    ends += [reference * math.exp(nats) for row in shown if row["ci95"] is not None for nats in row["ci95"]]
+    ends += [_drawn(reference, nats) for row in shown if row["ci95"] is not None for nats in row["ci95"]]
     margin = 0.06 * (max(ends) - min(ends)) or 0.01 * reference
     low, high = min(ends) - margin, max(ends) + margin
     if beyond is None:

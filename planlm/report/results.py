@@ -13,9 +13,35 @@ import yaml
 
 from planlm.errors import InputError
 from planlm.evaluation.significance import DocumentScores, compare_rows
+from planlm.files import read_json
+from planlm.report.shapes import misfit
+from planlm.report.tables import PLANNER_METRICS
 
 CONFIG, METRICS, PLANNER = "config.yaml", "metrics.jsonl", "planner_metrics.json"
 EVALUATION, GENERATION = "evaluation.json", "generation.json"
+SPLITS = ("test", "validation", "train")
+LOGGED = ("lm_loss", "planner_loss", "planner_accuracy", "planner_entropy", "loss", "tokens_per_second", "seconds")
+"""What is shown of lines of metrics.jsonl, besides the step."""
+
+LARGEST_NLL = 700.0
+"""Nats per token; float64 ends at a perplexity of exp(709)."""
+
+_PLANNER = {"num_actions": int, "sentences": int, **{f"{key}?": float for key, _ in PLANNER_METRICS}}
+_RESULT = {
+    "split": str, "window": int, "stride": int, "tokens": int, "documents": int, "versus": str,
+    "rows": [
+        {"plan": str, "perplexity": float, "delta": float, "ci95": (None, [float]), "tokens": int,
+         "documents": int, "verdict": str}
+    ],
+    "scores": {"tokens": [int], "nll": {"*": [float]}},
+    "planner?": (None, _PLANNER),
+}  # fmt: skip
+_GENERATION = {
+    "prompt": str, "text": str, "selection": str,
+    "plan": [{"sentence": str, "forced": (None, int), "actions": [{"action": int, "probability": float}]}],
+}  # fmt: skip
+_LINE = {"step": int, **{f"{key}?": (None, float) for key in LOGGED}}
+"""Shapes of what is read, as `misfit` takes them."""
 
 _NONE: dict[str, Any] = {"scores": {"nll": {}}}
 """Stands for the evaluation of a run that has none."""
@@ -116,54 +142,93 @@ def _load_run(name: str, folder: Path) -> Run:
         path=folder,
         config=_read_yaml(folder / CONFIG),
         metrics=_read_lines(folder / METRICS),
-        planner=_read_json(folder / PLANNER),
+        planner=_read_object(folder / PLANNER, _PLANNER | {"split": str}),
         evaluation=_read_evaluation(folder / EVALUATION),
-        generation=_read_json(folder / GENERATION),
+        generation=_read_object(folder / GENERATION, _GENERATION),
     )
 
 
 def _read_evaluation(path: Path) -> dict[str, Any]:
-    content = _read_json(path)
+    content = read_json(path) if path.exists() else {}
     for split, result in content.items():
-        if not isinstance(result, dict) or not {"rows", "scores", "window", "stride"} <= result.keys():
-            raise InputError(f"{path}: {split!r} is no result of planlm evaluate; delete the file and evaluate again")
+        fault = misfit(result, _RESULT) or _contradiction(split, result)
+        if fault is not None:
+            raise InputError(
+                f"{path}: {split!r} is no result of planlm evaluate ({fault}); delete the file and evaluate again"
+            )
     return content
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def _contradiction(split: str, result: dict[str, Any]) -> str | None:
+    """What the parts of a result do not agree in."""
+    rows, tokens = result["rows"], result["scores"]["tokens"]
+    plans = [row["plan"] for row in rows]
+    if split not in SPLITS or result["split"] != split:
+        return "no such split"
+    references = [row["plan"] for row in rows if row["verdict"] == "reference"]
+    if references != [result["versus"]] or len(set(plans)) < len(rows):
+        return f"rows: expected every plan once, and {result['versus']!r} as the only reference"
+    for row in rows:
+        if row["perplexity"] <= 0 or any(abs(nats) > LARGEST_NLL for nats in (row["delta"], *(row["ci95"] or ()))):
+            return f"rows: {row['plan']!r} has figures that cannot be"
+        if row["ci95"] is not None and len(row["ci95"]) != 2:
+            return f"rows: {row['plan']!r} has an interval without two ends"
+    if not sum(tokens):
+        return "scores: no tokens"
+    for plan, nll in result["scores"]["nll"].items():
+        if len(nll) != len(tokens) or not 0 <= sum(nll) / sum(tokens) < LARGEST_NLL:
+            return f"scores: those of {plan!r} do not fit the tokens"
+    return None
+
+
+def _check_file(path: Path) -> None:
+    if not path.is_file():  # a pipe would be waited for
+        raise InputError(f"{path}: not a file; delete it")
+
+
+def _read_object(path: Path, shape: Any) -> dict[str, Any]:
+    """The object in a JSON file, checked against its shape; empty where there is no file."""
     if not path.exists():
         return {}
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise InputError(f"{path}: not valid JSON ({error}); delete it and make it again") from None
-    if not isinstance(content, dict):
-        raise InputError(f"{path}: expected a JSON object, got {type(content).__name__}; delete it and make it again")
+    content = read_json(path)
+    if content and (fault := misfit(content, shape)) is not None:
+        raise InputError(f"{path}: {fault}; delete it and make it again")
     return content
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:
     if not path.exists():
         return {}
+    _check_file(path)
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, ValueError) as error:
-        raise InputError(f"{path}: not valid YAML ({' '.join(str(error).split())})") from None
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        reason = "nested too deeply" if isinstance(error, RecursionError) else " ".join(str(error).split())
+        raise InputError(f"{path}: not valid YAML ({reason})") from None
     if not isinstance(content, dict):
         raise InputError(f"{path}: expected keys and values, got {type(content).__name__}")
+    for key, value in content.items():
+        if isinstance(value, dict | list | set | tuple):  # shown, a few lines of these can become gigabytes
+            raise InputError(f"{path}: {key}: expected one value, got {type(value).__name__}")
+        if isinstance(value, int) and abs(value) >= 2**63:
+            raise InputError(f"{path}: {key}: a number too large")
     return content
 
 
 def _read_lines(path: Path) -> list[dict[str, Any]]:
     if not path.exists():
         return []
-    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
-    objects = []
+    _check_file(path)
+    lines = path.read_text(encoding="utf-8", errors="replace").removesuffix("\n").split("\n")
+    objects: list[dict[str, Any]] = []
     for number, line in enumerate(lines, start=1):
         try:
-            objects.append(json.loads(line))
-        except ValueError:
+            content = json.loads(line, parse_constant=lambda name: None)  # NaN: as if it had not been logged
+        except (ValueError, RecursionError):
             if number == len(lines):  # a run that is being written, or was killed while it wrote
                 break
             raise InputError(f"{path}:{number}: not valid JSON; delete the line") from None
+        if (fault := misfit(content, _LINE)) is not None:
+            raise InputError(f"{path}:{number}: {fault}; delete the line")
+        objects.append(content)
     return objects

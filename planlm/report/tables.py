@@ -34,13 +34,18 @@ def row_cells(row: dict[str, Any]) -> list[str]:
     interval = row["ci95"]
     return [
         row["plan"],
-        f"{row['perplexity']:.2f}",
+        perplexity(row),
         "0" if is_reference else f"{row['delta']:+.4f}".replace("-", "−"),
         "–" if interval is None else "[{:+.4f}, {:+.4f}]".format(*interval).replace("-", "−"),
         f"{row['tokens']:,}",
         f"{row['documents']:,}",
         row["verdict"],
     ]
+
+
+def perplexity(row: dict[str, Any]) -> str:
+    """A row's perplexity; that of a diverged model has up to 300 digits."""
+    return f"{row['perplexity']:.2f}" if row["perplexity"] < 1e7 else f"{row['perplexity']:.2e}"
 
 
 ROW_HEADINGS = ("plan", "perplexity", "difference", "95 % interval", "tokens", "documents", "verdict")
