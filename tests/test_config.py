@@ -204,7 +204,7 @@ def test_advice_names_options_that_there_are() -> None:
         "corpus/codebook.py": flags["prepare"], "corpus/sources.py": flags["prepare"],
         "corpus/shards.py": flags["prepare"], "evaluation/evaluate.py": flags["evaluate"] | before | {"--top-k"},
     }  # fmt: skip
-    every = set().union(*flags.values()) | {"--version", "--help", "--config", "--nproc-per-node"}
+    every = set().union(*flags.values()) | {"--version", "--help", "--config", "--nproc-per-node", "--no-deps"}
     named = re.compile(r"(?<![\w-])--[a-z][a-z-]*[a-z]")
     for path in (ROOT / "planlm").rglob("*.py"):
         name = path.relative_to(ROOT / "planlm").as_posix()

@@ -62,4 +62,5 @@ class PlanLMConfig(PretrainedConfig):
 
     @vocab_size.setter
     def vocab_size(self, size: int) -> None:
+        """Of both, as `resize_token_embeddings` sets it."""
         self.get_text_config().vocab_size = size
