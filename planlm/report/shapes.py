@@ -8,7 +8,9 @@ from typing import Any
 _LARGEST_COUNT = 2**53
 """Whole numbers that float64 holds one by one."""
 
-_WORDS: dict[Any, str] = {str: "a text", int: "a count", float: "a finite number", None: "null", list: "a list", dict: "an object"}
+_WORDS: dict[Any, str] = {
+    str: "a text", int: "a count", float: "a finite number", None: "null", list: "a list", dict: "an object",
+}  # fmt: skip
 
 
 def misfit(value: Any, shape: Any, where: str = "") -> str | None:
