@@ -12,6 +12,7 @@ import importlib.util
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -164,7 +165,17 @@ def _triton_lacks(device: str, index: int | None) -> str | None:
         return f"triton has no {device} implementation"
     elif torch.cuda.get_device_capability(index) < (8, 0):
         return f"triton needs a GPU of compute capability 8.0, and {torch.cuda.get_device_name(index)} has less"
+    else:
+        return environment.no_launchers() or _foreign_cache()
     return None
+
+
+def _foreign_cache() -> str | None:
+    """Why Triton's own cache, from which it loads launchers and kernels, is not to be trusted."""
+    from triton import knobs
+
+    reason = environment.not_ours(Path(knobs.cache.dir))
+    return reason and f"others may put code into Triton's cache ({reason}): set TRITON_CACHE_DIR to a folder of yours"
 
 
 def _register_triton(device: str) -> None:

@@ -78,13 +78,19 @@ def _library() -> Path:
         key.update(text.encode() + b"\0")
     try:
         folder = environment.cache() / "operators"
-    except RuntimeError:  # no home directory
-        raise Unavailable("there is no home directory to keep the C++ operators in: set PLANLM_CACHE") from None
+    except RuntimeError as problem:
+        raise Unavailable(f"{problem}, to keep the C++ operators in") from None
     library = folder / f"planlm-{key.hexdigest()[:20]}.so"
     try:
+        folder.mkdir(mode=0o755, parents=True, exist_ok=True)
+        # A checksum says that the library is whole, not whose it is.
+        if (reason := environment.not_ours(folder) or environment.not_ours(library)) is not None:
+            raise Unavailable(
+                f"the C++ operators are not loaded from {folder}, where others may put code ({reason}): "
+                "set PLANLM_CACHE to a folder that only you can write"
+            )
         if _is_sound(library):
             return library
-        folder.mkdir(parents=True, exist_ok=True)
         with _lock(folder / "lock"):
             if not _is_sound(library):
                 for left in folder.glob("build-*"):  # by a process that was killed: whoever builds holds the lock
@@ -118,11 +124,12 @@ def _compile(sources: list[Path], library: Path) -> None:
     # Imported here: it takes a third of a second, and the library is nearly always there.
     from torch.utils import cpp_extension
 
-    if not cpp_extension.is_ninja_available():
+    ninja = environment.ninja()
+    if ninja is None:
         raise Unavailable("no ninja to compile the C++ operators with: pip install ninja")
     logger.warning("planlm.kernels: compiling the C++ operators, once, in about a minute")
     start = time.perf_counter()
-    with tempfile.TemporaryDirectory(dir=library.parent, prefix="build-") as build:
+    with tempfile.TemporaryDirectory(dir=library.parent, prefix="build-") as build, _tools(ninja):
         try:
             cpp_extension.load(
                 "planlm_operators",
@@ -135,11 +142,28 @@ def _compile(sources: list[Path], library: Path) -> None:
         except (RuntimeError, subprocess.SubprocessError, OSError) as problem:
             raise Unavailable(f"the C++ operators do not compile ({_first_error(str(problem))})") from None
         made = Path(build) / "planlm_operators.so"
+        made.chmod(0o755)  # whatever the umask allows others
         digest = made.with_suffix(".sha256")
         digest.write_text(hashlib.sha256(made.read_bytes()).hexdigest())
         os.replace(made, library)
         os.replace(digest, library.with_suffix(".sha256"))
     logger.warning("planlm.kernels: compiled in %.0f s", time.perf_counter() - start)
+
+
+@contextmanager
+def _tools(ninja: str) -> Iterator[None]:
+    """What torch's build calls is on the path and in `CXX` for as long as it runs."""
+    before = dict(os.environ)
+    os.environ["PATH"] = os.pathsep.join([str(Path(ninja).parent), os.environ.get("PATH", os.defpath)])
+    os.environ.setdefault("CXX", environment.compiler())
+    try:
+        yield
+    finally:
+        for name in ("PATH", "CXX"):
+            if name in before:
+                os.environ[name] = before[name]
+            else:
+                del os.environ[name]
 
 
 def _first_error(output: str) -> str:

@@ -25,6 +25,7 @@ from typing import Any
 from planlm import __version__, arguments, config, show
 from planlm.allocator import keep_memory, start_with_huge_pages
 from planlm.errors import InputError, MachineError
+from planlm.home import ensure_home
 from planlm.quiet import silence_libraries
 from planlm.ranks import local_rank, num_ranks, rank
 from planlm.terminal import encodable, open_streams, visible
@@ -172,6 +173,7 @@ def _run(argv: list[str], is_program: bool) -> int:
         )
     except SystemExit:  # --help and --version
         return _print("")
+    ensure_home()
     silence_libraries()
     if command.allocates:
         if is_program:

@@ -6,7 +6,6 @@ import importlib.metadata
 import importlib.util
 import os
 import platform
-import shutil
 import time
 from pathlib import Path
 from typing import Any
@@ -119,7 +118,7 @@ def _operators(where: torch.device) -> dict[str, Any]:
     found: dict[str, Any] = {
         "triton": _version("triton") if importlib.util.find_spec("triton") else "not installed",
         "C++ compiler": environment.compiler_program() or "none found; set CXX or install g++",
-        "ninja": shutil.which("ninja") or _version("ninja"),
+        "ninja": environment.ninja() or "none found; pip install ninja",
     }
     for backend in BACKENDS:
         reason = why_not(backend, "plan_projection", where, torch.float32)

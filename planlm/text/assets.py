@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import io
-import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -102,8 +101,17 @@ def absolute(name: str, beside: Path | None = None) -> str:
 
 
 def cache_folder() -> Path:
-    """The folder for what is converted once: $PLANLM_CACHE, or ~/.cache/planlm."""
-    return Path(os.environ.get("PLANLM_CACHE") or Path.home() / ".cache" / "planlm")
+    """The folder for what is converted once: $PLANLM_CACHE, or ~/.cache/planlm.
+
+    Raises:
+        MachineError: neither is to be had.
+    """
+    from planlm.kernels import environment  # brings torch, as what is loaded from there does
+
+    try:
+        return environment.cache()
+    except RuntimeError as error:
+        raise MachineError(str(error)) from None
 
 
 def hub_within_reach() -> bool:
@@ -141,12 +149,22 @@ def _converted(name: str, gguf: Path) -> Path:
 
     Of two processes that convert at once the later one's stays.
     """
+    from planlm.kernels import environment
+
     target = cache_folder() / f"{name.replace('/', '--')}-{gguf.stem.rpartition('.')[2]}-bf16"
+    if (reason := environment.not_ours(target)) is not None:
+        raise MachineError(f"{target}: others may put weights there ({reason}); set PLANLM_CACHE to a folder of yours")
     if target.is_dir():
         return target
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        where = f"{name} cannot be converted into {target.parent} ({error.strerror})"
+        raise MachineError(f"{where}; set PLANLM_CACHE to a folder that you can write") from None
     print(f"Converting {name} to safetensors, once (about 20 s): {target}", file=sys.stderr, flush=True)
     with replacing_folder(target) as beside, loading(name, "lm"):
         _convert(gguf, beside)
+    target.chmod(0o755)  # whatever the umask allows others
     return target
 
 
