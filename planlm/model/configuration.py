@@ -2,10 +2,58 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable, Mapping
+from numbers import Integral, Real
 from typing import Any, ClassVar
 
 from transformers import AutoConfig, PretrainedConfig
 from transformers.configuration_utils import SubConfigSpec
+
+from planlm.config import SELECTIONS
+from planlm.errors import InputError
+
+Rule = tuple[str, Callable[[Any], bool]]
+"""What a value has to be, in words and as a check."""
+
+COUNT: Rule = ("a whole number of at least 1", lambda value: _is_number(value, Integral) and value >= 1)
+DROPOUT: Rule = ("a number from 0 to below 1", lambda value: _is_number(value, Real) and 0 <= value < 1)
+TEXT: Rule = ("a text", lambda value: isinstance(value, str))
+_RULES: dict[str, Rule] = {
+    "num_actions": COUNT,
+    "action_dim": COUNT,
+    "planner_layers": COUNT,
+    "planner_heads": COUNT,
+    "planner_dropout": DROPOUT,
+    "conditioned_layers": ("a whole number", lambda value: _is_number(value, Integral)),  # the model knows how many
+    "gate": ("true or false", lambda value: isinstance(value, bool)),
+    "selection": (f"one of {', '.join(SELECTIONS)}", lambda value: value in SELECTIONS),
+    "plan_temperature": ("a number above 0", lambda value: _is_number(value, Real) and 0 < value < math.inf),
+    "plan_top_k": ("null or a whole number of at least 1", lambda value: value is None or COUNT[1](value)),
+    "gumbel_scale": ("a number of at least 0", lambda value: _is_number(value, Real) and 0 <= value < math.inf),
+    "encoder": TEXT,
+    "codebook_fingerprint": TEXT,
+    "tokenizer_fingerprint": TEXT,
+}
+
+
+def check_values(values: Mapping[str, Any], rules: Mapping[str, Rule]) -> None:
+    """Refuse values that break their rules.
+
+    Raises:
+        InputError: names them all in one line.
+    """
+    wrong = [
+        f"{name} {str(values[name])[:40]!r}: expected {words}"
+        for name, (words, holds) in rules.items()
+        if not holds(values[name])
+    ]
+    if wrong:
+        raise InputError("; ".join(wrong))
+
+
+def _is_number(value: Any, kind: type) -> bool:
+    return isinstance(value, kind) and not isinstance(value, bool)
 
 
 class PlanLMConfig(PretrainedConfig):
@@ -25,6 +73,9 @@ class PlanLMConfig(PretrainedConfig):
             and `../...` are looked for from the model's own folder first, so that both may be moved together. Empty:
             every text is planned as one sentence.
         tokenizer_fingerprint: of the tokenizer saved with the model; see `alignment.tokenizer_fingerprint`.
+
+    Raises:
+        InputError: values that no model can have, all of them in one line.
     """
 
     model_type = "planlm"
@@ -50,6 +101,15 @@ class PlanLMConfig(PretrainedConfig):
     encoder: str = ""
     codebook_fingerprint: str = ""
     tokenizer_fingerprint: str = ""
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        """Refuse values that no model can have; `text_config` is checked by its own class."""
+        super().__post_init__(**kwargs)
+        check_values(vars(self), _RULES)
+        if self.selection == "top-k" and self.plan_top_k is None:
+            raise InputError("selection 'top-k': plan_top_k is missing")
+        if self.plan_top_k is not None and self.plan_top_k > self.num_actions:
+            raise InputError(f"plan_top_k {self.plan_top_k}: more than the {self.num_actions} actions")
 
     @classmethod
     def register_for_auto_class(cls, auto_class: str = "AutoConfig") -> None:

@@ -61,6 +61,7 @@ def load_lm(name: str, dtype: torch.dtype) -> PreTrainedModel:
     config, folder = lm_config(name), resolve(name, "lm")
     where = _reach(folder)
     with loading(name, "lm"):
+        _check_generation(folder)
         stored = stored_tensors(folder, **where)
         check_sizes(name, config, stored, lambda: AutoModelForCausalLM.from_config(copy.deepcopy(config)))
         lm, info = AutoModelForCausalLM.from_pretrained(
@@ -91,14 +92,26 @@ def load_model(run: str) -> PlanLMForCausalLM:
         described = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         model_type = described.get("model_type") if isinstance(described, dict) else None
         if model_type != PlanLMConfig.model_type:
-            raise InputError(
-                f"{folder}: a {model_type} model, not a joint model of PlanLM; make one with `planlm train`"
-            )
+            found = f"a {model_type} model" if model_type else "config.json without a model_type"
+            raise InputError(f"{folder}: {found}, not a joint model of PlanLM; make one with `planlm train`")
+        _check_generation(str(folder))
         model: PlanLMForCausalLM = AutoModelForCausalLM.from_pretrained(
             folder, dtype=torch.float32, trust_remote_code=False, local_files_only=True
         )
         assert model.tokenizer is not None  # read now: a folder without one is refused before any work
     return model.to(device()).eval()
+
+
+def _check_generation(folder: str) -> None:
+    """Refuse a damaged generation_config.json: transformers takes it for none, and texts then have no end."""
+    path = Path(folder, "generation_config.json")
+    if not path.is_file():
+        return
+    settings = json.loads(path.read_text(encoding="utf-8"))
+    for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        ids = settings.get(key)
+        if not all(isinstance(it, int) for it in (ids if isinstance(ids, list) else [ids or 0])):
+            raise InputError(f"{path}: {key} {ids!r}: expected a token's number; mend it")
 
 
 class ModelFolder(PreTrainedModel):
@@ -199,9 +212,20 @@ class ModelFolder(PreTrainedModel):
 
     @property
     def encoder(self) -> SentenceEncoder:
-        """The sentence encoder of `config.encoder`, loaded at first use."""
+        """The sentence encoder of `config.encoder`, loaded at first use.
+
+        Raises:
+            InputError: it cannot be loaded, or its embeddings are not of the model's dimension.
+        """
         if self._encoder is None:
-            self._encoder = SentenceEncoder(self._encoder_name or self.config.encoder)
+            name = self._encoder_name or self.config.encoder
+            encoder = SentenceEncoder(name)
+            if encoder.dim != self.config.action_dim:
+                raise InputError(
+                    f"{name}: embeds in {encoder.dim} dimensions, the model was trained on {self.config.action_dim}; "
+                    "set `encoder` in its config.json to the encoder of its corpus"
+                )
+            self._encoder = encoder
         return self._encoder
 
     @encoder.setter

@@ -22,6 +22,17 @@ from torch import Tensor, nn
 
 from planlm.errors import InputError
 from planlm.kernels import packed_attention
+from planlm.model.configuration import COUNT, DROPOUT, TEXT, Rule, check_values
+from planlm.text.weights import check_finite, check_packed, read_header
+
+_RULES: dict[str, Rule] = {
+    "action_dim": COUNT,
+    "num_actions": COUNT,
+    "layers": COUNT,
+    "heads": COUNT,
+    "dropout": DROPOUT,
+    "codebook_fingerprint": TEXT,
+}
 
 
 def sinusoidal_positions(length: int, width: int, device: torch.device) -> Tensor:
@@ -167,13 +178,25 @@ class Planner(nn.Module):
         Raises:
             InputError: no planner in `folder`, or an unreadable one.
         """
+        weights = folder / "planner.safetensors"
         try:
-            planner = cls(**json.loads((folder / "planner.json").read_text()))
-            planner.load_state_dict(load_file(folder / "planner.safetensors"))
+            settings = json.loads((folder / "planner.json").read_text(encoding="utf-8"))
+            check_values(settings, _RULES)
+            stored = read_header(weights)
+            check_packed(str(weights), stored)
+            if settings["layers"] > len(stored):
+                raise InputError(f"{settings['layers']} layers, and {len(stored)} tensors are stored")
+            with torch.device("meta"):  # memory is taken for what is stored, not for what the settings say
+                planner = cls(**settings)
+            planner.load_state_dict(load_file(weights), assign=True)
+            check_finite(str(weights), planner)
         except FileNotFoundError as error:
             raise InputError(
                 f"{folder}: no planner here ({error.filename} is missing); make one with `planlm pretrain-planner`"
             ) from None
         except Exception as error:
-            raise InputError(f"{folder}: planner cannot be read: {str(error).splitlines()[0]}") from None
-        return planner
+            reason = " ".join((str(error) or type(error).__name__).split())
+            raise InputError(
+                f"{folder}: planner cannot be read ({reason[:300]}); make it again with `planlm pretrain-planner`"
+            ) from None
+        return planner.float()

@@ -41,8 +41,13 @@ def read_tokenizer(folder: str, name: str = "", **where: Any) -> PreTrainedToken
         where["local_files_only"] = True
     with loading(name, "tokenizer"):
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, **where)
-    if not isinstance(tokenizer, PreTrainedTokenizerFast):
-        raise InputError(f"{name}: its tokenizer gives no character offsets; give a model with a tokenizer.json")
+        if not isinstance(tokenizer, PreTrainedTokenizerFast):
+            raise InputError(f"{name}: its tokenizer gives no character offsets; give a model with a tokenizer.json")
+        # Where there is no vocabulary transformers makes an empty tokenizer, which drops all text.
+        if not tokenizer("A word.", add_special_tokens=False, verbose=False).input_ids:
+            raise InputError(f"{name}: its tokenizer has no vocabulary; give a model with a tokenizer.json")
+    for key in where:  # transformers would write them, a hub token too, into every folder the tokenizer is saved to
+        tokenizer.init_kwargs.pop(key, None)
     return tokenizer
 
 

@@ -43,6 +43,8 @@ def resolve(name: str, kind: Kind) -> str:
     Raises:
         InputError: `name` looks like a path and there is no such folder.
     """
+    if not name:
+        raise InputError(f"no name of a {_KIND_NAMES[kind]}: give a folder or a hub name")
     if Path(name).is_dir():
         return name
     if name.startswith((".", "/", "~")) or name.count("/") > 1 or Path(name).exists():
@@ -70,8 +72,10 @@ def loading(name: str, kind: Loaded) -> Iterator[None]:
     """
     try:
         yield
-    except (InputError, MachineError, MemoryError):
+    except (MachineError, MemoryError):
         raise
+    except InputError as error:
+        raise error if name in str(error) else InputError(f"{name}: {error}") from error.__cause__
     except Exception as error:
         text = " ".join(str(error).split())
         if "No space left" in text:
@@ -81,6 +85,8 @@ def loading(name: str, kind: Loaded) -> Iterator[None]:
         if "can't allocate memory" in text or type(error).__name__ == "OutOfMemoryError":
             raise
         advice = "give a folder that holds one or a hub name, with the hub within reach"
+        if Path(name).is_dir():
+            advice = "give the folder of one, as save_pretrained writes it"
         if "trust_remote_code" in text:
             text, advice = "it brings code of its own, which PlanLM does not run", "give a model of transformers' own"
         raise InputError(

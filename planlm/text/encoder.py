@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from planlm.errors import InputError
 from planlm.precision import compute_dtype
 from planlm.text.assets import absolute, loading, resolve
 from planlm.text.weights import check_encoder, check_finite, checked_loads
@@ -68,10 +69,10 @@ class SentenceEncoder:
                         local_files_only=is_folder,
                         model_kwargs={"use_safetensors": True},
                     )
+                check_finite(name, self._model)
         finally:
             if not quiet:
                 logging.enable_progress_bar()
-        check_finite(name, self._model)
         self._model.eval().float().requires_grad_(False)
         if compute_dtype(precision, self._model.device) == torch.bfloat16:
             for module in self._model.modules():
@@ -88,8 +89,7 @@ class SentenceEncoder:
         limit = self._model.max_seq_length
         self._limit = int(limit) if limit and limit < 1 << 20 else 1 << 20  # some say None, infinity or 10**30
         with loading(name, "encoder"):
-            # Asked of the model itself, since not all modules say how wide their output is.
-            self.dim: int = self._embed(["A sentence."]).shape[1]
+            self.dim: int = self._try(name)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> SentenceEncoder:
         return self
@@ -97,6 +97,16 @@ class SentenceEncoder:
     def __reduce__(self) -> tuple[Any, ...]:
         name, precision = self._reduced
         return functools.partial(SentenceEncoder, precision=precision), (name,)
+
+    def _try(self, name: str) -> int:
+        """The width of embeddings, asked of the model itself: not all modules say it, and some say it wrong.
+
+        Asked with one word of each of several scripts: without a vocabulary all of them are the same unknown token.
+        """
+        rows = self._embed(["cat", "7", "的", "и"])
+        if not np.isfinite(rows).all() or (self._tokenizer is not None and (rows == rows[0]).all()):
+            raise InputError(f"{name}: does not tell words apart; copy the encoder again, with its tokenizer")
+        return int(rows.shape[1])
 
     def encode(self, sentences: list[str]) -> np.ndarray:
         """Embed sentences.

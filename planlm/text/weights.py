@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -26,10 +27,13 @@ if TYPE_CHECKING:
 Stored = Mapping[str, tuple[str, tuple[int, ...]]]
 """safetensors' dtype name and the shape of each stored tensor, by key."""
 
-_KNOWN_EXTRA = re.compile(r"\.masked_bias$|rotary_emb\.inv_freq$|(^|\.)position_ids$")
+_CONSTANT = re.compile(r"(attn|attention)\.(masked_)?bias$|rotary_emb\.inv_freq$|(^|\.)position_ids$")
 """Constants that older versions of transformers stored with the weights and newer ones compute."""
 
 _FLOATS = ("F64", "F32", "F16", "BF16")
+_SEVERAL_TIMES = 4
+"""Room for what a wrong value adds: up to here the tensors themselves are compared, and the message names them."""
+
 _LAYERS = ("num_hidden_layers", "num_decoder_layers")
 _SHOWN = 3
 _CONVERT = (
@@ -69,14 +73,25 @@ def stored_tensors(name: str, **hub: Any) -> Stored:
     shards = [whole] if whole else _shards(name, Path(str(index)), find)
     stored: dict[str, tuple[str, tuple[int, ...]]] = {}
     for shard in shards:
-        try:
-            with safe_open(shard, framework="pt") as file:
-                for key in file.keys():  # noqa: SIM118  not a mapping
-                    view = file.get_slice(key)
-                    stored[key] = (view.get_dtype(), tuple(view.get_shape()))
-        except (SafetensorError, OSError) as error:
-            raise InputError(f"{shard}: damaged ({error}); copy or save the model again") from None
+        stored |= read_header(shard)
     return stored
+
+
+def read_header(path: str | Path) -> Stored:
+    """What one safetensors file holds.
+
+    Raises:
+        InputError: it cannot be read.
+        FileNotFoundError: there is none.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            views = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118  not a mapping
+            return {key: (view.get_dtype(), tuple(view.get_shape())) for key, view in views.items()}
+    except FileNotFoundError:
+        raise
+    except (SafetensorError, OSError) as error:
+        raise InputError(f"{path}: damaged ({error}); copy or save the model again") from None
 
 
 def _shards(name: str, index: Path, find: Callable[[str], str | None]) -> list[str]:
@@ -92,7 +107,7 @@ def _shards(name: str, index: Path, find: Callable[[str], str | None]) -> list[s
 
 
 def check_sizes(name: str, config: PreTrainedConfig, stored: Stored, build: Callable[[], nn.Module]) -> None:
-    """Refuse a configuration that describes more than is stored, before any memory is taken for it.
+    """Refuse a configuration of which nothing like it is stored, before any memory is taken for it.
 
     Quantised weights are packed in ways of their own and are left to transformers.
 
@@ -103,42 +118,38 @@ def check_sizes(name: str, config: PreTrainedConfig, stored: Stored, build: Call
         build: makes the model; called where tensors take no memory.
 
     Raises:
-        InputError: it describes more layers than there are tensors or more parameters than are stored, or integers
-            are stored in place of numbers.
+        InputError: it describes more layers than there are tensors, or several times the parameters that are stored;
+            or whole numbers are stored in place of weights.
     """
     if getattr(config, "quantization_config", None) is not None:
         return
+    check_packed(name, stored)
     text = config.get_text_config()
     layers = sum(int(getattr(text, key, 0) or 0) for key in _LAYERS) + getattr(config, "planner_layers", 0)
     if layers > len(stored):
         raise InputError(f"{name}: config.json says {layers:,} layers, and {len(stored)} tensors are stored; mend it")
-    if getattr(config, "is_encoder_decoder", False):  # of which an encoder of sentences is one half
-        return
     with torch.device("meta"):
-        model = build()
-    wanted = sum(tensor.numel() for key, tensor in model.named_parameters() if not _may_lack(key))
-    have = sum(_size(shape) for _, shape in stored.values())
-    if wanted > have:
+        wanted = sum(tensor.numel() for tensor in build().parameters())
+    have = sum(math.prod(shape) for _, shape in stored.values())
+    if wanted > _SEVERAL_TIMES * have:
         raise InputError(
-            f"{name}: config.json describes {wanted:,} parameters, and the weights hold {have:,}; the two are not of "
-            "the same model"
+            f"{name}: config.json describes {wanted:,} parameters, and the weights hold {have:,}: the two are not of "
+            "the same model; copy or save it again"
         )
-    floats = {key for key, tensor in model.named_parameters() if tensor.is_floating_point()}
-    prefix = getattr(model, "base_model_prefix", "")
+
+
+def check_packed(name: str, stored: Stored) -> None:
+    """Refuse weights stored as whole numbers or 8-bit floats, which would be read as if they were the weights."""
     packed = [
         f"{key} {dtype}"
         for key, (dtype, _) in stored.items()
-        if dtype not in _FLOATS and (key in floats or f"{prefix}.{key}" in floats)
+        if dtype not in _FLOATS and key.endswith((".weight", ".bias")) and not _CONSTANT.search(key)
     ]
     if packed:
-        raise InputError(f"{name}: quantised weights without a quantisation in config.json ({_several(packed)})")
-
-
-def _size(shape: Sequence[int]) -> int:
-    product = 1
-    for length in shape:
-        product *= length
-    return product
+        raise InputError(
+            f"{name}: quantised weights, and no quantization_config in config.json ({_several(packed)}); give the "
+            "model in bf16 or float32"
+        )
 
 
 def _may_lack(key: str) -> bool:
@@ -159,7 +170,7 @@ def check_loaded(name: str, info: Mapping[str, Any], *, extra: Callable[[str], b
     """
     missing = sorted(info["missing_keys"])
     unexpected = sorted(info["unexpected_keys"])
-    surplus = [key for key in unexpected if extra(key) and not _KNOWN_EXTRA.search(key)]
+    surplus = [key for key in unexpected if extra(key) and not _CONSTANT.search(key)]
     mismatched = [f"{key} {tuple(have)} for {tuple(want)}" for key, have, want in sorted(info["mismatched_keys"])]
     found = {"missing": missing, "not of this model": surplus, "of another shape": mismatched}
     problems = [f"{len(keys)} {what} ({_several(keys)})" for what, keys in found.items() if keys]
@@ -175,12 +186,12 @@ def check_loaded(name: str, info: Mapping[str, Any], *, extra: Callable[[str], b
 
 
 def _prefix(missing: Sequence[str], unexpected: Sequence[str]) -> str:
-    """What a wrapper (DDP, torch.compile, peft) has put before keys that would fit without; "" where it is not that."""
-    for key in unexpected:
-        for wanted in missing:
-            if key.endswith(f".{wanted}"):
-                return key.removesuffix(wanted)
-    return ""
+    """What a wrapper (DDP, torch.compile, peft) has put before keys that would fit without; "" where it is not that.
+
+    Most will do: tied weights are missing under one name only.
+    """
+    prefixes = {key.removesuffix(missing[-1]) for key in unexpected if missing and key.endswith(f".{missing[-1]}")}
+    return next((it for it in prefixes if 2 * len({it + key for key in missing} & set(unexpected)) > len(missing)), "")
 
 
 def check_finite(name: str, model: nn.Module) -> None:
@@ -217,7 +228,9 @@ def check_encoder(name: str, folder: Path) -> bool:
     from transformers import AutoConfig, AutoModel
 
     for found in sorted(folder.rglob("config.json")):
-        if '"model_type"' not in found.read_text(encoding="utf-8"):  # pooling, normalisation and the like
+        if '"model_type"' not in found.read_text(encoding="utf-8"):  # pooling, a dense layer and the like
+            if (weights := found.with_name("model.safetensors")).is_file():
+                check_packed(name, read_header(weights))
             continue
         config = AutoConfig.from_pretrained(found.parent, trust_remote_code=False, local_files_only=True)
         stored = stored_tensors(str(found.parent), local_files_only=True)
