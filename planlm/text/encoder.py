@@ -86,9 +86,9 @@ class SentenceEncoder:
             self._routed = {"task": "document" if "document" in routes else routes[0]}
         tokenizer = getattr(first, "tokenizer", None)
         self._tokenizer = tokenizer if isinstance(tokenizer, PreTrainedTokenizerBase) else None
-        limit = self._model.max_seq_length
-        self._limit = int(limit) if limit and limit < 1 << 20 else 1 << 20  # some say None, infinity or 10**30
         with loading(name, "encoder"):
+            limit = self._model.max_seq_length
+            self._limit = int(limit) if limit and limit < 1 << 20 else 1 << 20  # some say None, infinity or 10**30
             self.dim: int = self._try(name)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> SentenceEncoder:

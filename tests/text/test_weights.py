@@ -106,6 +106,10 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
         "does not tell words apart",
     ),
     "modules of another shape": (lambda at: (at / "modules.json").write_text("5"), "not iterable"),
+    "a length that is none": (
+        lambda at: configure(at, "sentence_bert_config.json", max_seq_length="x"),
+        "not supported between",
+    ),
     "an adapter": (lambda at: (at / "adapter_config.json").write_text("{}"), "merge_and_unload"),
 }
 
