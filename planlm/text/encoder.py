@@ -102,9 +102,10 @@ class SentenceEncoder:
         """The width of embeddings, asked of the model itself: not all modules say it, and some say it wrong.
 
         Asked with one word of each of several scripts: without a vocabulary all of them are the same unknown token.
+        Models with a list of words instead of a tokenizer may know none of them.
         """
         rows = self._embed(["cat", "7", "的", "и"])
-        if not np.isfinite(rows).all() or (self._tokenizer is not None and (rows == rows[0]).all()):
+        if self._tokenizer is not None and (not np.isfinite(rows).all() or (rows == rows[0]).all()):
             raise InputError(f"{name}: does not tell words apart; copy the encoder again, with its tokenizer")
         return int(rows.shape[1])
 
