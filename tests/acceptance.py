@@ -84,10 +84,10 @@ class Shell:
         begin = time.monotonic()
         done = subprocess.run(words, cwd=self.folder, env=environment, capture_output=True, text=True)
         Shell.output = done.stdout + done.stderr
-        good = done.returncode == 0 and "Traceback" not in done.stderr
+        good = not done.returncode and "Traceback" not in done.stderr
         line = shown or shlex.join(words).replace(PLANLM, "planlm").replace(shlex.join(TORCHRUN), "torchrun planlm")
-        prefix = "" if threads is None else f"OMP_NUM_THREADS={threads} "
-        print(f"{'ok  ' if good else 'FAIL'} {time.monotonic() - begin:6.1f} s  {prefix}{line}", flush=True)
+        line = line if threads is None else f"OMP_NUM_THREADS={threads} {line}"
+        print(f"{'ok  ' if good else 'FAIL'} {time.monotonic() - begin:6.1f} s  {line}", flush=True)
         expect(good, f"exit status {done.returncode}, or a traceback")
         return done.stdout
 
@@ -121,8 +121,8 @@ def follow_readme(folder: Path, sizes: dict[str, str], lm: Path | None) -> Shell
 
 def articles() -> str:
     """Articles as JSON lines."""
-    chosen = [(title, text) for title, text in leads().items() if len(text) >= SHORTEST][:ARTICLES]
-    return "".join(json.dumps({"id": title, "text": text}) + "\n" for title, text in chosen)
+    rows = [json.dumps({"id": title, "text": text}) for title, text in leads().items() if len(text) >= SHORTEST]
+    return "\n".join(rows[:ARTICLES])
 
 
 def read(path: Path) -> Any:
@@ -141,8 +141,7 @@ def check_corpus(folder: Path) -> None:
 
 def check_planner(folder: Path) -> None:
     metrics = read(folder / "planner" / "planner_metrics.json")
-    numbers = [value for value in metrics.values() if isinstance(value, float)]
-    expect(numbers and all(map(math.isfinite, numbers)), f"planner metrics: {metrics}")
+    expect(all(math.isfinite(value) for value in metrics.values() if isinstance(value, float)), f"metrics: {metrics}")
 
 
 def check_run(folder: Path, run: str = "run") -> None:
@@ -188,8 +187,7 @@ CHECKS = {
 
 
 def make_lms(folder: Path) -> dict[str, Path]:
-    """Folders of a tiny GPT-2 and a tiny Llama: random weights, a tokenizer trained on the text; Llama's puts a start
-    token before every text."""
+    """Folders of a tiny GPT-2 and a tiny Llama, both random; Llama's tokenizer puts a start token before a text."""
     from tokenizers import ByteLevelBPETokenizer, processors
     from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
     from transformers.utils.logging import disable_progress_bar
