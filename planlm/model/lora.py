@@ -17,7 +17,7 @@ def add_lora(lm: PreTrainedModel, rank: int, alpha: float) -> None:
     The second matrix starts at zero: the LM computes what it did.
 
     Args:
-        lm: the LM, not conditioned yet (the plan has to enter both what is there and what is added).
+        lm: the LM.
         rank: r, inner size of the products.
         alpha: the products are multiplied with alpha / r.
     """
