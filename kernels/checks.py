@@ -7,6 +7,7 @@ Shapes, dtypes, devices and options are checked always. Values inside tensors (i
 from __future__ import annotations
 
 import math
+from numbers import Integral, Real
 from typing import NoReturn, TypedDict, Unpack
 
 import torch
@@ -137,7 +138,7 @@ def _check_options(options: PlanOptions, num_sentences: int, num_actions: int, d
     selection, temperature = options["selection"], options["temperature"]
     if selection not in SELECTIONS:
         _refuse("selection", repr(selection), f"one of {', '.join(SELECTIONS)}")
-    if not isinstance(temperature, (int, float)) or not 0 < temperature < math.inf:
+    if not isinstance(temperature, Real) or not 0 < temperature < math.inf:  # numpy's numbers too
         _refuse("temperature", repr(temperature), "a finite number above 0")
     _check_top_k(options["top_k"], selection, num_actions)
     noise = options["noise"]
@@ -154,13 +155,13 @@ def _check_top_k(top_k: int | None, selection: str, num_actions: int) -> None:
     if selection != "top-k":
         if top_k is not None:
             _refuse("top_k", f"{top_k!r} with selection {selection!r}", "None, or selection 'top-k'")
-    elif not isinstance(top_k, int) or not 1 <= top_k <= num_actions:
+    elif not isinstance(top_k, Integral) or not 1 <= top_k <= num_actions:
         _refuse("top_k", repr(top_k), f"a whole number from 1 to {num_actions} (K)")
 
 
 def _check_oracle_weight(share: float | Tensor, num_sentences: int, device: torch.device) -> None:
     if not isinstance(share, Tensor):
-        if not isinstance(share, (int, float)) or not 0 <= share <= 1:
+        if not isinstance(share, Real) or not 0 <= share <= 1:
             _refuse("oracle_weight", repr(share), "a number from 0 to 1, or a tensor of them, [S]")
         return
     _floating("oracle_weight", share, "[S]", 1, device)

@@ -21,7 +21,7 @@ import shutil
 import socket
 import stat
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
@@ -299,14 +299,18 @@ def _move(folder: Path, target: Path) -> None:
             _delete(before)
 
 
+def share(files: Iterable[Path]) -> None:
+    """Let whoever may read or write a folder read or write these files in it: safetensors' are their owner's alone."""
+    for file in files:
+        file.chmod(stat.S_IMODE(file.stat().st_mode) | (file.parent.stat().st_mode & 0o666))
+
+
 def _settle(folder: Path) -> None:
     """Give a new folder's files the modes of the umask, which the folder has, and have all of it on the disk."""
-    readable = folder.stat().st_mode & 0o666
     for where, _, files in os.walk(folder):
+        share(Path(where, name) for name in files)
         for name in files:
-            file = Path(where, name)
-            file.chmod(stat.S_IMODE(file.stat().st_mode) | readable)
-            _flush(file)
+            _flush(Path(where, name))
         _flush(Path(where))
 
 

@@ -13,6 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, Pre
 from transformers.utils import cached_file
 
 from planlm.errors import InputError
+from planlm.files import share
 from planlm.model.configuration import PlanLMConfig
 from planlm.model.families import check_family
 from planlm.precision import device
@@ -248,6 +249,7 @@ class ModelFolder(PreTrainedModel):
             "AutoModelForCausalLM": f"{_CODE}.{name}",
         }
         super().save_pretrained(save_directory, *args, **kwargs)
+        share(Path(save_directory).glob("*.safetensors"))
         if kwargs.get("is_main_process", True):
             code = f"from planlm.model import {PlanLMConfig.__name__}, {name}\n"
             Path(save_directory, f"{_CODE}.py").write_text(code, encoding="utf-8")

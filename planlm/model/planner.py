@@ -21,6 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from planlm.errors import InputError
+from planlm.files import share
 from planlm.kernels import packed_attention
 from planlm.model.configuration import COUNT, DROPOUT, TEXT, Rule, check_values
 from planlm.text.weights import check_finite, check_packed, read_header
@@ -166,9 +167,9 @@ class Planner(nn.Module):
     def save(self, folder: Path) -> None:
         """Write `planner.json` and `planner.safetensors` into `folder`."""
         folder.mkdir(parents=True, exist_ok=True)
-        save_file(
-            {name: tensor.contiguous() for name, tensor in self.state_dict().items()}, folder / "planner.safetensors"
-        )
+        weights = folder / "planner.safetensors"
+        save_file({name: tensor.contiguous() for name, tensor in self.state_dict().items()}, weights)
+        share([weights])
         (folder / "planner.json").write_text(json.dumps(self.settings, indent=1) + "\n")
 
     @classmethod

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 import torch
 
@@ -176,3 +177,14 @@ def test_values_are_read_on_cpu_only(selection: str) -> None:
     assert [tuple(value.shape) for value in result] == [(5, 4), (5,), (5,)]
     ids = torch.zeros(6, dtype=torch.int64, device="meta")
     assert add_plan(torch.ones(6, 4, device="meta"), result.projected, ids).shape == (6, 4)
+
+
+def test_numbers_of_numpy_are_numbers() -> None:
+    inputs = torch.randn(3, 4), torch.randn(4, 5), torch.randn(6, 5), None
+    oracle = torch.tensor([0, 1, 2])
+    plain = plan_projection(*inputs, temperature=1.5, selection="top-k", top_k=2, oracle=oracle, oracle_weight=0.5)
+    theirs = plan_projection(
+        *inputs, temperature=np.float32(1.5), selection="top-k", top_k=np.int64(2), oracle=oracle,
+        oracle_weight=np.float64(0.5),
+    )  # fmt: skip
+    assert torch.equal(plain.projected, theirs.projected)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -281,3 +282,18 @@ def test_folders_from_before_the_codebook_moved_are_read(
     assert torch.equal(loaded(**inputs).logits, model(**inputs).logits)
     loaded.save_pretrained(tmp_path)
     assert "adapter.codebook" in load_file(tmp_path / "model.safetensors")
+
+
+def test_what_is_saved_may_be_read_by_whom_the_folder_lets(
+    lm_folder: Callable[[str], str], encoder: object, tmp_path: Path
+) -> None:
+    model = joint_model(lm_folder("gpt2"), encoder)
+    for mask, mode in ((0o022, 0o644), (0o027, 0o640)):
+        before = os.umask(mask)
+        try:
+            model.save_pretrained(tmp_path / f"model-{mode}")
+            model.planner.save(tmp_path / f"planner-{mode}")
+        finally:
+            os.umask(before)
+        for folder in (f"model-{mode}", f"planner-{mode}"):
+            assert {file.stat().st_mode & 0o777 for file in (tmp_path / folder).iterdir()} == {mode}
