@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, StaticCache
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, StaticCache
 
 from planlm.errors import InputError
 from planlm.model import PlanLMForCausalLM
@@ -204,3 +206,34 @@ def test_an_lm_with_fewer_embeddings_than_tokens_is_refused(
     PlanLMForCausalLM.from_lm(lm_folder("gpt2"), torch.randn(7, 16)).tokenizer.save_pretrained(folder)
     with pytest.raises(InputError, match=r"tokenizer has \d+ tokens and the LM embeddings for 100"):
         PlanLMForCausalLM.from_lm(str(folder), torch.randn(7, 16))
+
+
+@torch.no_grad()
+def test_zeros_behind_a_text_are_invisible_where_zero_is_a_word(
+    lm_folder: Callable[[str], str], encoder: object, tmp_path: Path
+) -> None:
+    """Scoring programs pad with zeros and give no mask; GPT-2's token 0 is an exclamation mark."""
+    plain = Tokenizer(models.BPE())
+    plain.pre_tokenizer, plain.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(vocab_size=400, initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
+    plain.train_from_iterator([TEXT], trainer)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=plain)
+    assert tokenizer.decode([0]) == "!" and not tokenizer.all_special_ids
+    model = PlanLMForCausalLM.from_lm(lm_folder("gpt2"), torch.randn(7, 16), conditioned_layers=2).eval()
+    nn.init.normal_(model.adapter.weight)
+    model.encoder, model.tokenizer = encoder, tokenizer  # type: ignore[assignment]
+    texts = [
+        TEXT,
+        TEXT[:-1],
+        "The cat sat",
+        "It was warm there. Rain!",
+        "Boats stayed in.\n\n",
+        "It is 3.5 km. In the U.S",
+    ]
+    rows = [torch.tensor(tokenizer(text).input_ids) for text in texts]
+    for extra in range(4):
+        width = max(map(len, rows)) + extra
+        padded = torch.stack([nn.functional.pad(row, (0, width - len(row))) for row in rows])
+        together = model(padded).logits
+        for row, ids in enumerate(rows):
+            close(together[row, : len(ids)], model(ids[None]).logits[0])
