@@ -59,6 +59,7 @@ def generate(config: GenerateConfig) -> dict[str, Any]:
             attention_mask=torch.ones_like(input_ids),
             tracker=tracker,
             selection=selection,
+            tokenizer=tokenizer,  # for stop strings of the model's generation settings
             max_new_tokens=config.max_new_tokens,
             pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
             **(sampling if config.temperature > 0 else {"do_sample": False}),

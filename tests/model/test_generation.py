@@ -156,3 +156,16 @@ def test_folder_without_a_joint_model_is_refused(lm_folder: Callable[[str], str]
         load_model(str(tmp_path))
     with pytest.raises(InputError, match="a gpt2 model, not a joint model"):
         load_model(lm_folder("gpt2"))
+
+
+@pytest.mark.parametrize("model", ["llama"], indirect=True)
+def test_stop_strings_of_the_models_own_settings_are_followed(
+    model: PlanLMForCausalLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(generation, "load_model", lambda run: model)
+    config = GenerateConfig(run="run", prompt=PROMPT, max_new_tokens=40, seed=5)
+    whole = generation.generate(config)["text"]
+    letter = next(character for character in whole[5:] if character.isascii() and character.isalpha())
+    model.generation_config.stop_strings = [letter]
+    stopped = generation.generate(config)["text"]
+    assert letter in stopped and len(stopped) < len(whole)
