@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tokenizers import processors
 
 import planlm.model.generation as generation
 from planlm.config import GenerateConfig
@@ -169,3 +170,19 @@ def test_stop_strings_of_the_models_own_settings_are_followed(
     model.generation_config.stop_strings = [letter]
     stopped = generation.generate(config)["text"]
     assert letter in stopped and len(stopped) < len(whole)
+
+
+@pytest.mark.parametrize("model", FAMILIES, indirect=True)
+def test_a_prompt_is_continued_before_the_end_token_of_its_tokenizer(
+    model: PlanLMForCausalLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Preparation drops the token that some tokenizers put behind a text; so does what is to be continued."""
+    monkeypatch.setattr(generation, "load_model", lambda run: model)
+    config = GenerateConfig(run="run", prompt=PROMPT, max_new_tokens=20, seed=5)
+    expected = generation.generate(config)
+    template = "<s> $A <s>" if model.tokenizer("a").input_ids[0] == 0 else "$A <s>"
+    model.tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single=template, special_tokens=[("<s>", 0)]
+    )
+    assert model.tokenizer(PROMPT).input_ids[-1] == 0
+    assert generation.generate(config) == expected
