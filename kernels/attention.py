@@ -46,7 +46,7 @@ def packed_attention(query: Tensor, key: Tensor, value: Tensor, first: Tensor, s
         value.transpose(1, 2),
         attn_mask=seen[:, None],
         scale=scale,
-        enable_gqa=query.shape[2] != key.shape[2],
+        enable_gqa=bool(query.shape[2] != key.shape[2]),  # tracing makes a tensor of it
     )
     return mixed.transpose(1, 2)
 

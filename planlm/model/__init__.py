@@ -4,6 +4,7 @@ from types import ModuleType
 
 import wrapt
 from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from planlm.model.configuration import PlanLMConfig
 from planlm.model.families import OUTPUT_PROJECTIONS
@@ -14,6 +15,8 @@ __all__ = ["PlanLMConfig", "PlanLMForCausalLM", "PlanLMOutput", "Planner"]
 
 AutoConfig.register(PlanLMConfig.model_type, PlanLMConfig)
 AutoModelForCausalLM.register(PlanLMConfig, PlanLMForCausalLM)
+# Trainer's label smoothing takes a model that is not named here for one whose labels are not to be shifted.
+MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[PlanLMConfig.model_type] = PlanLMForCausalLM.__name__
 
 
 def _teach_peft(constants: ModuleType) -> None:

@@ -19,6 +19,7 @@ from transformers import AttentionInterface, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils.generic import is_flash_attention_requested
 
+from planlm.errors import InputError
 from planlm.kernels import has_packed_attention, packed_attention
 from planlm.model.adapter import LayerPlans
 from planlm.model.families import attention_modules
@@ -99,6 +100,20 @@ def _packed(query: Tensor, key: Tensor, value: Tensor, starts: Tensor, scaling: 
     return packed_attention(
         query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2), starts[:, 0, :, 0], scale
     )
+
+
+def check_mask(mask: Any) -> None:
+    """Refuse masks that transformers hands on as they are and attention takes for something else.
+
+    Raises:
+        InputError: a mask of four dimensions that is neither boolean nor what is added to the scores.
+    """
+    for one in mask.values() if isinstance(mask, dict) else [mask]:  # by kind of attention layer
+        if isinstance(one, Tensor) and one.ndim == 4 and not (one.dtype == torch.bool or one.is_floating_point()):
+            raise InputError(
+                f"attention_mask: 4 dimensions of {one.dtype}; give a boolean mask (True where a token is seen), or a "
+                "floating-point one that is added to the scores"
+            )
 
 
 def document_starts(lm: PreTrainedModel, position_ids: Tensor, dtype: torch.dtype) -> Tensor | None:

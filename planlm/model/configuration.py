@@ -27,6 +27,7 @@ _RULES: dict[str, Rule] = {
     "planner_dropout": DROPOUT,
     "conditioned_layers": ("a whole number", lambda value: _is_number(value, Integral)),  # the model knows how many
     "gate": ("true or false", lambda value: isinstance(value, bool)),
+    "use_cache": ("true or false", lambda value: isinstance(value, bool)),
     "selection": (f"one of {', '.join(SELECTIONS)}", lambda value: value in SELECTIONS),
     "plan_temperature": ("a number above 0", lambda value: _is_number(value, Real) and 0 < value < math.inf),
     "plan_top_k": ("null or a whole number of at least 1", lambda value: value is None or COUNT[1](value)),
@@ -73,6 +74,7 @@ class PlanLMConfig(PretrainedConfig):
             and `../...` are looked for from the model's own folder first, so that both may be moved together. Empty:
             every text is planned as one sentence.
         tokenizer_fingerprint: of the tokenizer saved with the model; see `alignment.tokenizer_fingerprint`.
+        use_cache: transformers'; whether calls that do not say return a KV cache.
 
     Raises:
         InputError: values that no model can have, all of them in one line.
@@ -101,6 +103,7 @@ class PlanLMConfig(PretrainedConfig):
     encoder: str = ""
     codebook_fingerprint: str = ""
     tokenizer_fingerprint: str = ""
+    use_cache: bool = True
 
     def __post_init__(self, **kwargs: Any) -> None:
         """Refuse values that no model can have; `text_config` is checked by its own class."""

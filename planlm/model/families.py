@@ -68,8 +68,8 @@ def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
 
     LoRA puts another kind in its place; hooks, accelerate's among them, which fetches offloaded weights, want the call.
     """
-    hooked = module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module)
-    return type(module) is kind and not hooked
+    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+    return type(module) is kind and not any(hooks) and "forward" not in vars(module)
 
 
 def set_dropout(lm: PreTrainedModel, probability: float) -> None:

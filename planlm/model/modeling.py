@@ -19,7 +19,7 @@ from transformers.utils.generic import can_return_tuple
 from planlm.errors import InputError
 from planlm.kernels import PlanProjection, environment
 from planlm.model.adapter import LayerPlans, PlanAdapter
-from planlm.model.attention import document_starts, take_plans
+from planlm.model.attention import check_mask, document_starts, take_plans
 from planlm.model.configuration import PlanLMConfig
 from planlm.model.families import check_family, output_projections
 from planlm.model.fused import fuse
@@ -322,15 +322,27 @@ class PlanLMForCausalLM(ModelFolder, GenerationMixin):
             text: the whole text, where `input_ids` continue a cache; by default what the cache remembers.
 
         Raises:
-            InputError: labels that are no tokens, or a KV cache whose text is not known.
+            InputError: labels that are no tokens, a mask of whole numbers in four dimensions, a KV cache whose text is
+                not known, or a text to be planned while the model is traced or exported.
         """
         selection = selection or self.config.selection
         shift_labels, num_items = kwargs.pop("shift_labels", None), kwargs.pop("num_items_in_batch", None)
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("expected either input_ids or inputs_embeds")
+        check_mask(attention_mask)
+        if use_cache is None and not self.config.use_cache:
+            use_cache = False
+        for wanted in ("output_hidden_states", "output_attentions"):
+            if kwargs.get(wanted) is None and getattr(self.config, wanted):
+                kwargs[wanted] = True
         plans = oracle_nll = action_logits = None
         if selection != "none" or want_oracle_nll:
             if segment_ids is None or segment_rows is None or sentence_embeddings is None:
+                if torch.compiler.is_exporting() or torch.jit.is_tracing():  # type: ignore[attr-defined]
+                    raise InputError(
+                        "a model that is traced or exported cannot find the sentences of its text: give "
+                        "segment_ids, segment_rows and sentence_embeddings among the inputs, or selection='none'"
+                    )
                 text = text or text_of(self, input_ids, inputs_embeds, attention_mask, position_ids, past_key_values)
                 width = (input_ids if inputs_embeds is None else inputs_embeds).shape[1]  # type: ignore[union-attr]
                 segment_ids, segment_rows, sentence_embeddings, actions, oracle_weight = plan_inputs(
