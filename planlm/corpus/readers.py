@@ -12,7 +12,7 @@ import lzma
 import math
 import os
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -82,8 +82,48 @@ def _opened(path: str, compression: str) -> IO[bytes]:
         return io.BufferedReader(pa.input_stream(path, compression="zstd"), BLOCK)
     if compression == "":
         return open(path, "rb", buffering=BLOCK)
-    module: Any = {".gz": gzip, ".bz2": bz2, ".xz": lzma}[compression]
-    return io.BufferedReader(module.open(path), BLOCK)
+    if compression == ".gz":
+        return io.BufferedReader(gzip.open(path), BLOCK)  # type: ignore[arg-type]
+    new = bz2.BZ2Decompressor if compression == ".bz2" else lzma.LZMADecompressor
+    return io.BufferedReader(_Streams(open(path, "rb"), new), BLOCK)
+
+
+class _Streams(io.RawIOBase):
+    """Streams of bzip2 or xz one after another, as those tools write them, with zero bytes between or behind them.
+
+    Python's own readers take a stream with a damaged beginning for the end of the file, and lose all from there.
+    """
+
+    def __init__(self, file: IO[bytes], new: Callable[[], Any]) -> None:
+        self._file, self._new, self._stream = file, new, new()
+
+    def readable(self) -> bool:
+        """Yes."""
+        return True
+
+    def close(self) -> None:
+        """Close the file too."""
+        self._file.close()
+        super().close()
+
+    def readinto(self, buffer: Any) -> int:
+        """Fill `buffer`; the number of bytes, fewer at the end only. Raises EOFError where the file is cut off."""
+        filled = 0
+        while filled < len(buffer):
+            block = b""
+            if self._stream.eof:
+                block = self._stream.unused_data.lstrip(b"\0")
+                while not block and (more := self._file.read(BLOCK)):
+                    block = more.lstrip(b"\0")
+                if not block:
+                    break
+                self._stream = self._new()
+            elif self._stream.needs_input and not (block := self._file.read(BLOCK)):
+                raise EOFError("the file ended before the end of its stream")
+            data = self._stream.decompress(block, len(buffer) - filled)
+            buffer[filled : filled + len(data)] = data
+            filled += len(data)
+        return filled
 
 
 @contextlib.contextmanager
