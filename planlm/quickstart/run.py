@@ -104,12 +104,17 @@ def quickstart(config: QuickstartConfig) -> dict[str, Any]:
 
 def _open(out: Path, config: QuickstartConfig) -> None:
     """Make the folder; refuse one that holds something else, or a quickstart with another seed or version."""
+    from planlm.corpus.store import FORMAT_VERSION, MANIFEST
+
     check_own(out)
     record = out / "settings.json"
     settings = {"seed": config.seed, "version": __version__}
     if record.is_file():
         if read_json(record) != settings:
             raise InputError(f"{out}: holds a quickstart with other settings; delete it or choose another --out")
+        made = out / "corpus" / MANIFEST
+        if made.is_file() and read_json(made).get("format_version") != FORMAT_VERSION:
+            raise InputError(f"{out}: holds a quickstart of another PlanLM; delete it or choose another --out")
     elif out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise InputError(f"{out}: holds other files; choose another --out")
     out.mkdir(parents=True, exist_ok=True)

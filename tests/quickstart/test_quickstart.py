@@ -98,6 +98,17 @@ def test_failing_process_names_itself_and_stops_the_other(tmp_path: Path) -> Non
         quickstart_run._side_by_side(tables, tmp_path)
 
 
+def test_a_quickstart_of_another_format_is_refused_as_a_whole(tmp_path: Path) -> None:
+    out = tmp_path / "old"
+    quickstart_run._open(out, QuickstartConfig(out=str(out)))
+    (out / "corpus").mkdir()
+    (out / "corpus" / "corpus.json").write_text('{"format_version": 1}')
+    with pytest.raises(
+        InputError, match=r"old: holds a quickstart of another PlanLM; delete it or choose another --out"
+    ):
+        quickstart_run._open(out, QuickstartConfig(out=str(out)))
+
+
 def test_other_folders_and_other_seeds_are_refused(tmp_path: Path) -> None:
     (tmp_path / "mine.txt").write_text("mine")
     with pytest.raises(InputError, match="holds other files"):
