@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import re
 import shutil
 import warnings
 from collections.abc import Callable, Iterator
@@ -163,7 +164,7 @@ def _reader(path: Path) -> HuggingFaceStorageReader:
 
 
 def _newest_first(folder: Path) -> list[Path]:
-    found = [path for path in folder.glob("step-*") if path.name[5:].isdigit()]
+    found = [path for path in folder.glob("step-*") if re.fullmatch("step-[1-9][0-9]{0,17}", path.name)]
     return sorted(found, key=lambda path: int(path.name[5:]), reverse=True)
 
 

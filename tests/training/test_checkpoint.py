@@ -50,6 +50,14 @@ def test_damaged_checkpoint_is_set_aside_for_the_one_before(tmp_path: Path, dama
     assert (tmp_path / "step-2.damaged").is_dir()
 
 
+@pytest.mark.parametrize("name", ["step-²", "step-٣", "step-012", "step-" + 30 * "9", "step-x"])
+def test_what_no_checkpoint_is_called_is_passed_over(tmp_path: Path, name: str) -> None:
+    save(tmp_path, 1).rename(tmp_path / name)
+    save(tmp_path, 2)
+    found = newest_checkpoint(tmp_path, print)
+    assert found is not None and found[1]["step"] == 2 and (tmp_path / name).is_dir()
+
+
 def test_half_written_checkpoint_is_not_seen_and_goes_with_the_next(tmp_path: Path) -> None:
     save(tmp_path, 1)
     (tmp_path / ".planlm-0123456789ab.partial").mkdir()
