@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,12 @@ from planlm.text.alignment import prompt_ids
 
 TOP_ACTIONS = 3
 """Most probable actions reported for each sentence."""
+
+_USUAL = {
+    "bos_token_id", "eos_token_id", "pad_token_id", "transformers_version", "_from_model_config", "output_attentions",
+    "output_hidden_states", "use_cache",
+}  # fmt: skip
+"""Settings that every model comes with, and that are sound once it is loaded."""
 
 
 def generate(config: GenerateConfig) -> dict[str, Any]:
@@ -53,7 +61,7 @@ def generate(config: GenerateConfig) -> dict[str, Any]:
     tracker = SentenceTracker(tokenizer, model.encoder, forced)
     torch.manual_seed(config.seed)
     sampling = {"do_sample": True, "temperature": config.temperature, "top_p": config.top_p, "top_k": 0}
-    with torch.no_grad():
+    with torch.no_grad(), _usable_settings(config.run, model):
         ids = model.generate(
             input_ids,
             attention_mask=torch.ones_like(input_ids),
@@ -61,6 +69,7 @@ def generate(config: GenerateConfig) -> dict[str, Any]:
             selection=selection,
             tokenizer=tokenizer,  # for stop strings of the model's generation settings
             max_new_tokens=config.max_new_tokens,
+            return_dict_in_generate=False,
             pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
             **(sampling if config.temperature > 0 else {"do_sample": False}),
         )[0].tolist()
@@ -73,6 +82,22 @@ def generate(config: GenerateConfig) -> dict[str, Any]:
     }
     _keep(config, result)
     return result
+
+
+@contextlib.contextmanager
+def _usable_settings(run: str, model: PlanLMForCausalLM) -> Iterator[None]:
+    """Say in one line that generation_config.json holds what transformers cannot generate with, as it does late."""
+    try:
+        yield
+    except (TypeError, ValueError, OverflowError) as error:
+        odd = sorted(model.generation_config.to_diff_dict().keys() - _USUAL)
+        if isinstance(error, InputError) or not odd:
+            raise
+        reason = " ".join(str(error).split())[:200]
+        raise InputError(
+            f"{run}: cannot generate ({reason}) with the settings {', '.join(odd)} of its generation_config.json; "
+            "mend or delete them"
+        ) from error
 
 
 def _keep(config: GenerateConfig, result: dict[str, Any]) -> None:

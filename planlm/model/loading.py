@@ -106,12 +106,14 @@ def load_model(run: str) -> PlanLMForCausalLM:
 def _check_generation(folder: str) -> None:
     """Refuse a damaged generation_config.json: transformers takes it for none, and texts then have no end."""
     path = Path(folder, "generation_config.json")
-    if not path.is_file():
+    if not os.path.lexists(path):
         return
+    if not path.is_file():
+        raise InputError(f"{path}: not a file; copy or save the model again")
     settings = json.loads(path.read_text(encoding="utf-8"))
     for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
         ids = settings.get(key)
-        if not all(isinstance(it, int) for it in (ids if isinstance(ids, list) else [ids or 0])):
+        if not all(isinstance(it, int) and abs(it) < 1 << 31 for it in (ids if isinstance(ids, list) else [ids or 0])):
             raise InputError(f"{path}: {key} {ids!r}: expected a token's number; mend it")
 
 
@@ -164,6 +166,8 @@ class ModelFolder(PreTrainedModel):
             stored = stored_tensors(str(name), **where)
             check_sizes(str(name), config, stored, lambda: cls(copy.deepcopy(config), *args))
             if "codebook" in stored:  # where it lay until 0.1
+                if "adapter.codebook" in stored:
+                    raise InputError(f"{name}: holds two codebooks (codebook, adapter.codebook); copy the model again")
                 kwargs["key_mapping"] = {"^codebook$": "adapter.codebook"} | (kwargs.get("key_mapping") or {})
         kwargs["use_safetensors"] = True
         model, info = super().from_pretrained(

@@ -180,21 +180,22 @@ class Planner(nn.Module):
             InputError: no planner in `folder`, or an unreadable one.
         """
         weights = folder / "planner.safetensors"
+        for file in (folder / "planner.json", weights):
+            if not file.is_file():  # a pipe would be waited for
+                raise InputError(
+                    f"{folder}: no planner here ({file} is missing); make one with `planlm pretrain-planner`"
+                )
         try:
             settings = json.loads((folder / "planner.json").read_text(encoding="utf-8"))
             check_values(settings, _RULES)
             stored = read_header(weights)
-            check_packed(str(weights), stored)
+            check_packed(str(weights), stored, stored)
             if settings["layers"] > len(stored):
                 raise InputError(f"{settings['layers']} layers, and {len(stored)} tensors are stored")
             with torch.device("meta"):  # memory is taken for what is stored, not for what the settings say
                 planner = cls(**settings)
             planner.load_state_dict(load_file(weights), assign=True)
             check_finite(str(weights), planner)
-        except FileNotFoundError as error:
-            raise InputError(
-                f"{folder}: no planner here ({error.filename} is missing); make one with `planlm pretrain-planner`"
-            ) from None
         except Exception as error:
             reason = " ".join((str(error) or type(error).__name__).split())
             raise InputError(

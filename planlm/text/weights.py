@@ -10,7 +10,7 @@ import contextlib
 import json
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from unittest import mock
@@ -73,7 +73,10 @@ def stored_tensors(name: str, **hub: Any) -> Stored:
     shards = [whole] if whole else _shards(name, Path(str(index)), find)
     stored: dict[str, tuple[str, tuple[int, ...]]] = {}
     for shard in shards:
-        stored |= read_header(shard)
+        header = read_header(shard)
+        if twice := sorted(stored.keys() & header.keys()):
+            raise InputError(f"{name}: {_several(twice)} in two files of weights; copy or save the model again")
+        stored |= header
     return stored
 
 
@@ -101,6 +104,8 @@ def _shards(name: str, index: Path, find: Callable[[str], str | None]) -> list[s
         paths = {str(file): find(str(file)) for file in files}
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
         raise InputError(f"{index}: not an index of weights; copy or save the model again") from None
+    if outside := [file for file in files if Path(file).is_absolute() or ".." in Path(file).parts]:
+        raise InputError(f"{index}: names {outside[0]}, which is not in its folder; copy or save the model again")
     if missing := [file for file, path in paths.items() if path is None]:
         raise InputError(f"{name}: {_several(missing)} named in {_INDEX} is missing; copy or save the model again")
     return [str(path) for path in paths.values()]
@@ -119,7 +124,7 @@ def check_sizes(name: str, config: PreTrainedConfig, stored: Stored, build: Call
 
     Raises:
         InputError: it describes more layers than there are tensors, or several times the parameters that are stored;
-            or whole numbers are stored in place of weights.
+            or whole numbers are stored in place of weights, or two tensors for one, of which transformers takes either.
     """
     if getattr(config, "quantization_config", None) is not None:
         return
@@ -129,7 +134,15 @@ def check_sizes(name: str, config: PreTrainedConfig, stored: Stored, build: Call
     if layers > len(stored):
         raise InputError(f"{name}: config.json says {layers:,} layers, and {len(stored)} tensors are stored; mend it")
     with torch.device("meta"):
-        wanted = sum(tensor.numel() for tensor in build().parameters())
+        model = build()
+    parameters = dict(model.named_parameters())
+    check_packed(name, stored, parameters)
+    if twice := [key for key in stored if f"{getattr(model, 'base_model_prefix', '')}.{key}" in stored]:
+        raise InputError(
+            f"{name}: weights stored under two names, with and without a prefix ({_several(twice)}); "
+            "copy or save the model again"
+        )
+    wanted = sum(tensor.numel() for tensor in parameters.values())
     have = sum(math.prod(shape) for _, shape in stored.values())
     if wanted > _SEVERAL_TIMES * have:
         raise InputError(
@@ -138,12 +151,17 @@ def check_sizes(name: str, config: PreTrainedConfig, stored: Stored, build: Call
         )
 
 
-def check_packed(name: str, stored: Stored) -> None:
-    """Refuse weights stored as whole numbers or 8-bit floats, which would be read as if they were the weights."""
+def check_packed(name: str, stored: Stored, parameters: Collection[str] = ()) -> None:
+    """Refuse weights stored as whole numbers or 8-bit floats, which would be read as if they were the weights.
+
+    They are known by the usual ends of their names, and as `parameters` of the model.
+    """
     packed = [
         f"{key} {dtype}"
         for key, (dtype, _) in stored.items()
-        if dtype not in _FLOATS and key.endswith((".weight", ".bias")) and not _CONSTANT.search(key)
+        if dtype not in _FLOATS
+        and (key.endswith((".weight", ".bias")) or key in parameters)
+        and not _CONSTANT.search(key)
     ]
     if packed:
         raise InputError(

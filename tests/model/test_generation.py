@@ -152,6 +152,33 @@ def test_bad_options_are_refused(
         generation.generate(GenerateConfig(**{"run": "run", "prompt": PROMPT, **options}))
 
 
+@pytest.mark.parametrize("model", ["llama"], indirect=True)
+@pytest.mark.parametrize(
+    ("name", "value"), [("repetition_penalty", -1), ("no_repeat_ngram_size", "x"), ("bad_words_ids", [[99999]])]
+)
+def test_settings_of_the_model_that_nothing_can_be_generated_with_are_named(
+    model: PlanLMForCausalLM, name: str, value: object, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(generation, "load_model", lambda run: model)
+    setattr(model.generation_config, name, value)
+    with pytest.raises(
+        InputError, match=f"run: cannot generate .* the settings {name} of its generation_config.json"
+    ) as caught:
+        generation.generate(GenerateConfig(run="run", prompt=PROMPT, max_new_tokens=4))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("model", ["llama"], indirect=True)
+def test_settings_that_change_what_generate_returns_change_nothing_here(
+    model: PlanLMForCausalLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(generation, "load_model", lambda run: model)
+    config = GenerateConfig(run="run", prompt=PROMPT, max_new_tokens=4)
+    expected = generation.generate(config)
+    model.generation_config.return_dict_in_generate = True
+    assert generation.generate(config) == expected
+
+
 def test_folder_without_a_joint_model_is_refused(lm_folder: Callable[[str], str], tmp_path: Path) -> None:
     with pytest.raises(InputError, match="no trained model here"):
         load_model(str(tmp_path))

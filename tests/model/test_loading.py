@@ -71,6 +71,10 @@ def filled(part: str, value: float) -> Callable[[Weights], Weights]:
     return lambda weights: {key: it * value if key.startswith(part) else it for key, it in weights.items()}
 
 
+def rounded(part: str) -> Callable[[Weights], Weights]:
+    return lambda weights: {key: it.char() if key.startswith(part) else it for key, it in weights.items()}
+
+
 def pickle_weights(folder: Path) -> None:
     torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
     (folder / "model.safetensors").unlink()
@@ -90,6 +94,34 @@ def lose_a_shard(folder: Path) -> None:
 def truncate(folder: Path) -> None:
     file = folder / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-10])
+
+
+def without_prefix(weights: Weights) -> Weights:
+    return {key.removeprefix("transformer."): 2 * it for key, it in weights.items() if "wte" in key}
+
+
+def double_a_shard(folder: Path) -> None:
+    shard(folder)
+    first, second, *_ = sorted(folder.glob("model-*.safetensors"))
+    save_file(load_file(first) | load_file(second), second, metadata={"format": "pt"})
+
+
+def move_a_shard(folder: Path) -> None:
+    shard(folder)
+    first = sorted(folder.glob("model-*.safetensors"))[0]
+    first.rename(folder.parent / first.name)
+    index = folder / "model.safetensors.index.json"
+    index.write_text(index.read_text().replace(first.name, f"../{first.name}"))
+
+
+def pipe_generation_config(folder: Path) -> None:
+    (folder / "generation_config.json").unlink()
+    os.mkfifo(folder / "generation_config.json")
+
+
+def lead_generation_config_astray(folder: Path) -> None:
+    (folder / "generation_config.json").unlink()
+    (folder / "generation_config.json").symlink_to("nothing")
 
 
 LM_DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
@@ -117,6 +149,12 @@ LM_DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "another family": (lambda at: configure(at, model_type="bloom"), "'bloom' is not supported"),
     "generation_config damaged": (lambda at: (at / "generation_config.json").write_text("{"), "cannot be loaded"),
     "an end that is no token": (lambda at: configure(at, "generation_config.json", eos_token_id="x"), "eos_token_id"),
+    "two of one name": (lambda at: change(at, lambda w: w | without_prefix(w)), r"two names.*\(wte.weight\)"),
+    "a shard again": (double_a_shard, "in two files of weights"),
+    "a shard elsewhere": (move_a_shard, "which is not in its folder"),
+    "generation_config a pipe": (pipe_generation_config, "generation_config.json: not a file"),
+    "generation_config gone astray": (lead_generation_config_astray, "generation_config.json: not a file"),
+    "an end beyond all": (lambda at: configure(at, "generation_config.json", eos_token_id=10**30), "eos_token_id 1000"),
     "an adapter": (lambda at: (at / "adapter_config.json").write_text("{}"), "merge_and_unload"),
 }
 
@@ -157,6 +195,11 @@ JOINT_DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "DDP": (lambda at: change(at, prefixed("module.")), "prefix 'module.'"),
     "extra": (lambda at: change(at, lambda w: w | {"more": torch.ones(2)}), r"not of this model \(more"),
     "nan": (lambda at: change(at, filled("adapter", float("nan"))), "not finite"),
+    "a codebook of whole numbers": (
+        lambda at: change(at, rounded("adapter.codebook")),
+        r"quantised.*\(adapter.codebook I8",
+    ),
+    "two codebooks": (lambda at: change(at, lambda w: w | {"codebook": torch.ones(K, A)}), "two codebooks"),
     "other actions": (lambda at: configure(at, num_actions=9), r"of another shape .*\(7, 16\) for \(9, 16\)"),
     "a million layers": (lambda at: configure(at, planner_layers=10**6), "1,000,003 layers"),
     "a billion actions": (lambda at: configure(at, num_actions=10**9), "describes 33,000"),
@@ -245,6 +288,15 @@ def test_nothing_that_was_said_at_loading_is_saved_with_the_tokenizer(model: Pat
     AutoModelForCausalLM.from_pretrained(model, token="secret").save_pretrained(tmp_path / "again")
     assert "secret" not in (tmp_path / "again" / "tokenizer_config.json").read_text()
     assert "local_files_only" not in (tmp_path / "again" / "tokenizer_config.json").read_text()
+
+
+@pytest.mark.parametrize("file", ["planner.json", "planner.safetensors"])
+def test_a_planner_with_a_pipe_for_a_file_is_not_waited_for(tmp_path: Path, file: str) -> None:
+    Planner(A, K, heads=2).save(tmp_path)
+    (tmp_path / file).unlink()
+    os.mkfifo(tmp_path / file)
+    with pytest.raises(InputError, match=f"no planner here .*{file} is missing"):
+        Planner.load(tmp_path)
 
 
 @pytest.mark.parametrize(
