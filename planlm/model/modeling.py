@@ -27,7 +27,7 @@ from planlm.model.loading import ModelFolder, load_lm
 from planlm.model.lora import add_lora
 from planlm.model.loss import token_losses
 from planlm.model.planner import Planner, codebook_fingerprint, default_heads
-from planlm.model.text import Text, generating, generation_inputs, plan_inputs, remember, text_of
+from planlm.model.text import Text, generating, generation_inputs, generation_selection, plan_inputs, remember, text_of
 from planlm.model.tracking import SentenceTracker
 from planlm.text.alignment import load_tokenizer
 from planlm.text.assets import absolute
@@ -325,7 +325,7 @@ class PlanLMForCausalLM(ModelFolder, GenerationMixin):
             InputError: labels that are no tokens, a mask of whole numbers in four dimensions, a KV cache whose text is
                 not known, or a text to be planned while the model is traced or exported.
         """
-        selection = selection or self.config.selection
+        selection = selection or generation_selection(self) or self.config.selection
         shift_labels, num_items = kwargs.pop("shift_labels", None), kwargs.pop("num_items_in_batch", None)
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("expected either input_ids or inputs_embeds")

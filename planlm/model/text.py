@@ -152,6 +152,12 @@ def generating(
         _GENERATION.reset(token)
 
 
+def generation_selection(model: PlanLMForCausalLM) -> str | None:
+    """The selection of the `generate()` that runs: calls by its logits processors (guidance) follow it."""
+    running = _GENERATION.get()
+    return running.selection if running is not None and running.model is model else None
+
+
 def generation_inputs(
     model: PlanLMForCausalLM, input_ids: Tensor, next_sequence_length: int | None, cache: Any, mask: Tensor | None
 ) -> dict[str, Any]:

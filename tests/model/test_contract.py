@@ -142,3 +142,13 @@ def test_sentences_are_not_frozen_into_a_traced_model(model: PlanLMForCausalLM, 
     }
     planned, other = _Logits(model, **plan), ids.roll(3, dims=1)
     torch.testing.assert_close(frozen(planned)(other), planned(other), rtol=1e-4, atol=1e-5)
+
+
+def test_guidance_follows_the_selection_of_generate(model: PlanLMForCausalLM, lm: PreTrainedModel, ids: Tensor) -> None:
+    options = {"guidance_scale": 3.0, "max_new_tokens": 16, "do_sample": False, "eos_token_id": -1, "pad_token_id": 0}
+    found = model.generate(ids, selection="none", **options)
+    expected = lm.generate(ids, **options)
+    assert found.equal(expected)
+    hard = model.generate(ids, selection="hard", **options)
+    model.config.selection = "hard"
+    assert hard.equal(model.generate(ids, **options))
