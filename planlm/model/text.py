@@ -9,6 +9,7 @@ Sizes: B texts (rows), L tokens from the beginning on, W positions of the call, 
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -47,21 +48,33 @@ class Text:
 
 @dataclass(frozen=True)
 class _Memory:
-    """What a cache knows of its text: the text, and the keys that the first layer had for it."""
+    """What a cache knows of its text: the text, and the keys that the first layer had for it, as they were then."""
 
     text: Text
     keys: Tensor | None
     length: int
+    version: int
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Memory:
+        """A copied tensor counts anew how often it was written to."""
+        keys = copy.deepcopy(self.keys, memo)
+        return _Memory(copy.deepcopy(self.text, memo), keys, self.length, _version(keys))
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Generation:
-    """What `generate()` was called with, and the text that stood in `inputs_embeds`."""
+    """What `generate()` was called with.
+
+    Attributes:
+        before: the text that stood in `inputs_embeds`.
+        prompt: what the tracker is to start from at the first step, which knows where padding is; then None.
+    """
 
     model: PlanLMForCausalLM
     selection: str
     tracker: SentenceTracker | None
     before: Tensor | None
+    prompt: Text | None
 
 
 _GENERATION: ContextVar[_Generation | None] = ContextVar("planlm_generation", default=None)
@@ -118,7 +131,8 @@ def plan_inputs(
 @torch.compiler.disable  # type: ignore[untyped-decorator]
 def remember(cache: Any, text: Text) -> None:
     """Leave the text with the cache that holds its keys."""
-    cache.planlm_memory = _Memory(text, _keys(cache), _length(cache))
+    keys = _keys(cache)
+    cache.planlm_memory = _Memory(text, keys, _length(cache), _version(keys))
 
 
 @contextmanager
@@ -133,7 +147,7 @@ def generating(
 
     Where sentences end in the prompt is decided from all of it, behind it token by token, however many a step has.
     """
-    before = None
+    before, start = None, None
     if selection != "none":
         prompt = kwargs.get("input_ids") if inputs is None else inputs
         embeds, mask = kwargs.get("inputs_embeds"), kwargs.get("attention_mask")
@@ -144,8 +158,8 @@ def generating(
         if tracker is None:
             tracker = _new_tracker(model) if memory is None else memory.text.tracker
         if tracker is not None and prompt is not None and prompt.shape[1] and memory is None:
-            tracker.start(prompt, _real(mask, prompt, 0) & (prompt >= 0))
-    token = _GENERATION.set(_Generation(model, selection, tracker, before))
+            start = Text(prompt, _real(mask, prompt, 0) & (prompt >= 0), tracker)
+    token = _GENERATION.set(_Generation(model, selection, tracker, before, start))
     try:
         yield
     finally:
@@ -185,6 +199,11 @@ def generation_inputs(
             text = Text(text.ids, text.real, running.tracker)
         return {"selection": running.selection, "text": text}
     real = _real(mask, input_ids, 0) & (input_ids >= 0)
+    if running.prompt is not None and running.tracker is not None:
+        prompt, running.prompt = running.prompt, None
+        known, width = prompt.real.clone(), min(prompt.real.shape[1], real.shape[1])
+        known[:, :width] = real[:: len(real) // len(known), :width]  # a row of each prompt's beams or samples
+        running.tracker.start(prompt.ids, known & (prompt.ids >= 0))
     return {"selection": running.selection, "text": Text(input_ids, real, running.tracker)}
 
 
@@ -209,8 +228,8 @@ def _unchanged(cache: Any, memory: _Memory, past: int) -> bool:
     keys, then = _keys(cache), memory.keys
     if keys is None or then is None or memory.text.ids.shape[1] != memory.length:
         return False
-    if keys is then:
-        return past == memory.length
+    if keys is then:  # a static cache is written to in place
+        return past == memory.length and _version(keys) == memory.version
     if past > memory.length or keys.shape[-2] != past or then.shape[-2] != memory.length or len(keys) != len(then):
         return False
     return torch.equal(keys, then[..., :past, :].to(keys.device))
@@ -221,6 +240,11 @@ def _keys(cache: Any) -> Tensor | None:
     layers = getattr(cache, "layers", None)
     keys = getattr(layers[0], "keys", None) if layers else None
     return keys if isinstance(keys, Tensor) else None
+
+
+def _version(keys: Tensor | None) -> int:
+    """How often a tensor was written to; tensors of inference mode do not count."""
+    return 0 if keys is None or keys.is_inference() else keys._version
 
 
 def _length(cache: Any) -> int:

@@ -80,6 +80,27 @@ def test_a_cache_that_changed_is_refused(model: PlanLMForCausalLM, ids: Tensor, 
 
 
 @torch.no_grad()
+def test_a_static_cache_that_the_lm_filled_anew_is_refused(model: PlanLMForCausalLM, ids: Tensor) -> None:
+    cache = StaticCache(config=model.config, max_cache_len=64)
+    model(ids[:, :9], past_key_values=cache, use_cache=True)
+    cache.reset()
+    model.lm(ids[:, 3:12], past_key_values=cache, use_cache=True)
+    with pytest.raises(InputError, match="text behind this cache is not known"):
+        model(ids[:, 12:13], past_key_values=cache)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("text", [TEXT, "In 1905 the town was 3.5 km from St. Mary. It was full of songs."])
+def test_assisted_decoding_finds_the_padding_that_transformers_finds(model: PlanLMForCausalLM, text: str) -> None:
+    """Without a mask transformers takes a start token that is the padding token, too, for padding."""
+    ids = model.tokenizer(text, return_tensors="pt").input_ids
+    settings = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": -1, "pad_token_id": 0}
+    greedy = model.generate(ids, **settings)
+    assert torch.equal(model.generate(ids, assistant_model=copy.deepcopy(model), **settings), greedy)
+    assert torch.equal(model.generate(ids, assistant_early_exit=2, **settings), greedy)
+
+
+@torch.no_grad()
 def test_a_batch_with_padding_continues_its_cache(model: PlanLMForCausalLM, ids: Tensor) -> None:
     short = model.tokenizer("Nobody knew. The", return_tensors="pt").input_ids
     pad = ids.shape[1] - short.shape[1]
