@@ -46,6 +46,9 @@ def resolve(name: str, kind: Kind) -> str:
     if not name:
         raise InputError(f"no name of a {_KIND_NAMES[kind]}: give a folder or a hub name")
     if Path(name).is_dir():
+        odd = next((path for path in Path(name).rglob("*") if not (path.is_file() or path.is_dir())), None)
+        if kind == "encoder" and odd is not None:  # sentence-transformers would wait for a pipe
+            raise InputError(f"{odd}: neither a file nor a folder; copy the encoder again")
         return name
     if name.startswith((".", "/", "~")) or name.count("/") > 1 or Path(name).exists():
         raise InputError(f"{name}: no such folder; give the folder or the hub name of a {_KIND_NAMES[kind]}")

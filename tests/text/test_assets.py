@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from pathlib import Path
 
@@ -93,3 +94,13 @@ def test_a_failed_conversion_leaves_nothing(tmp_path: Path, monkeypatch: pytest.
     with pytest.raises(MachineError, match="no space left"):
         assets._converted("a/b", Path("model.Q4.gguf"))
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("file", ["modules.json", "tokenizer.json", "1_Pooling/config.json"])
+def test_pipes_and_links_to_nowhere_in_an_encoder_are_refused_at_once(tmp_path: Path, file: str) -> None:
+    for make in (os.mkfifo, lambda path: path.symlink_to("nowhere")):
+        folder = tmp_path / make.__name__.strip("<>")
+        (folder / "1_Pooling").mkdir(parents=True)
+        make(folder / file)
+        with pytest.raises(InputError, match="neither a file nor a folder"):
+            assets.resolve(str(folder), "encoder")
