@@ -64,7 +64,7 @@ KINDS = {
     float: "a number",
     bool: "true or false",
     str: "a text",
-    tuple: "a text or a list of texts",
+    tuple: "a text, or a list of at least one",
 }
 """Types of settings, in words."""
 

@@ -90,7 +90,7 @@ def test_what_would_change_its_meaning_is_refused(name: str, given: Any, expecte
 
 @pytest.mark.parametrize("inputs", [(), [], [3], None, {"a"}, [b"x"], "a\0"])
 def test_inputs_that_are_none_are_refused(inputs: Any) -> None:
-    with pytest.raises(InputError, match=r"^inputs: expected a text or a list of texts, got "):
+    with pytest.raises(InputError, match=r"^inputs: expected a text, or a list of at least one, got "):
         config.PrepareConfig(inputs=inputs, out="c")
 
 

@@ -33,8 +33,6 @@ def write_report(config: ReportConfig) -> Path:
     Raises:
         InputError: a path that is no run directory, a result that cannot be read, or no folder to write to.
     """
-    if not config.runs:
-        raise InputError("RUN: expected at least one run directory")
     out = Path(config.out)
     if out.is_dir():
         raise InputError(f"{out}: is a folder; expected the page's file name, such as {out / 'report.html'}")

@@ -14,12 +14,10 @@ pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reas
 ROOT = Path(__file__).parents[2]
 
 
-def test_in_the_interpreter() -> None:
-    tests = [
-        str(Path(__file__).with_name(name))
-        for name in ("interpreted.py", "interpreted_addition.py", "test_grid.py", "test_likely.py")
-    ]
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *tests]
+@pytest.mark.parametrize("name", ["interpreted.py", "interpreted_addition.py", "test_grid.py", "test_likely.py"])
+def test_in_the_interpreter(name: str) -> None:
+    test = str(Path(__file__).with_name(name))
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", test]
     done = subprocess.run(command, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-20000:] + done.stderr[-2000:]
 

@@ -197,7 +197,7 @@ def test_a_damaged_file_is_named_in_one_line(make_run, tmp_path, file, content, 
 def test_wrong_paths_are_refused(make_run, tmp_path):
     (tmp_path / "empty").mkdir()
     for runs, out, message in (
-        ((), "report.html", "at least one run"),
+        ((), "report.html", "runs: expected a text, or a list of at least one"),
         (("no/such/run",), "report.html", "no such run directory"),
         ((str(tmp_path / "empty"),), "report.html", "holds no results"),
         ((str(make_run("soft")),), "", "is a folder"),
