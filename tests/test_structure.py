@@ -5,7 +5,6 @@ from __future__ import annotations
 import ast
 import subprocess
 import sys
-import time
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
@@ -109,16 +108,14 @@ def test_rooms_are_cheap_to_import() -> None:
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
 
 
-def test_help_is_quick_and_needs_no_torch() -> None:
-    code = "import sys; from planlm.cli import main; main(['--help']); assert 'torch' not in sys.modules"
-    seconds = []
-    for _ in range(5):
-        start = time.perf_counter()
-        subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
-        seconds.append(time.perf_counter() - start)
-        if seconds[-1] < 0.7:
-            return
-    pytest.fail(f"planlm --help took {min(seconds):.2f} s at best; it may take 0.7")
+def test_help_imports_nothing_heavy() -> None:
+    code = (
+        "import sys; from planlm.cli import main; main(['--help'])\n"
+        "names = {name.split('.')[0] for name in sys.modules}\n"
+        "own = {name for name in names - sys.stdlib_module_names if not name.startswith(('_', 'sitecustomize'))}\n"
+        "assert own <= {'planlm', 'wrapt'}, own"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
 
 
 def test_kernels_do_not_pass_for_the_package_that_transformers_knows() -> None:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import random
-import time
 
 import pytest
 
-from planlm.text.sentences import _LINES, ends_sentence, split_sentences
+from planlm.text.sentences import _LINES, _TOKENIZER, STRETCH, ends_sentence, split_sentences
+from tests.work import num_calls
 
 
 def sentences(text: str) -> list[str]:
@@ -68,7 +68,7 @@ def test_stretches_give_the_sentences_of_the_whole_line(monkeypatch: pytest.Monk
         text = "".join(generator.choices(alphabet, k=generator.randrange(3000)))
         whole = split_sentences(text)
         with monkeypatch.context() as patch:
-            patch.setattr("planlm.text.sentences.STRETCH", 2000)
+            patch.setattr("planlm.text.STRETCH", 2000)
             patch.setattr("planlm.text.sentences.LOOKAHEAD", 500)
             assert split_sentences(text) == whole, repr(text)
 
@@ -83,14 +83,19 @@ def test_lines_are_those_of_splitlines() -> None:
 @pytest.mark.parametrize(
     "unit", ["word ", "a", ".", ". ", "(", "\n", "Hi there.\n", "🙂", "\x00\x01", "'a", "aB", "漢字。"]
 )
-def test_time_is_linear(unit: str) -> None:
-    small, large = (unit * (count // len(unit)) for count in (20_000, 200_000))
-    times = []
-    for text in (small, large):
-        started = time.perf_counter()
-        split_sentences(text)
-        times.append(time.perf_counter() - started)
-    assert times[1] < 40 * times[0] + 0.05, times  # ten times the text: quadratic work would take a hundred times
+def test_work_is_linear(unit: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Counted, not timed: function calls, and the characters that syntok is given."""
+    characters = []
+    tokenize = _TOKENIZER.tokenize
+    monkeypatch.setattr(_TOKENIZER, "tokenize", lambda text: (characters.append(len(text)), tokenize(text))[1])
+    work = []
+    for count in (50_000, 200_000):
+        text = unit * (count // len(unit))
+        characters.clear()
+        work.append((num_calls(lambda text=text: split_sentences(text)), sum(characters)))
+    (calls, seen), (more_calls, more_seen) = work
+    assert more_calls < 6 * calls, work  # four times the text: quadratic work would be sixteen times
+    assert more_seen < 6 * seen + STRETCH, work
 
 
 @pytest.mark.parametrize(
