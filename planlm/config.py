@@ -2,7 +2,7 @@
 
 Standard library only, and imported by every room: `planlm --help` must answer without importing torch, and library
 functions take the same objects that the command line builds. `help` texts give units and say where a default comes
-from (the papers of docs/method.md, or a figure in docs/log.md).
+from (the papers of docs/method.md, or a figure in dev/log.md).
 """
 
 from __future__ import annotations

@@ -83,7 +83,7 @@ def test_a_source_archive_can_be_tested_and_read(archives: Path) -> None:
     (sdist,) = archives.glob("*.tar.gz")
     with tarfile.open(sdist) as archive:
         held = {name.partition("/")[2] for name in archive.getnames()}
-    wanted = files("*.md", "*.toml", "LICENSE", "Makefile", "constraints.txt", "tests/**/*.py", "docs/**/*")
+    wanted = files("*.md", "*.toml", "LICENSE", "Makefile", "constraints.txt", "tests/**/*.py", "docs/**/*", "dev/*")
     wanted |= files("benchmarks/**/*.py", "csrc/*", "kernels/*.py", "planlm/**/*.py", "planlm/**/*.html")
     assert {"tests/conftest.py", "docs/method.md", "constraints.txt"} <= wanted
     assert not wanted - held

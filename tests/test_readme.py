@@ -14,8 +14,8 @@ import torch
 from planlm import arguments, cli
 
 ROOT = Path(__file__).parents[1]
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
-README = PAGES[0].read_text()
+PAGES = sorted(path for folder in ("*.md", "docs/**/*.md", "dev/**/*.md") for path in ROOT.glob(folder))
+README = (ROOT / "README.md").read_text()
 
 
 def blocks(language: str, text: str) -> list[str]:
@@ -71,7 +71,14 @@ def test_python_examples_run(
     assert "The harbour was built in 1905." in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def anchors(page: Path) -> set[str]:
+    """What a link to a heading of the page may end in, as GitHub makes it of the heading's words."""
+    text = re.sub(r"^```.*?^```$", "", page.read_text(), flags=re.DOTALL | re.MULTILINE)
+    headings = re.findall(r"^#+ (.+)$", text, re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_links_lead_somewhere(page: Path) -> None:
     for target in re.findall(r"\]\(([^)]+)\)", page.read_text()):
         if target.startswith("https://"):
@@ -79,10 +86,22 @@ def test_links_lead_somewhere(page: Path) -> None:
         name, _, anchor = target.partition("#")
         linked = (page.parent / name) if name else page
         assert linked.exists(), target
-        if anchor:
-            headings = re.findall(r"^#+ (.+)$", linked.read_text(), re.MULTILINE)
-            anchors = {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
-            assert anchor in anchors, target
+        assert not anchor or anchor in anchors(linked), target
+
+
+def test_code_names_pages_that_there_are() -> None:
+    rooms = ("planlm", "kernels", "csrc", "benchmarks", "tests")
+    sources = [path for room in rooms for path in (ROOT / room).rglob("*")]
+    names = {
+        (path.name, name, anchor)
+        for path in sources
+        if path.suffix in (".py", ".cpp", ".h", ".inl", ".html")
+        for name, anchor in re.findall(r"\b((?:docs|dev)/[\w/]+\.\w+)(?:#([\w-]+))?", path.read_text())
+    }
+    assert names
+    for path, name, anchor in names:
+        assert (ROOT / name).exists(), f"{path}: {name}"
+        assert not anchor or anchor in anchors(ROOT / name), f"{path}: {name}#{anchor}"
 
 
 def test_environment_variables_are_in_the_table() -> None:

@@ -2,7 +2,7 @@
 
 The gradient of the logits is formed chunk by chunk in the forward pass (Liger-Kernel's and torch's chunked
 linear cross-entropy work alike), so at most `CHUNK` bytes of logits exist at a time. torch 2.13's own
-`linear_cross_entropy` with options does the same, but took 4 to 18 times as long on a CPU (docs/log.md).
+`linear_cross_entropy` with options does the same, but took 4 to 18 times as long on a CPU (dev/log.md).
 """
 
 from __future__ import annotations

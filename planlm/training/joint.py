@@ -40,7 +40,7 @@ BIAS_REACH = 0.5
 Adam moves a weight by up to a learning rate a step, and so `W m` by up to `lr * |m|_1`, which for centroids of unit
 vectors (norm about .6) is about `0.5 sqrt(A)` learning rates. At one learning rate the bias cannot keep up, and a plan
 that never changes learns what all text has in common faster than one that does: with few steps `fixed` then beats
-even `oracle` (docs/log.md).
+even `oracle` (dev/log.md).
 """
 
 

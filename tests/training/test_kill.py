@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 
 STEPS = 60
 KILLS = 4
-"""Twenty pass too (docs/log.md), and take four minutes."""
+"""Twenty pass too (dev/log.md), and take four minutes."""
 
 
 def start(planted: dict[str, str], out: Path, *flags: str) -> subprocess.Popen[str]:
