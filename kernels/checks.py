@@ -13,8 +13,7 @@ from typing import NoReturn, TypedDict, Unpack
 import torch
 from torch import Tensor
 
-SELECTIONS = ("soft", "hard", "straight-through", "gumbel", "gumbel-hard", "top-k", "oracle", "uniform", "fixed")
-NOISY_SELECTIONS = ("gumbel", "gumbel-hard")
+from .reference import NOISY, SELECTIONS
 
 _FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -143,8 +142,8 @@ def _check_options(options: PlanOptions, num_sentences: int, num_actions: int, d
     _check_top_k(options["top_k"], selection, num_actions)
     noise = options["noise"]
     if noise is not None:
-        if selection not in NOISY_SELECTIONS:
-            _refuse("noise", f"a tensor with selection {selection!r}", "None, or selection 'gumbel' or 'gumbel-hard'")
+        if selection not in NOISY:
+            _refuse("noise", f"a tensor with selection {selection!r}", f"None, or one of {', '.join(NOISY)}")
         _floating("noise", noise, "[S, K]", 2, device)
         _shape("noise", noise, (num_sentences, num_actions), "[S, K], the shape of the logits")
     _check_oracle_weight(options["oracle_weight"], num_sentences, device)

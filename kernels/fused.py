@@ -16,10 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .backend import Backend
-from .reference import PlanProjection, mix_oracle, pick, working_dtype
-
-SOFT = ("soft", "gumbel", "top-k")
-STEPPED = ("straight-through", "gumbel-hard")
+from .reference import MIXED, PICKED, STRAIGHT_THROUGH, PlanProjection, mix_oracle, working_dtype
 
 
 def plan_projection(
@@ -59,7 +56,7 @@ def plan_projection(
             source, head, head_bias, codebook, weight, bias, noise, oracle, share, temperature, top_k or 0
         )
 
-    if selection in SOFT:
+    if selection in MIXED:
         if _actions_first(backend, len(source), codebook, weight):
             if backend.name == "cpp" and working == torch.float32:
                 codebook, weight = codebook.float(), weight.float()
@@ -68,10 +65,10 @@ def plan_projection(
             projected, log_normalizer, oracle_nll, *_ = run(codebook, weight, bias, share)
         return PlanProjection(projected.to(result), log_normalizer, oracle_nll)
 
-    soft_gradient = selection in STEPPED and torch.is_grad_enabled()
+    soft_gradient = selection in STRAIGHT_THROUGH and torch.is_grad_enabled()
     soft, log_normalizer, oracle_nll, best, *_ = run(codebook.detach() if soft_gradient else None, None, None, None)
     actions = codebook.to(working)
-    mixture = pick(selection, best, actions, oracle)  # [S, A]
+    mixture = PICKED[selection](best, actions, oracle)  # [S, A]
     if soft_gradient:
         mixture = mixture + (soft - soft.detach())
     if share is not None:

@@ -14,6 +14,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+MIXED = ("soft", "gumbel", "top-k")
+"""Selections whose plan is the mixture of actions; the others' is picked: see `PICKED`."""
+
+STRAIGHT_THROUGH = ("straight-through", "gumbel-hard")
+"""Selections whose plan is picked, with the mixture's gradient."""
+
+NOISY = ("gumbel", "gumbel-hard")
+"""Selections that take noise."""
+
 
 class PlanProjection(NamedTuple):
     """What `plan_projection` returns.
@@ -115,29 +124,44 @@ def working_dtype(*inputs: Tensor | float | None) -> torch.dtype:
 
 def _mixture(selection: str, scaled: Tensor, best: Tensor, actions: Tensor, oracle: Tensor | None) -> Tensor:
     """The method's table: the action embedding that each sentence is conditioned on, `[S, A]`."""
-    match selection:
-        case "soft" | "gumbel" | "top-k":
-            return scaled.softmax(dim=1) @ actions
-        case "straight-through" | "gumbel-hard":
-            soft = scaled.softmax(dim=1) @ actions.detach()
-            return pick(selection, best, actions, oracle) + (soft - soft.detach())
-    return pick(selection, best, actions, oracle)
+    if selection in MIXED:
+        return scaled.softmax(dim=1) @ actions
+    picked = PICKED[selection](best, actions, oracle)
+    if selection in STRAIGHT_THROUGH:
+        soft = scaled.softmax(dim=1) @ actions.detach()
+        picked = picked + (soft - soft.detach())
+    return picked
 
 
-def pick(selection: str, best: Tensor, actions: Tensor, oracle: Tensor | None) -> Tensor:
-    """What the selections that do not mix put in every row, `[S, A]`; `best` `[S]` are the likeliest actions."""
-    match selection:
-        case "hard" | "straight-through" | "gumbel-hard":
-            return F.embedding(best, actions)
-        case "oracle":
-            assert oracle is not None
-            chosen = F.embedding(oracle.clamp(min=0), actions)
-            return chosen.masked_fill((oracle < 0)[:, None], torch.nan)
-        case "uniform":
-            return actions.mean(dim=0).expand(len(best), -1)
-        case "fixed":
-            return actions[0].expand(len(best), -1)
-    raise AssertionError(selection)
+def _most_probable(best: Tensor, actions: Tensor, oracle: Tensor | None) -> Tensor:
+    return F.embedding(best, actions)
+
+
+def _oracle(best: Tensor, actions: Tensor, oracle: Tensor | None) -> Tensor:
+    assert oracle is not None
+    return F.embedding(oracle.clamp(min=0), actions).masked_fill((oracle < 0)[:, None], torch.nan)
+
+
+def _mean(best: Tensor, actions: Tensor, oracle: Tensor | None) -> Tensor:
+    return actions.mean(dim=0).expand(len(best), -1)
+
+
+def _first(best: Tensor, actions: Tensor, oracle: Tensor | None) -> Tensor:
+    return actions[0].expand(len(best), -1)
+
+
+PICKED = {
+    "hard": _most_probable,
+    "straight-through": _most_probable,
+    "gumbel-hard": _most_probable,
+    "oracle": _oracle,
+    "uniform": _mean,
+    "fixed": _first,
+}
+"""What the selections that do not mix give each sentence, `[S, A]`: from the most probable actions `[S]`, the codebook
+`[K, A]` and the oracle actions `[S]`."""
+
+SELECTIONS = (*MIXED, *PICKED)
 
 
 def mix_oracle(mixture: Tensor, actions: Tensor, oracle: Tensor, oracle_weight: float | Tensor) -> Tensor:

@@ -16,14 +16,10 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 from planlm.errors import InputError
+from planlm.selections import SELECTIONS
 
 DEFAULT_ENCODER = "sentence-transformers/all-MiniLM-L6-v2"
 DEFAULT_LM = "HuggingFaceTB/SmolLM2-135M-Instruct"
-
-SELECTIONS = (
-    "soft", "hard", "straight-through", "gumbel", "gumbel-hard", "top-k", "oracle", "uniform", "fixed", "none",
-)  # fmt: skip
-"""docs/method.md's selection table, in its order; `none` switches the adapter off."""
 
 
 @dataclass(frozen=True)
@@ -236,7 +232,7 @@ class TrainConfig(CommandConfig):
     out: str = required("run directory to write")
     lm: str | None = option(None, "causal LM, by hub name or folder; default: the LM whose tokenizer the corpus used")
     planner: str | None = option(None, "run directory of pretrain-planner; without one the planner starts untrained")
-    selection: str = option("soft", "what the LM is conditioned on (docs/method.md)", choices=SELECTIONS)
+    selection: str = option("soft", "what the LM is conditioned on (docs/method.md)", choices=tuple(SELECTIONS))
     temperature: float = option(1.0, "softmax temperature of the mixture", limit=POSITIVE)
     top_k: int | None = option(None, "actions kept by --selection top-k", limit=COUNT)
     gumbel_scale: float = option(1.0, "scale of the Gumbel noise", limit=NOT_NEGATIVE)
@@ -342,7 +338,7 @@ class GenerateConfig(CommandConfig):
         None, "actions to follow for the next sentences, e.g. 12,7,130; afterwards the planner decides"
     )
     selection: str | None = option(
-        None, "selection to generate with; default: the one trained with", choices=SELECTIONS
+        None, "selection to generate with; default: the one trained with", choices=tuple(SELECTIONS)
     )
     show_plan: bool = option(False, "print each sentence with its most probable actions")
     audit: str | None = option(None, "JSON-lines file: one object per sentence with its plan")

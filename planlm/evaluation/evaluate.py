@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from planlm.config import SELECTIONS, EvaluateConfig
+from planlm.config import EvaluateConfig
 from planlm.corpus.store import PreparedCorpus
 from planlm.distribution import first_rank_does, rank
 from planlm.errors import InputError
@@ -20,6 +20,7 @@ from planlm.model.loading import load_model
 from planlm.model.modeling import PlanLMForCausalLM
 from planlm.model.planner import codebook_fingerprint
 from planlm.precision import device
+from planlm.selections import SELECTIONS
 from planlm.text.alignment import tokenizer_fingerprint
 
 RESULTS = "evaluation.json"
@@ -117,8 +118,9 @@ def _load_model(run: Path, plans: list[str], corpus: PreparedCorpus) -> tuple[Pl
     if plans == ["none"] and _is_plain_lm(run / "config.json"):
         return PlanLMForCausalLM.from_lm(str(run), corpus.codebook).to(device()), False  # type: ignore[arg-type]
     model = load_model(str(run))
-    if "top-k" in plans and model.config.plan_top_k is None:
-        raise InputError(f"--plans {','.join(plans)}: {run} was not trained with --top-k; leave top-k out")
+    for plan in plans:
+        if SELECTIONS[plan].needs_top_k and model.config.plan_top_k is None:
+            raise InputError(f"--plans {','.join(plans)}: {run} was not trained with --top-k; leave {plan} out")
     return model, True
 
 

@@ -10,8 +10,8 @@ from typing import Any, ClassVar
 from transformers import AutoConfig, PretrainedConfig
 from transformers.configuration_utils import SubConfigSpec
 
-from planlm.config import SELECTIONS
 from planlm.errors import InputError
+from planlm.selections import SELECTIONS
 
 Rule = tuple[str, Callable[[Any], bool]]
 """What a value has to be, in words and as a check."""
@@ -28,7 +28,7 @@ _RULES: dict[str, Rule] = {
     "conditioned_layers": ("a whole number", lambda value: _is_number(value, Integral)),  # the model knows how many
     "gate": ("true or false", lambda value: isinstance(value, bool)),
     "use_cache": ("true or false", lambda value: isinstance(value, bool)),
-    "selection": (f"one of {', '.join(SELECTIONS)}", lambda value: value in SELECTIONS),
+    "selection": (f"one of {', '.join(SELECTIONS)}", lambda value: value in list(SELECTIONS)),
     "plan_temperature": ("a number above 0", lambda value: _is_number(value, Real) and 0 < value < math.inf),
     "plan_top_k": ("null or a whole number of at least 1", lambda value: value is None or COUNT[1](value)),
     "gumbel_scale": ("a number of at least 0", lambda value: _is_number(value, Real) and 0 <= value < math.inf),

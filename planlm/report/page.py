@@ -16,9 +16,7 @@ from planlm.files import write_text
 from planlm.report.plots import SERIES, curves_figure, perplexity_figure, to_svg
 from planlm.report.results import SPLITS, Run, compare_runs, load_runs
 from planlm.report.tables import PLANNER_METRICS, ROW_HEADINGS, describe, row_cells
-
-_REACHES_PLANNER = ("soft", "straight-through", "gumbel", "gumbel-hard", "top-k")
-"""Plans through which a run's training reaches the planner."""
+from planlm.selections import SELECTIONS
 
 
 def write_report(config: ReportConfig) -> Path:
@@ -107,7 +105,7 @@ def _headline(run: Run) -> str:
         f"{config.get('lm') or 'The LM of the corpus'}, conditioned on {config['selection']} plans",
         "LM frozen" if config.get("lm_mode") == "freeze" else "LM fine-tuned",
     ]
-    if config["selection"] in _REACHES_PLANNER:
+    if config["selection"] in [name for name, about in SELECTIONS.items() if about.trains_planner]:
         parts.append("planner frozen" if config.get("freeze_planner") else "planner trained jointly")
     return "; ".join(parts) + "."
 

@@ -21,6 +21,7 @@ from planlm.model.loss import usable_loss
 from planlm.model.modeling import PlanLMForCausalLM, PlanLMOutput
 from planlm.model.planner import Planner
 from planlm.precision import autocast, compute_dtype, device
+from planlm.selections import SELECTIONS
 from planlm.text.alignment import load_tokenizer, tokenizer_fingerprint
 from planlm.training.draws import uniform_by_sentence
 from planlm.training.flops import lm_flops, matrix_product_rate
@@ -30,9 +31,6 @@ from planlm.training.loop import Task, check_batch_size, fit, num_steps
 from planlm.training.parallel import Parallel
 from planlm.training.run import Run, check_out
 from planlm.training.schedules import oracle_ratio, parse_oracle_mix
-
-LEARNING = ("soft", "straight-through", "gumbel", "gumbel-hard", "top-k")
-"""Selections through which the LM's loss reaches the planner."""
 
 BIAS_REACH = 0.5
 """Times the square root of A: learning rate of the adapter's bias, in those of its weight.
@@ -148,11 +146,12 @@ def _check(config: TrainConfig, ratios: tuple[float, float]) -> None:
         problems.append(
             "--selection none with --lm-mode freeze trains nothing; choose another selection, or --lm-mode lora or full"
         )
-    if config.selection == "top-k" and config.top_k is None:
-        problems.append("--selection top-k needs --top-k")
-    if config.selection != "top-k" and config.top_k is not None:
+    selection = SELECTIONS[config.selection]
+    if selection.needs_top_k and config.top_k is None:
+        problems.append(f"--selection {config.selection} needs --top-k")
+    if not selection.needs_top_k and config.top_k is not None:
         problems.append("--top-k is for --selection top-k")
-    if max(ratios) > 0 and config.selection in ("none", "oracle"):
+    if max(ratios) > 0 and (config.selection == "none" or selection.needs_oracle):
         problems.append(f"--oracle-mix has no meaning with --selection {config.selection}")
     if problems:
         raise InputError("; ".join(problems))
@@ -165,7 +164,7 @@ def trainable_groups(model: PlanLMForCausalLM, config: TrainConfig, steps: int) 
     selection that shows it to the LM.
     """
     model.requires_grad_(False)
-    planner_learns = config.selection in LEARNING or config.planner_loss > 0
+    planner_learns = SELECTIONS[config.selection].trains_planner or config.planner_loss > 0
     parts: list[tuple[str, Any, float, float]] = []
     if config.selection != "none":
         adapter = dict(model.adapter.named_parameters(prefix="adapter"))
