@@ -24,9 +24,9 @@ from planlm.model.modeling import PlanLMForCausalLM
 from planlm.model.planner import Planner
 from planlm.precision import autocast
 from planlm.training.groups import make_optimizer
-from planlm.training.joint import Objective, trainable_groups
 from planlm.training.loop import Task, update
 from planlm.training.parallel import Parallel
+from planlm.training.train import Objective, trainable_groups
 
 NUM_ACTIONS, ACTION_DIM, SENTENCE = 1024, 384, 21
 """K, A, and tokens of a sentence: the mean of English Wikipedia's in GPT-2's tokens."""

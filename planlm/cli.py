@@ -27,7 +27,7 @@ from planlm.allocator import keep_memory, start_with_huge_pages
 from planlm.errors import InputError, MachineError
 from planlm.home import ensure_home
 from planlm.quiet import silence_libraries
-from planlm.ranks import local_rank, num_ranks, rank
+from planlm.ranks import local_rank, rank, world_size
 from planlm.terminal import encodable, open_streams, visible
 
 
@@ -79,7 +79,7 @@ COMMANDS = {
     ),
     "pretrain-planner": Command(
         config.PlannerConfig,
-        "planlm.training.planner:pretrain_planner",
+        "planlm.training.pretrain_planner:pretrain_planner",
         show.planner,
         "planlm pretrain-planner --corpus corpus --out planner",
         allocates=True,
@@ -87,7 +87,7 @@ COMMANDS = {
     ),
     "train": Command(
         config.TrainConfig,
-        "planlm.training.joint:train",
+        "planlm.training.train:train",
         show.training,
         "planlm train --corpus corpus --planner planner --selection soft --out run",
         allocates=True,
@@ -211,13 +211,13 @@ def _print(text: str) -> int:
 
 def _processes(name: str, distributed: bool) -> contextlib.AbstractContextManager[None]:
     """The connection between the processes that torchrun started, if it did."""
-    if num_ranks() == 1:
+    if world_size() == 1:
         return contextlib.nullcontext()
     if not distributed:
         raise InputError(f"planlm {name} runs in one process: start it without torchrun")
-    from planlm.distribution import processes
+    from planlm.distribution import process_group
 
-    return processes()
+    return process_group()
 
 
 def _top_parser() -> argparse.ArgumentParser:

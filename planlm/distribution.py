@@ -19,42 +19,42 @@ from torch.distributed.rendezvous import rendezvous
 from planlm.errors import InputError, MachineError
 from planlm.precision import CPU, device
 from planlm.pulse import Pulse
-from planlm.ranks import local_rank, meeting_point, num_ranks, rank
+from planlm.ranks import local_rank, master_address, rank, world_size
 
 __all__ = [
-    "OtherRankFailed",
+    "RankZeroFailed",
+    "all_reduce",
+    "all_reduce_sum",
     "any_rank",
-    "counted",
-    "first_rank_does",
-    "num_ranks",
-    "processes",
+    "barrier",
+    "broadcast_text",
+    "on_rank_zero",
+    "process_group",
     "rank",
-    "told",
-    "total",
-    "wait_for_others",
+    "world_size",
 ]  # fmt: skip
 
 Result = TypeVar("Result")
 
-MEETING = timedelta(minutes=15)
+RENDEZVOUS_TIMEOUT = timedelta(minutes=15)
 """Until all processes have come: importing torch from a busy disk takes minutes."""
 
-TOGETHER = timedelta(hours=1)
+COLLECTIVE_TIMEOUT = timedelta(hours=1)
 """Of what all do together, a step say: the first one compiles, which takes minutes."""
 
-ALONE = timedelta(days=7)
+RANK_ZERO_TIMEOUT = timedelta(days=7)
 """Of waiting for one that works alone (measuring, clustering, writing); a frozen one is noticed by `Pulse`."""
 
-_patient: dist.ProcessGroup | None = None
-"""All processes once more, to wait for each other `ALONE` long."""
+_slow_group: dist.ProcessGroup | None = None
+"""All processes once more, to wait for each other `RANK_ZERO_TIMEOUT` long."""
 
 
-class OtherRankFailed(SystemExit):
+class RankZeroFailed(SystemExit):
     """Raised on every other rank where the first one failed: that one says what is wrong."""
 
 
 @contextlib.contextmanager
-def processes() -> Iterator[None]:
+def process_group() -> Iterator[None]:
     """Connect the processes that torchrun started, by NCCL where there is CUDA and else by gloo; part again at the end.
 
     Also leaves a connection that exists as it is, and does nothing where there is one process.
@@ -63,11 +63,11 @@ def processes() -> Iterator[None]:
         InputError: what torchrun says in the environment cannot be.
         MachineError: not all processes have come.
     """
-    global _patient
-    if num_ranks() == 1 or dist.is_initialized():
+    global _slow_group
+    if world_size() == 1 or dist.is_initialized():
         yield
         return
-    host, port = meeting_point()
+    host, port = master_address()
     where = device()
     if where.type == "cuda":
         if local_rank() >= torch.cuda.device_count():
@@ -77,30 +77,30 @@ def processes() -> Iterator[None]:
             )
         torch.cuda.set_device(where)
     try:
-        store, number, size = next(iter(rendezvous("env://", timeout=MEETING)))
+        store, number, size = next(iter(rendezvous("env://", timeout=RENDEZVOUS_TIMEOUT)))
         backend = "nccl" if where.type == "cuda" else "gloo"
-        dist.init_process_group(backend, store=store, rank=number, world_size=size, timeout=TOGETHER)
-        _patient = dist.new_group(backend="gloo", timeout=ALONE)
+        dist.init_process_group(backend, store=store, rank=number, world_size=size, timeout=COLLECTIVE_TIMEOUT)
+        _slow_group = dist.new_group(backend="gloo", timeout=RANK_ZERO_TIMEOUT)
     except (RuntimeError, ValueError, OSError) as error:
         reason = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
-        raise MachineError(f"not all {num_ranks()} processes have met at {host}:{port} ({reason})") from error
+        raise MachineError(f"not all {world_size()} processes have met at {host}:{port} ({reason})") from error
     try:
         with Pulse(host, port):
             yield
     finally:
-        _patient = None
+        _slow_group = None
         dist.destroy_process_group()
 
 
-def first_rank_does(action: Callable[[], Result]) -> Result | None:
+def on_rank_zero(action: Callable[[], Result]) -> Result | None:
     """Run `action` on the first rank while the others wait, for however long; they get None.
 
     Raises:
-        OtherRankFailed: on the others, where it failed on the first, which raises what it raised.
+        RankZeroFailed: on the others, where it failed on the first, which raises what it raised.
     """
-    if num_ranks() == 1:
+    if world_size() == 1:
         return action()
-    failed = torch.zeros(1, device=CPU if _patient is not None else device())
+    failed = torch.zeros(1, device=CPU if _slow_group is not None else device())
     result, error = None, None
     if rank() == 0:
         try:
@@ -108,43 +108,43 @@ def first_rank_does(action: Callable[[], Result]) -> Result | None:
         except BaseException as raised:
             error = raised
             failed += 1
-    dist.broadcast(failed, 0, group=_patient)
+    dist.broadcast(failed, 0, group=_slow_group)
     if error is not None:
         raise error
     if failed.item():
-        raise OtherRankFailed(2)
+        raise RankZeroFailed(2)
     return result
 
 
-def wait_for_others() -> None:
+def barrier() -> None:
     """Go on when all ranks are here, however much longer than this one the others work."""
-    if num_ranks() > 1:
-        dist.all_reduce(torch.zeros(1, device=CPU if _patient is not None else device()), group=_patient)
+    if world_size() > 1:
+        dist.all_reduce(torch.zeros(1, device=CPU if _slow_group is not None else device()), group=_slow_group)
 
 
-def total(values: Tensor) -> Tensor:
+def all_reduce(values: Tensor) -> Tensor:
     """Sum over all ranks, in place."""
-    if num_ranks() > 1:
+    if world_size() > 1:
         dist.all_reduce(values)
     return values
 
 
-def counted(*numbers: float) -> list[float]:
+def all_reduce_sum(*numbers: float) -> list[float]:
     """Sums of these numbers over all ranks."""
     return (
         list(numbers)
-        if num_ranks() == 1
-        else total(torch.tensor(numbers, dtype=torch.float64, device=device())).tolist()
+        if world_size() == 1
+        else all_reduce(torch.tensor(numbers, dtype=torch.float64, device=device())).tolist()
     )
 
 
-def told(text: str | None) -> str:
+def broadcast_text(text: str | None) -> str:
     """What the first rank says; the others give None."""
     said = (text or "").encode()
-    length = int(counted(len(said))[0])
-    return bytes(map(int, counted(*(said or bytes(length))))).decode()
+    length = int(all_reduce_sum(len(said))[0])
+    return bytes(map(int, all_reduce_sum(*(said or bytes(length))))).decode()
 
 
 def any_rank(flag: bool) -> bool:
     """Whether the flag is set on any rank."""
-    return counted(flag)[0] > 0
+    return all_reduce_sum(flag)[0] > 0

@@ -15,7 +15,7 @@ from datetime import timedelta
 
 import torch.distributed as dist
 
-from planlm.ranks import num_ranks, rank
+from planlm.ranks import rank, world_size
 
 EVERY = 5.0
 """Seconds between two lines."""
@@ -39,8 +39,8 @@ class Pulse:
         self._store = dist.TCPStore(  # type: ignore[attr-defined]
             host, port, is_master=False, wait_for_workers=False, timeout=timedelta(seconds=PATIENCE)
         )
-        self._mine, self._next = (f"planlm/pulse/{number % num_ranks()}" for number in (rank(), rank() + 1))
-        self._whom = f"process {(rank() + 1) % num_ranks()} of {num_ranks()}"
+        self._mine, self._next = (f"planlm/pulse/{number % world_size()}" for number in (rank(), rank() + 1))
+        self._whom = f"process {(rank() + 1) % world_size()} of {world_size()}"
         self._heard = time.monotonic()
         self._end = threading.Event()
         self._threads = [

@@ -10,7 +10,7 @@ import os
 from planlm.errors import InputError
 
 
-def num_ranks() -> int:
+def world_size() -> int:
     """Processes of this run (WORLD_SIZE).
 
     Raises:
@@ -21,7 +21,7 @@ def num_ranks() -> int:
 
 def rank() -> int:
     """Number of this process, from 0 (RANK)."""
-    return _whole("RANK", None, 0, num_ranks() - 1) if num_ranks() > 1 else 0
+    return _whole("RANK", None, 0, world_size() - 1) if world_size() > 1 else 0
 
 
 def local_rank() -> int:
@@ -29,7 +29,7 @@ def local_rank() -> int:
     return _whole("LOCAL_RANK", 0, 0, 1_000_000)
 
 
-def meeting_point() -> tuple[str, int]:
+def master_address() -> tuple[str, int]:
     """Where the processes meet (MASTER_ADDR, MASTER_PORT)."""
     host = os.environ.get("MASTER_ADDR", "").strip()
     if not host:

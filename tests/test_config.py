@@ -198,9 +198,10 @@ def test_advice_names_options_that_there_are() -> None:
     before = {"--tokenizer", "--encoder"} & flags["prepare"]
     both = flags["train"] & flags["pretrain-planner"]
     own = {
-        "training/joint.py": flags["train"] | before, "training/schedules.py": flags["train"],
-        "training/planner.py": flags["pretrain-planner"] | before, "training/loop.py": both, "training/run.py": both,
-        "training/checkpoint.py": both, "training/identity.py": both, "corpus/prepare.py": flags["prepare"],
+        "training/train.py": flags["train"] | before, "training/schedules.py": flags["train"],
+        "training/pretrain_planner.py": flags["pretrain-planner"] | before, "training/loop.py": both,
+        "training/run_directory.py": both, "training/checkpoint.py": both, "training/identity.py": both,
+        "corpus/prepare.py": flags["prepare"],
         "corpus/codebook.py": flags["prepare"], "corpus/sources.py": flags["prepare"],
         "corpus/shards.py": flags["prepare"], "evaluation/evaluate.py": flags["evaluate"] | before | {"--top-k"},
     }  # fmt: skip

@@ -31,7 +31,7 @@ from planlm.corpus.sources import Documents
 from planlm.corpus.splits import assign_splits
 from planlm.corpus.store import CODEBOOK, FORMAT_VERSION, MANIFEST, SPLITS, Manifest, PreparedCorpus, write_manifest
 from planlm.corpus.writing import storage_errors, write_json
-from planlm.distribution import any_rank, first_rank_does, wait_for_others
+from planlm.distribution import any_rank, barrier, on_rank_zero
 from planlm.errors import InputError
 from planlm.files import check_own, locked, replacing
 from planlm.precision import compute_dtype, device
@@ -88,12 +88,12 @@ def prepare(config: PrepareConfig) -> PreparedCorpus:
         _note(line)
     with storage_errors(out), contextlib.ExitStack() as held:
         # Whether shards are to be made; the first process asks, holds the folder and finishes the corpus.
-        is_new = first_rank_does(lambda: _begin(out, arguments, held))
+        is_new = on_rank_zero(lambda: _begin(out, arguments, held))
         if any_rank(bool(is_new)):
             settings = {name: arguments["settings"][name] for name in ENCODING}
             paths = encode_shards(documents, out / PARTIAL, config, settings)
-            wait_for_others()
-            first_rank_does(lambda: _finish(out, paths, arguments, tokenizer, config))
+            barrier()
+            on_rank_zero(lambda: _finish(out, paths, arguments, tokenizer, config))
     return PreparedCorpus.load(out)
 
 

@@ -21,7 +21,7 @@ from planlm.corpus.readers import Document
 from planlm.corpus.sources import Documents, id_hash
 from planlm.corpus.store import SPLIT_NAMES, SPLITS, document_features
 from planlm.corpus.writing import lists, read_arrow, seal, write_arrow, write_json, write_sealed, write_split_files
-from planlm.distribution import num_ranks, rank
+from planlm.distribution import rank, world_size
 from planlm.errors import InputError, MachineError
 from planlm.progress import Progress
 from planlm.text.alignment import load_tokenizer, tokenize_array
@@ -65,7 +65,7 @@ def encode_shards(documents: Documents, folder: Path, config: PrepareConfig, set
             digest.update(documents.hashes[first : first + len(shard)].tobytes())
             identity = digest.hexdigest()
             first += len(shard)
-            if number % num_ranks() != rank() or _is_done(path, identity):
+            if number % world_size() != rank() or _is_done(path, identity):
                 progress.advance(len(shard))
                 continue
             if tools is None:

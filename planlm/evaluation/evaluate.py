@@ -9,7 +9,7 @@ from typing import Any
 
 from planlm.config import EvaluateConfig
 from planlm.corpus.store import PreparedCorpus
-from planlm.distribution import first_rank_does, rank
+from planlm.distribution import on_rank_zero, rank
 from planlm.errors import InputError
 from planlm.evaluation.perplexity import default_window, score_documents
 from planlm.evaluation.planner_metrics import planner_metrics
@@ -92,7 +92,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
                 write_text(run / RESULTS, json.dumps(results, indent=1) + "\n", within=run)
         return result
 
-    return first_rank_does(finish) or {}
+    return on_rank_zero(finish) or {}
 
 
 def _parse(config: EvaluateConfig) -> list[str]:

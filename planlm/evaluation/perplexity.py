@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from planlm.corpus.batches import PlanLoader, few_sizes, windows
-from planlm.distribution import num_ranks, rank, total
+from planlm.distribution import all_reduce, rank, world_size
 from planlm.evaluation.significance import DocumentScores
 from planlm.precision import autocast
 from planlm.progress import Progress
@@ -69,7 +69,7 @@ def score_documents(
     whole = windows(dataset, _WHOLE)
     order = whole.document[np.argsort(-whole.length, kind="stable")]  # [n], less the documents of one token
     loader = PlanLoader(dataset.select(order), window=window, stride=stride, batch_size=batch_size, shuffle=False)
-    loader.share = (rank(), num_ranks())
+    loader.share = (rank(), world_size())
     device = next(model.parameters()).device
     nll = torch.zeros(len(selections), len(dataset), dtype=torch.float64)
     tokens = torch.zeros(len(dataset), dtype=torch.int64)
@@ -96,5 +96,5 @@ def score_documents(
                 nll[row].index_add_(0, documents, output.token_nll.double().sum(dim=1).cpu())
                 progress.advance()
     model.train(was_training)
-    nll, tokens = total(nll.to(device)).cpu(), total(tokens.to(device)).cpu()
+    nll, tokens = all_reduce(nll.to(device)).cpu(), all_reduce(tokens.to(device)).cpu()
     return {selection: DocumentScores(nll[row].numpy(), tokens.numpy()) for row, selection in enumerate(selections)}

@@ -168,7 +168,7 @@ def _corpus(out: Path, seed: int) -> None:
 
 def _planner(out: Path, seed: int) -> dict[str, Any]:
     """Pre-train the planner, unless its metrics are there."""
-    from planlm.training.planner import pretrain_planner
+    from planlm.training.pretrain_planner import pretrain_planner
 
     metrics = out / "planner" / "planner_metrics.json"
     if metrics.is_file():

@@ -76,7 +76,7 @@ class Table:
 def make_rows(table: Table) -> None:
     """Train and evaluate every row, each under the plan it was trained with; `none` comes with the first."""
     from planlm.evaluation.evaluate import evaluate
-    from planlm.training.joint import train
+    from planlm.training.train import train
 
     if table.texts is not None:
         _make_small_lm(table)

@@ -24,7 +24,7 @@ from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, Hu
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 
-from planlm.distribution import counted, first_rank_does, num_ranks, told
+from planlm.distribution import all_reduce_sum, broadcast_text, on_rank_zero, world_size
 from planlm.errors import InputError, MachineError
 from planlm.files import replacing_folder
 
@@ -50,14 +50,14 @@ def save_checkpoint(folder: Path, tensors: dict[str, torch.Tensor], state: dict[
             shutil.rmtree(old)
 
     with made:
-        beside = Path(told(first_rank_does(begin)))
+        beside = Path(broadcast_text(on_rank_zero(begin)))
         tensors = {name: tensor.detach() for name, tensor in tensors.items()}
-        if num_ranks() == 1:  # the writer below makes the whole file in memory
+        if world_size() == 1:  # the writer below makes the whole file in memory
             save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, beside / "tensors.safetensors")
         else:
             with _errors_of_the_system():
                 save(tensors, storage_writer=HuggingFaceStorageWriter(str(beside), save_distributed=True))
-        first_rank_does(finish)
+        on_rank_zero(finish)
 
 
 @contextlib.contextmanager
@@ -91,8 +91,8 @@ def newest_checkpoint(folder: Path, log: Callable[[str], None]) -> tuple[Path, d
         MachineError: all that there were are damaged.
         InputError: the newest is of another format.
     """
-    found = first_rank_does(lambda: _newest_sound(folder, log))
-    number = int(counted(found or 0)[0])  # the others add nothing
+    found = on_rank_zero(lambda: _newest_sound(folder, log))
+    number = int(all_reduce_sum(found or 0)[0])  # the others add nothing
     if number == 0:
         return None
     path = folder / f"step-{number}"

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from planlm.config import PlannerConfig, TrainConfig
-from planlm.distribution import any_rank, first_rank_does, num_ranks, rank
+from planlm.distribution import any_rank, on_rank_zero, rank, world_size
 from planlm.errors import InputError, MachineError
 from planlm.progress import Progress
 from planlm.training.checkpoint import check_room, newest_checkpoint, read_tensors, save_checkpoint, stored_shapes
@@ -28,11 +28,11 @@ from planlm.training.groups import (
     optimizer_tensors,
     restore_optimizer,
 )
-from planlm.training.parallel import Parallel, seed_step, whole
+from planlm.training.parallel import Parallel, full_tensor, seed_step
 from planlm.training.prefetch import Loader, Prefetch
-from planlm.training.run import Run, differences
+from planlm.training.run_directory import Run, differences
 from planlm.training.schedules import learning_rate_factor
-from planlm.training.watch import Watch, summary
+from planlm.training.throughput import Watch, summary
 
 MAX_SKIPPED = 10
 """Steps in a row with a non-finite gradient after which training stops: the state is beyond recovery by skipping."""
@@ -86,8 +86,8 @@ def check_batch_size(batch_size: int) -> None:
     Raises:
         InputError: fewer items than processes.
     """
-    if batch_size < num_ranks():
-        raise InputError(f"--batch-size {batch_size}: {num_ranks()} processes share it; set at least that")
+    if batch_size < world_size():
+        raise InputError(f"--batch-size {batch_size}: {world_size()} processes share it; set at least that")
 
 
 @dataclass(frozen=True)
@@ -142,7 +142,7 @@ def fit(task: Task, run: Run, config: PlannerConfig | TrainConfig) -> None:
                     for group in task.groups:
                         for parameter in group.parameters.values():
                             parameter.requires_grad_(step >= group.start)
-                    task.model.follow()
+                    task.model.rewrap()
                 with watch.waiting():
                     window = [next(batches) for _ in range(task.accumulate)]
                 result = update(task, optimizer, step, window, config)
@@ -176,7 +176,7 @@ def _clip(groups: list[ParameterGroup], max_norm: float) -> dict[str, float]:
     for group in groups:
         parameters = [parameter for parameter in group.parameters.values() if parameter.grad is not None]
         if parameters:
-            norms[group.name] = float(whole(nn.utils.clip_grad_norm_(parameters, max_norm)))
+            norms[group.name] = float(full_tensor(nn.utils.clip_grad_norm_(parameters, max_norm)))
     return norms
 
 
@@ -216,13 +216,13 @@ def _restore(
     if found is None:
         # With two moments a parameter; what is trained has no more than that. All of it is on this disk or on several.
         size = 3 * sum(parameter.numel() * parameter.element_size() for parameter in parameters.values())
-        first_rank_does(lambda: check_room(run.path, size))
+        on_rank_zero(lambda: check_room(run.path, size))
         if run.last_line():
             log("no checkpoint had been written: training begins anew")
         run.forget_after(0)
         return 0, 0, 0
     path, state = found
-    first_rank_does(lambda: _check_owner(path, state, run))
+    on_rank_zero(lambda: _check_owner(path, state, run))
     stored = stored_shapes(path)
     if {name[6:]: shape for name, shape in stored.items() if name.startswith("model/")} != {
         name: parameter.shape for name, parameter in parameters.items()

@@ -12,7 +12,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
-from planlm.distribution import num_ranks
+from planlm.distribution import world_size
 
 
 class Parallel:
@@ -27,15 +27,15 @@ class Parallel:
     def __init__(self, model: nn.Module, layers: list[nn.Module] | None = None) -> None:
         self.model = model
         self._call: Any = model
-        if layers is not None and num_ranks() > 1:
+        if layers is not None and world_size() > 1:
             for layer in layers:
                 fully_shard(layer)
             fully_shard(model)
 
-    def follow(self) -> None:
+    def rewrap(self) -> None:
         """Take note that other parameters train from now on: what DDP exchanges is fixed when it is made."""
         trains = any(parameter.requires_grad for parameter in self.model.parameters())
-        if num_ranks() > 1 and not isinstance(self.model, FSDPModule) and trains:
+        if world_size() > 1 and not isinstance(self.model, FSDPModule) and trains:
             self._call = None  # the old one's hooks go first
             self._call = DistributedDataParallel(self.model, broadcast_buffers=False, gradient_as_bucket_view=True)
 
@@ -61,7 +61,7 @@ class Parallel:
         return isinstance(self.model, FSDPModule)
 
 
-def whole(tensor: Tensor) -> Tensor:
+def full_tensor(tensor: Tensor) -> Tensor:
     """A tensor of which each process may have a part, or a sum that is still to be made."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 

@@ -11,8 +11,8 @@ import pytest
 
 from planlm.config import PlannerConfig, TrainConfig
 from planlm.errors import InputError
-from planlm.training.joint import train
-from planlm.training.planner import pretrain_planner
+from planlm.training.pretrain_planner import pretrain_planner
+from planlm.training.train import train
 
 FILES = (
     "config.yaml", "metrics.jsonl", "identity.json", "lock", "config.yaml.partial", ".planlm-0123456789ab.partial",

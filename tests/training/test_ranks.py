@@ -311,7 +311,7 @@ def test_what_torchrun_cannot_have_said_is_refused(
 def test_a_rank_without_others_is_the_first(monkeypatch: pytest.MonkeyPatch) -> None:
     """Left in the environment, it must not keep the result back."""
     monkeypatch.setenv("RANK", "3")
-    assert (distribution.rank(), distribution.num_ranks()) == (0, 1)
+    assert (distribution.rank(), distribution.world_size()) == (0, 1)
 
 
 def test_processes_that_do_not_come_are_missed(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -320,7 +320,7 @@ def test_processes_that_do_not_come_are_missed(monkeypatch: pytest.MonkeyPatch) 
         port = str(free.getsockname()[1])
     for name, value in {"WORLD_SIZE": "2", "RANK": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": port}.items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setattr(distribution, "MEETING", timedelta(seconds=1))
+    monkeypatch.setattr(distribution, "RENDEZVOUS_TIMEOUT", timedelta(seconds=1))
     missed = pytest.raises(MachineError, match=rf"not all 2 processes have met at localhost:{port}")
-    with missed, distribution.processes():
+    with missed, distribution.process_group():
         pass

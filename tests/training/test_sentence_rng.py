@@ -6,12 +6,12 @@ import torch
 
 from planlm.corpus.batches import PlanLoader
 from planlm.corpus.store import PreparedCorpus
-from planlm.training.draws import _scramble, uniform_by_sentence
+from planlm.training.sentence_rng import _splitmix64, uniform_by_sentence
 
 
 def test_first_number_of_splitmix64() -> None:
     """Of seed 0: 16294208416658607535, published with the generator."""
-    assert int(_scramble(torch.zeros(1, dtype=torch.int64))[0]) % 2**64 == 16294208416658607535
+    assert int(_splitmix64(torch.zeros(1, dtype=torch.int64))[0]) % 2**64 == 16294208416658607535
 
 
 def test_a_sentence_has_its_number_whatever_batch_it_is_in(planted: dict[str, str]) -> None:

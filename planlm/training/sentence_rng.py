@@ -19,11 +19,11 @@ def uniform_by_sentence(batch: PlanBatch, seed: int, step: int) -> Tensor:
     sentence = batch.sentence_positions[batch.segment_rows[:, 0], batch.segment_rows[:, 1]]
     state = torch.zeros_like(document)
     for key in (seed, step, document, sentence):
-        state = _scramble(state + key)
+        state = _splitmix64(state + key)
     return _right(state, 11).double() * 2.0**-53
 
 
-def _scramble(state: Tensor) -> Tensor:
+def _splitmix64(state: Tensor) -> Tensor:
     """SplitMix64's output function (Steele, Lea and Flood 2014, fig. 15), in arithmetic modulo 2^64."""
     state = state - 0x61C8864680B583EB  # + 0x9E3779B97F4A7C15
     state = (state ^ _right(state, 30)) * -0x40A7B892E31B1A47  # * 0xBF58476D1CE4E5B9

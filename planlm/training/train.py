@@ -11,7 +11,7 @@ from torch import Tensor
 from planlm.config import TrainConfig
 from planlm.corpus.batches import PlanBatch, PlanLoader
 from planlm.corpus.store import PreparedCorpus
-from planlm.distribution import counted, first_rank_does, num_ranks, rank, total
+from planlm.distribution import all_reduce, all_reduce_sum, on_rank_zero, rank, world_size
 from planlm.errors import InputError
 from planlm.files import replacing_folder
 from planlm.model.families import lm_layers, set_dropout
@@ -23,14 +23,14 @@ from planlm.model.planner import Planner
 from planlm.precision import autocast, compute_dtype, device
 from planlm.selections import SELECTIONS
 from planlm.text.alignment import load_tokenizer, tokenizer_fingerprint
-from planlm.training.draws import uniform_by_sentence
 from planlm.training.flops import lm_flops, matrix_product_rate
 from planlm.training.groups import ParameterGroup
 from planlm.training.identity import check_encoder, identify
 from planlm.training.loop import Task, check_batch_size, fit, num_steps
 from planlm.training.parallel import Parallel
-from planlm.training.run import Run, check_out
+from planlm.training.run_directory import Run, check_out
 from planlm.training.schedules import oracle_ratio, parse_oracle_mix
+from planlm.training.sentence_rng import uniform_by_sentence
 
 BIAS_REACH = 0.5
 """Times the square root of A: learning rate of the adapter's bias, in those of its weight.
@@ -75,10 +75,10 @@ def train(config: TrainConfig) -> dict[str, Any]:
     loader = PlanLoader(
         corpus.split("train"), window=config.window, batch_size=config.batch_size, seed=config.seed, pack=True
     )
-    loader.share = (rank(), num_ranks())
+    loader.share = (rank(), world_size())
     steps = num_steps(config, loader.num_batches, config.accumulate)
     model = _model(config, corpus, lm, planner)
-    identity = first_rank_does(lambda: identify(corpus, model.lm, planner))
+    identity = on_rank_zero(lambda: identify(corpus, model.lm, planner))
     parallel = Parallel(model, lm_layers(model.lm) if config.shard else None)
     groups = trainable_groups(model, config, steps)
     objective = Objective(parallel, config, steps, ratios)
@@ -110,7 +110,7 @@ def _finish(parallel: Parallel, run: Run, config: TrainConfig) -> dict[str, Any]
         last = {key: value for key, value in run.last_line().items() if isinstance(value, int | float)}
         return {"run": str(run.path), "model": str(folder), "selection": config.selection, **last}
 
-    return first_rank_does(finish) or {}
+    return on_rank_zero(finish) or {}
 
 
 def _model(config: TrainConfig, corpus: PreparedCorpus, lm: str, planner: Planner | None) -> PlanLMForCausalLM:
@@ -212,7 +212,7 @@ class Objective:
     def backward(self, step: int, batches: list[PlanBatch]) -> dict[str, float]:
         """Forward and backward over a step's batches; gradients add up in the parameters."""
         where = self.model.device
-        num_labels, num_segments = counted(
+        num_labels, num_segments = all_reduce_sum(
             sum(int((batch.labels != -100).sum()) for batch in batches),
             sum(int((batch.actions >= 0).sum()) for batch in batches),
         )
@@ -227,9 +227,9 @@ class Objective:
                 if self.config.planner_loss > 0:
                     assert output.oracle_nll is not None
                     loss = loss + self.config.planner_loss * output.oracle_nll.sum() / num_segments
-            (num_ranks() * loss).backward()  # gradients are averaged over processes
+            (world_size() * loss).backward()  # gradients are averaged over processes
             totals += self._figures(output, batch.actions)
-        lm_nll, planner_nll, right, entropy = total(totals).tolist()
+        lm_nll, planner_nll, right, entropy = all_reduce(totals).tolist()
         figures = {"tokens": num_labels, "lm_loss": lm_nll / max(1, num_labels), "oracle_ratio": ratio}
         if output.action_logits is not None:
             count = max(1, num_segments)

@@ -21,10 +21,10 @@ from planlm.errors import InputError
 from planlm.evaluation.evaluate import evaluate
 from planlm.kernels import environment
 from planlm.model import PlanLMForCausalLM
-from planlm.training.joint import Objective, train, trainable_groups
 from planlm.training.parallel import Parallel
-from planlm.training.planner import pretrain_planner
-from planlm.training.run import Run
+from planlm.training.pretrain_planner import pretrain_planner
+from planlm.training.run_directory import Run
+from planlm.training.train import Objective, train, trainable_groups
 
 
 @pytest.fixture(scope="session")

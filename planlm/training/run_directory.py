@@ -16,7 +16,7 @@ from typing import Any
 import yaml
 
 from planlm.config import PlannerConfig, TrainConfig
-from planlm.distribution import first_rank_does, rank
+from planlm.distribution import on_rank_zero, rank
 from planlm.errors import InputError
 from planlm.files import appending, check_own, locked, write_text
 from planlm.flat_yaml import read_flat
@@ -56,7 +56,7 @@ def check_out(config: PlannerConfig | TrainConfig) -> None:
         if not os.access(there, os.W_OK | os.X_OK):
             raise InputError(f"{there}: cannot be written; choose another --out")
 
-    first_rank_does(look)
+    on_rank_zero(look)
 
 
 class Run:
@@ -78,7 +78,7 @@ class Run:
         self.identity = identity or {}
         self._lock = contextlib.ExitStack()
         try:
-            first_rank_does(lambda: self._open(config))
+            on_rank_zero(lambda: self._open(config))
         except BaseException:
             self.close()
             raise

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from planlm.config import PlannerConfig
 from planlm.corpus.batches import SentenceBatch, SentenceLoader
 from planlm.corpus.store import PreparedCorpus
-from planlm.distribution import counted, first_rank_does, num_ranks, rank
+from planlm.distribution import all_reduce_sum, on_rank_zero, rank, world_size
 from planlm.errors import InputError
 from planlm.evaluation.planner_metrics import planner_metrics
 from planlm.files import beside_result, replacing_folder, write_text
@@ -21,7 +21,7 @@ from planlm.training.groups import ParameterGroup
 from planlm.training.identity import identify
 from planlm.training.loop import Task, check_batch_size, fit, num_steps
 from planlm.training.parallel import Parallel
-from planlm.training.run import Run, check_out
+from planlm.training.run_directory import Run, check_out
 
 
 def pretrain_planner(config: PlannerConfig) -> dict[str, Any]:
@@ -55,18 +55,18 @@ def pretrain_planner(config: PlannerConfig) -> dict[str, Any]:
     planner.to(device()).train()
     loader = SentenceLoader(corpus.split("train"), batch_size=config.batch_size, seed=config.seed, shuffle=True)
 
-    loader.share = (rank(), num_ranks())
+    loader.share = (rank(), world_size())
     model = Parallel(planner)
 
     def backward(step: int, batches: list[SentenceBatch]) -> dict[str, float]:
         batch = batches[0].to(device())
         labelled = batch.actions != -100
-        (count,) = counted(int(labelled.sum()))
+        (count,) = all_reduce_sum(int(labelled.sum()))
         states = model(batch.sentence_embeddings, sentence_positions=batch.sentence_positions)
         logits, actions = planner.head(states[labelled]), batch.actions[labelled]  # [S, K], [S]
         nll = F.cross_entropy(logits, actions, reduction="sum")
-        (nll * num_ranks() / count).backward()  # gradients are averaged over processes
-        nll_sum, right = counted(nll.item(), int((logits.argmax(dim=-1) == actions).sum()))
+        (nll * world_size() / count).backward()  # gradients are averaged over processes
+        nll_sum, right = all_reduce_sum(nll.item(), int((logits.argmax(dim=-1) == actions).sum()))
         loss = nll_sum / count
         return {"loss": loss, "planner_loss": loss, "planner_accuracy": right / count, "tokens": count}
 
@@ -79,7 +79,7 @@ def pretrain_planner(config: PlannerConfig) -> dict[str, Any]:
         steps=num_steps(config, loader.num_batches),
         backward=backward,
     )
-    with Run(config, first_rank_does(lambda: identify(corpus))) as run:
+    with Run(config, on_rank_zero(lambda: identify(corpus))) as run:
         fit(task, run, config)
         return _finish(planner.eval(), corpus, run)
 
@@ -97,4 +97,4 @@ def _finish(planner: Planner, corpus: PreparedCorpus, run: Run) -> dict[str, Any
             write_text(run.path / "planner_metrics.json", json.dumps(result, indent=1) + "\n")
         return result
 
-    return first_rank_does(finish) or {}
+    return on_rank_zero(finish) or {}

@@ -8,7 +8,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from planlm.training.flops import lm_flops
-from planlm.training.watch import Watch, summary
+from planlm.training.throughput import Watch, summary
 
 LMS = {
     "gpt2": lambda: GPT2LMHeadModel(GPT2Config(n_layer=4, n_embd=64, n_head=4, vocab_size=300)),
