@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.utils import cached_file
 
 from planlm.errors import InputError
-from planlm.files import share
+from planlm.files import replacing_folder, share
 from planlm.model.configuration import PlanLMConfig
 from planlm.model.families import check_family
 from planlm.precision import device
@@ -101,6 +102,19 @@ def load_model(run: str) -> PlanLMForCausalLM:
         )
         assert model.tokenizer is not None  # read now: a folder without one is refused before any work
     return model.to(device()).eval()
+
+
+def save_model(model: PlanLMForCausalLM, folder: Path, weights: dict[str, Tensor] | None = None) -> Path:
+    """Write the model's folder, which is whole or absent.
+
+    Args:
+        model: the model.
+        folder: where to.
+        weights: whole ones, where the model's are divided among processes.
+    """
+    with replacing_folder(folder) as beside:
+        model.save_pretrained(beside, state_dict=weights)
+    return folder
 
 
 def _check_generation(folder: str) -> None:

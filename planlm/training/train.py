@@ -13,9 +13,8 @@ from planlm.corpus.batches import PlanBatch, PlanLoader
 from planlm.corpus.store import PreparedCorpus
 from planlm.distribution import all_reduce, all_reduce_sum, on_rank_zero, rank, world_size
 from planlm.errors import InputError
-from planlm.files import replacing_folder
 from planlm.model.families import lm_layers, set_dropout
-from planlm.model.loading import lm_config
+from planlm.model.loading import lm_config, save_model
 from planlm.model.lora import lora_parameters, merged
 from planlm.model.loss import usable_loss
 from planlm.model.modeling import PlanLMForCausalLM, PlanLMOutput
@@ -273,16 +272,3 @@ class Objective:
         entropy = -(log_p.exp() * log_p).sum(dim=-1)[actions >= 0].sum()
         right = (log_p.argmax(dim=-1) == actions).sum()
         return torch.stack((output.nll_sum, output.oracle_nll.sum(), right.float(), entropy))
-
-
-def save_model(model: PlanLMForCausalLM, folder: Path, weights: dict[str, Tensor] | None = None) -> Path:
-    """Write the model's folder, which is whole or absent.
-
-    Args:
-        model: the model.
-        folder: where to.
-        weights: whole ones, where the model's are divided among processes.
-    """
-    with replacing_folder(folder) as beside:
-        model.save_pretrained(beside, state_dict=weights)
-    return folder
