@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import planlm
 from planlm import arguments, cli
 
 ROOT = Path(__file__).parents[1]
@@ -102,6 +103,18 @@ def test_code_names_pages_that_there_are() -> None:
     for path, name, anchor in names:
         assert (ROOT / name).exists(), f"{path}: {name}"
         assert not anchor or anchor in anchors(ROOT / name), f"{path}: {name}#{anchor}"
+
+
+def test_the_tree_names_every_room() -> None:
+    tree = README.partition("## The tree")[2].split("```")[1]
+    named = re.findall(r"^( *)(\w+)/ ", tree, re.MULTILINE)
+    rooms = {path.parent.name for path in (ROOT / "planlm").glob("*/__init__.py")}
+    assert {room for indent, room in named if indent} == rooms
+    assert all((ROOT / room).is_dir() for indent, room in named if not indent)
+
+
+def test_the_citation_is_of_this_version() -> None:
+    assert re.findall(r"version += \{(.+)\}", README) == [planlm.__version__]
 
 
 def test_environment_variables_are_in_the_table() -> None:
