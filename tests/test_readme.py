@@ -105,6 +105,25 @@ def test_code_names_pages_that_there_are() -> None:
         assert not anchor or anchor in anchors(ROOT / name), f"{path}: {name}#{anchor}"
 
 
+def test_pages_name_files_that_there_are() -> None:
+    """`folder/file.py`, also below planlm/, and what it defines after a colon. Log and changes tell of the past."""
+    named = [
+        (page.name, *found)
+        for page in PAGES
+        if page.name not in ("log.md", "CHANGELOG.md")
+        for found in re.findall(r"`((?:[\w*]+/)+(?:[\w*]+\.\w+)?)(?:: ([\w.]+))?`", page.read_text())
+        if (ROOT / found[0].split("/")[0]).is_dir() or (ROOT / "planlm" / found[0].split("/")[0]).is_dir()
+    ]
+    assert named
+    for page, name, defined in named:
+        files = [*ROOT.glob(name), *(ROOT / "planlm").glob(name)]
+        assert files, f"{page}: {name}"
+        for part in filter(None, defined.split(".")):
+            assert re.search(rf"^ *(def |class )?{part}\b", files[0].read_text(), re.MULTILINE), (
+                f"{page}: {name}: {part}"
+            )
+
+
 def test_the_tree_names_every_room() -> None:
     tree = README.partition("## The tree")[2].split("```")[1]
     named = re.findall(r"^( *)(\w+)/ ", tree, re.MULTILINE)
