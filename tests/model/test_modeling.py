@@ -12,11 +12,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
 import planlm  # noqa: F401  registers the Auto classes
 from planlm.errors import InputError
-from planlm.model import PlanLMForCausalLM
+from planlm.model import PlanLMConfig, PlanLMForCausalLM
 from planlm.model.families import OUTPUT_PROJECTIONS, set_dropout
 
 FAMILIES = ("gpt2", "llama")
@@ -229,39 +229,38 @@ def test_too_many_conditioned_layers_are_refused(layers: int, lm_folder: Callabl
         PlanLMForCausalLM.from_lm(lm_folder("gpt2"), torch.randn(K, A), conditioned_layers=layers)
 
 
-@pytest.mark.parametrize("model_type", sorted(OUTPUT_PROJECTIONS))
-def test_every_family_is_conditioned(model_type: str) -> None:
-    """A tiny random model of each family: the plan changes the logits, switched off it does not."""
-    from transformers import AutoConfig
-
-    from planlm.model import PlanLMConfig
-
+def tiny_config(model_type: str) -> PretrainedConfig:
+    """A family's configuration at a size that builds in milliseconds."""
     shape = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": 50}
+    shape |= {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}  # some families' own are beyond 50
     if model_type != "gpt2":
         shape |= {"intermediate_size": 64}
     if model_type not in ("gpt2", "gpt_neox"):
         shape |= {"num_key_value_heads": 2}
-    text_config = AutoConfig.for_model(model_type, **shape)
-    model = PlanLMForCausalLM(
-        PlanLMConfig(text_config=text_config, num_actions=K, action_dim=A, planner_heads=2, conditioned_layers=2)
-    ).eval()
+    return AutoConfig.for_model(model_type, **shape)
+
+
+@pytest.mark.parametrize("model_type", sorted(OUTPUT_PROJECTIONS))
+def test_every_family_is_conditioned(model_type: str) -> None:
+    """A tiny random model of each family: the plan changes the logits, switched off it does not."""
+    config = PlanLMConfig(
+        text_config=tiny_config(model_type), num_actions=K, action_dim=A, planner_heads=2, conditioned_layers=2
+    )
+    model = PlanLMForCausalLM(config).eval()
     torch.nn.init.normal_(model.adapter.weight)
     torch.nn.init.normal_(model.codebook)
     inputs = batch()
     inputs["input_ids"] %= 50
     plain = model.lm(inputs["input_ids"]).logits
-    assert torch.equal(model(inputs["input_ids"], selection="none").logits, plain)
-    assert not torch.allclose(model(**inputs).logits, plain)
+    switched_off = torch.equal(model(inputs["input_ids"], selection="none").logits, plain)
+    assert switched_off, "the family does more behind its last hidden state than the head's product (a scale, a cap)"
+    reached = not torch.allclose(model(**inputs).logits, plain)
+    assert reached, "the family's attention does not call transformers' attention interface with what the LM was given"
 
 
 @pytest.mark.parametrize("model_type", sorted(OUTPUT_PROJECTIONS))
 def test_dropout_of_every_family_is_set(model_type: str) -> None:
-    from transformers import AutoConfig
-
-    shape = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": 50}
-    if model_type not in ("gpt2", "gpt_neox"):
-        shape |= {"num_key_value_heads": 2}
-    lm = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **shape)).train()
+    lm = AutoModelForCausalLM.from_config(tiny_config(model_type)).train()
     ids = torch.randint(0, 50, (2, 12))
     set_dropout(lm, 0.5)
     assert not torch.equal(lm(ids).logits, lm(ids).logits)
