@@ -33,13 +33,16 @@ ALLOWED = {
     "quiet": set(),
     "home": set(),
     "kernels": set(),
-    "text": LEAVES | {"kernels"},  # where the cache is
-    "corpus": LEAVES | {"text"},
-    "model": LEAVES | {"text", "kernels"},
-    "evaluation": LEAVES | {"text", "corpus", "model"},
-    "training": LEAVES | {"text", "corpus", "model", "evaluation"},
+    "pretrained": LEAVES | {"kernels"},  # where the cache is
+    "text": LEAVES | {"pretrained"},
+    "corpus": LEAVES | {"pretrained", "text"},
+    "model": LEAVES | {"pretrained", "text", "kernels"},
+    "evaluation": LEAVES | {"pretrained", "text", "corpus", "model"},
+    "training": LEAVES | {"pretrained", "text", "corpus", "model", "evaluation"},
     "report": LEAVES | {"evaluation.significance"},
-    "quickstart": LEAVES | {"allocator", "quiet", "text", "corpus", "model", "training", "evaluation", "report"},
+    "quickstart": (
+        LEAVES | {"allocator", "quiet", "pretrained", "text", "corpus", "model", "training", "evaluation", "report"}
+    ),
     "doctor": LEAVES | {"kernels"},
     "arguments": {"config", "errors", "files", "flat_yaml"},
     "show": {"config", "report"},

@@ -35,8 +35,9 @@ from planlm.distribution import any_rank, barrier, on_rank_zero
 from planlm.errors import InputError
 from planlm.files import check_own, locked, replacing
 from planlm.precision import compute_dtype, device
-from planlm.text.alignment import load_tokenizer, start_tokens, tokenizer_fingerprint
-from planlm.text.assets import Kind, absolute, resolve
+from planlm.pretrained.names import Kind, absolute, resolve
+from planlm.pretrained.tokenizer import load_tokenizer, tokenizer_fingerprint
+from planlm.text.alignment import start_tokens
 from planlm.text.encoder import encoder_fingerprint
 
 DEFAULT_ACTIONS = 1024

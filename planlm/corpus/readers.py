@@ -22,7 +22,7 @@ import pyarrow.parquet as pq
 
 from planlm.corpus.inputs import HUB, Part, kind_of
 from planlm.errors import InputError
-from planlm.text.assets import hub_within_reach
+from planlm.pretrained.names import hub_within_reach
 
 BLOCK = 1 << 20
 

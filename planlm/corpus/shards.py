@@ -23,8 +23,9 @@ from planlm.corpus.store import SPLIT_NAMES, SPLITS, document_features
 from planlm.corpus.writing import lists, read_arrow, seal, write_arrow, write_json, write_sealed, write_split_files
 from planlm.distribution import rank, world_size
 from planlm.errors import InputError, MachineError
+from planlm.pretrained.tokenizer import load_tokenizer
 from planlm.progress import Progress
-from planlm.text.alignment import load_tokenizer, tokenize_array
+from planlm.text.alignment import tokenize
 from planlm.text.encoder import SentenceEncoder
 from planlm.text.sentences import split_sentences
 
@@ -113,7 +114,7 @@ def _encoded(
     for document in shard:
         found = split_sentences(document.text)
         if len(found) >= max(1, min_sentences):
-            document_ids, sentence_tokens = tokenize_array(tokenizer, document.text, found)
+            document_ids, sentence_tokens = tokenize(tokenizer, document.text, found)
             kept.append(document)
             spans.append(np.array(found, dtype=np.int32))
             ids.append(document_ids)

@@ -20,8 +20,8 @@ from planlm.model.loading import load_model
 from planlm.model.modeling import PlanLMForCausalLM
 from planlm.model.planner import codebook_fingerprint
 from planlm.precision import device
+from planlm.pretrained.tokenizer import tokenizer_fingerprint
 from planlm.selections import SELECTIONS
-from planlm.text.alignment import tokenizer_fingerprint
 
 RESULTS = "evaluation.json"
 

@@ -73,7 +73,7 @@ class PlanLMConfig(PretrainedConfig):
         encoder: sentence encoder, by hub name or folder, that `generate()` embeds finished sentences with; `./...`
             and `../...` are looked for from the model's own folder first, so that both may be moved together. Empty:
             every text is planned as one sentence.
-        tokenizer_fingerprint: of the tokenizer saved with the model; see `alignment.tokenizer_fingerprint`.
+        tokenizer_fingerprint: of the tokenizer saved with the model; see `pretrained.tokenizer`.
         use_cache: transformers'; whether calls that do not say return a KV cache.
 
     Raises:

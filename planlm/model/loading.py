@@ -18,10 +18,10 @@ from planlm.files import replacing_folder, share
 from planlm.model.configuration import PlanLMConfig
 from planlm.model.families import check_family
 from planlm.precision import device
-from planlm.text.alignment import read_tokenizer, tokenizer_fingerprint
-from planlm.text.assets import absolute, loading, resolve
+from planlm.pretrained.names import absolute, loading, resolve
+from planlm.pretrained.tokenizer import load_tokenizer, tokenizer_fingerprint
+from planlm.pretrained.weights import check_finite, check_loaded, check_sizes, stored_tensors
 from planlm.text.encoder import SentenceEncoder
-from planlm.text.weights import check_finite, check_loaded, check_sizes, stored_tensors
 
 if TYPE_CHECKING:
     from planlm.model.modeling import PlanLMForCausalLM
@@ -202,7 +202,7 @@ class ModelFolder(PreTrainedModel):
         self._encoder_name = absolute(self.config.encoder, beside=folder)
         if cached_file(name, "tokenizer.json", _raise_exceptions_for_missing_entries=False, **where) is None:
             return
-        self._tokenizer = read_tokenizer(name, **where)
+        self._tokenizer = load_tokenizer(name, **where)
         expected = self.config.tokenizer_fingerprint
         if expected and tokenizer_fingerprint(self._tokenizer) != expected:
             raise InputError(

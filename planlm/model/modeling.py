@@ -29,8 +29,8 @@ from planlm.model.loss import token_losses
 from planlm.model.planner import Planner, codebook_fingerprint, default_heads
 from planlm.model.text import Text, generating, generation_inputs, generation_selection, plan_inputs, remember, text_of
 from planlm.model.tracking import SentenceTracker
-from planlm.text.alignment import load_tokenizer
-from planlm.text.assets import absolute
+from planlm.pretrained.names import absolute
+from planlm.pretrained.tokenizer import load_tokenizer
 
 PLANNED = ("soft", "hard", "straight-through", "gumbel", "gumbel-hard", "top-k")
 """Selections that ask the planner."""

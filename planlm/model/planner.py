@@ -24,7 +24,7 @@ from planlm.errors import InputError
 from planlm.files import share
 from planlm.kernels import packed_attention
 from planlm.model.configuration import COUNT, DROPOUT, TEXT, Rule, check_values
-from planlm.text.weights import check_finite, check_packed, read_header
+from planlm.pretrained.weights import check_finite, check_packed, read_header
 
 _RULES: dict[str, Rule] = {
     "action_dim": COUNT,

@@ -234,7 +234,7 @@ def _cut(tracker: SentenceTracker, tokens: list[int]) -> tuple[list[int], list[s
         return [], [], 0
     canonical, counts = tokenize(tracker.tokenizer, text, spans)
     framed = len(canonical) - (end - begin)  # start tokens, which need not be there
-    if framed < 0 or canonical[framed:] != tokens[begin:end]:
+    if framed < 0 or canonical[framed:].tolist() != tokens[begin:end]:
         return [], [], 0
     counts[0] += begin - framed
     finished = len(spans) if ends_sentence(text) else len(spans) - 1

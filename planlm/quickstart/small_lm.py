@@ -22,8 +22,9 @@ from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 from planlm.corpus.store import CODEBOOK, MANIFEST, SPLIT_NAMES, PreparedCorpus, write_manifest
 from planlm.files import replacing, replacing_folder, write_text
 from planlm.precision import autocast, device
+from planlm.pretrained.tokenizer import load_tokenizer, tokenizer_fingerprint
 from planlm.progress import track
-from planlm.text.alignment import load_tokenizer, start_tokens, tokenize, tokenizer_fingerprint
+from planlm.text.alignment import start_tokens, tokenize
 
 END = "<|endoftext|>"
 
@@ -136,7 +137,7 @@ def retokenize(corpus: PreparedCorpus, tokenizer_name: str, out: Path) -> Prepar
     def with_tokens(row: dict[str, Any]) -> dict[str, list[int]]:
         spans = [(start, end) for start, end in row["sentence_spans"]]
         input_ids, sentence_tokens = tokenize(tokenizer, row["text"], spans)
-        return {"input_ids": input_ids, "sentence_tokens": sentence_tokens}
+        return {"input_ids": input_ids.tolist(), "sentence_tokens": sentence_tokens.tolist()}
 
     shutil.rmtree(out, ignore_errors=True)
     splits = {}

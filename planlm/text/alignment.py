@@ -1,74 +1,23 @@
-"""Tokens of a text, counted by sentence through the tokenizer's character offsets."""
+"""Tokens of a text, counted by sentence through the tokenizer's character offsets.
+
+A tokenizer takes some 200 bytes for every byte of a text at once, so a long text is encoded in pieces. Each begins some
+way before the end of the one before, at a token of it, and the two are joined where they agree. What a tokenizer
+decides depends on the text nearby, so that they do agree once what it does at the beginning of a text (a space put
+before it, say) is past; where they do not, as nothing promises, the piece is made longer.
+"""
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Sequence
-from pathlib import Path
-from typing import Any
 
 import numpy as np
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 
-from planlm.errors import InputError
-from planlm.text.assets import loading, resolve
-from planlm.text.pieces import encode
+PIECE = 100_000
+"""Characters encoded at a time: some 20 MB."""
 
-
-def load_tokenizer(name: str) -> PreTrainedTokenizerFast:
-    """The tokenizer of a causal LM, by folder or hub name.
-
-    Raises:
-        InputError: it cannot be loaded, or it is a slow one, which knows no character offsets.
-    """
-    return read_tokenizer(resolve(name, "lm"), name)
-
-
-def read_tokenizer(folder: str, name: str = "", **where: Any) -> PreTrainedTokenizerFast:
-    """The tokenizer of a folder or hub name that needs no more looking up.
-
-    Args:
-        folder: folder or hub name.
-        name: how messages call it; default the same.
-        where: transformers' `subfolder`, `revision`, `cache_dir`, `token`, `local_files_only`.
-
-    Raises:
-        InputError: as for `load_tokenizer`.
-    """
-    name = name or folder
-    if Path(folder).is_dir():
-        where["local_files_only"] = True
-    with loading(name, "tokenizer"):
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, **where)
-        if not isinstance(tokenizer, PreTrainedTokenizerFast):
-            raise InputError(f"{name}: its tokenizer gives no character offsets; give a model with a tokenizer.json")
-        # Where there is no vocabulary transformers makes an empty tokenizer, which drops all text.
-        if not tokenizer("A word.", add_special_tokens=False, verbose=False).input_ids:
-            raise InputError(f"{name}: its tokenizer has no vocabulary; give a model with a tokenizer.json")
-    for key in where:  # transformers would write them, a hub token too, into every folder the tokenizer is saved to
-        tokenizer.init_kwargs.pop(key, None)
-    return tokenizer
-
-
-def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerFast) -> str:
-    """sha256 of what decides how text becomes ids: vocabulary, merges, normalisation, pre- and post-processing.
-
-    Truncation and padding, which calls change on the way, are left out; so are special tokens that are no part of the
-    vocabulary ([PAD], say), since none is found in a text, unless the tokenizer itself puts them around one.
-    """
-    rules = json.loads(tokenizer.backend_tokenizer.to_str())
-    rules.pop("truncation", None)
-    rules.pop("padding", None)
-    framing = json.dumps(rules.get("post_processor"))
-    vocabulary = rules.get("model", {}).get("vocab", {})
-    known = set(vocabulary) if isinstance(vocabulary, dict) else {entry[0] for entry in vocabulary}
-    rules["added_tokens"] = [
-        token
-        for token in rules.get("added_tokens", [])
-        if not token["special"] or token["content"] in known or json.dumps(token["content"]) in framing
-    ]
-    return hashlib.sha256(json.dumps(rules, sort_keys=True).encode()).hexdigest()
+OVERLAP = 2_000
+"""Characters that two neighbours share; they have to agree on the middle half."""
 
 
 def start_tokens(tokenizer: PreTrainedTokenizerFast) -> list[int]:
@@ -82,14 +31,6 @@ def start_tokens(tokenizer: PreTrainedTokenizerFast) -> list[int]:
 
 
 def tokenize(
-    tokenizer: PreTrainedTokenizerFast, text: str, spans: Sequence[tuple[int, int]]
-) -> tuple[list[int], list[int]]:
-    """`tokenize_array`, with lists in place of arrays."""
-    ids, sentence_tokens = tokenize_array(tokenizer, text, spans)
-    return ids.tolist(), sentence_tokens.tolist()
-
-
-def tokenize_array(
     tokenizer: PreTrainedTokenizerFast, text: str, spans: Sequence[tuple[int, int]]
 ) -> tuple[np.ndarray, np.ndarray]:
     """Tokenise a whole text and count the tokens of each sentence.
@@ -121,3 +62,77 @@ def tokenize_array(
 def prompt_ids(tokenizer: PreTrainedTokenizerFast, text: str) -> list[int]:
     """Tokens of a text that is to be continued: as `tokenize` makes them, so without an end token."""
     return start_tokens(tokenizer) + list(tokenizer(text, add_special_tokens=False, verbose=False).input_ids)
+
+
+def encode(tokenizer: PreTrainedTokenizerFast, text: str) -> tuple[np.ndarray, np.ndarray]:
+    """The tokens of a text, without those that the tokenizer adds; control tokens spelled out in it are text.
+
+    Args:
+        tokenizer: a fast tokenizer.
+        text: of any length; memory beyond the result does not grow with it.
+
+    Returns:
+        ids int32 [t] and the first character of each token, int32 [t].
+    """
+    ids, starts = [], []
+    begin, size, first = 0, PIECE, 0
+    while True:
+        end = min(len(text), begin + size)
+        piece_ids, offsets = _encode(tokenizer, text[begin:end], begin)  # [t], [t, 2]
+        if end == len(text):
+            ids.append(piece_ids[first:])
+            starts.append(offsets[first:, 0].astype(np.int32))
+            return np.concatenate(ids), np.concatenate(starts)
+        joint = _joint(tokenizer, text, piece_ids, offsets, end)
+        if joint is None:
+            size *= 2
+            continue
+        cut, begin, next_first = joint
+        ids.append(piece_ids[first:cut])
+        starts.append(offsets[first:cut, 0].astype(np.int32))
+        size, first = PIECE, next_first
+
+
+def _encode(tokenizer: PreTrainedTokenizerFast, text: str, begin: int) -> tuple[np.ndarray, np.ndarray]:
+    encoding = tokenizer(
+        text,
+        add_special_tokens=False,
+        split_special_tokens=True,
+        return_offsets_mapping=True,
+        return_attention_mask=False,
+        verbose=False,
+    )
+    offsets = np.array(encoding["offset_mapping"], dtype=np.int64).reshape(-1, 2)
+    return np.array(encoding["input_ids"], dtype=np.int32), offsets + begin
+
+
+def _joint(
+    tokenizer: PreTrainedTokenizerFast, text: str, ids: np.ndarray, offsets: np.ndarray, end: int
+) -> tuple[int, int, int] | None:
+    """Where a piece that ends at character `end` and the next one agree.
+
+    Returns:
+        How many tokens of this piece count, where the next piece begins, and its first token that counts; None where
+        they do not agree.
+    """
+    bounds = _bounds(offsets)
+    early = bounds[offsets[bounds, 0] >= end - OVERLAP]
+    if not len(early):
+        return None
+    begin = int(offsets[early[0], 0])
+    other_ids, other = _encode(tokenizer, text[begin:end], begin)
+    low, high = begin + (end - begin) // 4, end - (end - begin) // 4
+    mine, theirs = (np.flatnonzero((found[:, 0] >= low) & (found[:, 1] <= high)) for found in (offsets, other))
+    if not np.array_equal(ids[mine], other_ids[theirs]) or not np.array_equal(offsets[mine], other[theirs]):
+        return None
+    middle = np.intersect1d(bounds, mine)
+    if not len(middle):
+        return None
+    cut = int(middle[len(middle) // 2])
+    return cut, begin, int(theirs[np.searchsorted(mine, cut)])
+
+
+def _bounds(offsets: np.ndarray) -> np.ndarray:
+    """Tokens that begin where all before them have ended: not the second byte of a character."""
+    reached = np.concatenate([[-1], np.maximum.accumulate(offsets[:-1, 1])])
+    return np.flatnonzero(offsets[:, 0] >= reached)

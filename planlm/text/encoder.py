@@ -14,8 +14,8 @@ from torch import Tensor
 
 from planlm.errors import InputError
 from planlm.precision import compute_dtype
-from planlm.text.assets import absolute, loading, resolve
-from planlm.text.weights import check_encoder, check_finite, checked_loads
+from planlm.pretrained.names import absolute, loading, resolve
+from planlm.pretrained.weights import check_encoder, check_finite, checked_loads
 
 BATCH_TOKENS = 4096
 """Tokens per forward pass, padding included: large enough to fill two cores (larger gained nothing when measured) and

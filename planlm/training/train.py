@@ -20,8 +20,8 @@ from planlm.model.loss import usable_loss
 from planlm.model.modeling import PlanLMForCausalLM, PlanLMOutput
 from planlm.model.planner import Planner
 from planlm.precision import autocast, compute_dtype, device
+from planlm.pretrained.tokenizer import load_tokenizer, tokenizer_fingerprint
 from planlm.selections import SELECTIONS
-from planlm.text.alignment import load_tokenizer, tokenizer_fingerprint
 from planlm.training.flops import lm_flops, matrix_product_rate
 from planlm.training.groups import ParameterGroup
 from planlm.training.identity import check_encoder, identify

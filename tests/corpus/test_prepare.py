@@ -434,7 +434,7 @@ import resource, sys
 import numpy as np
 from planlm.corpus.readers import Document
 from planlm.corpus.shards import _encoded
-from planlm.text.alignment import load_tokenizer
+from planlm.pretrained.tokenizer import load_tokenizer
 
 class Encoder:
     name, dim = "zero", 16

@@ -8,7 +8,8 @@ from safetensors.torch import save_file
 
 from planlm.corpus.store import CODEBOOK, FORMAT_VERSION, Manifest, PreparedCorpus, document_features, write_manifest
 from planlm.model import PlanLMForCausalLM
-from planlm.text.alignment import load_tokenizer, tokenize, tokenizer_fingerprint
+from planlm.pretrained.tokenizer import load_tokenizer, tokenizer_fingerprint
+from planlm.text.alignment import tokenize
 from planlm.text.sentences import split_sentences
 
 K, A = 7, 16

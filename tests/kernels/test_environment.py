@@ -14,7 +14,7 @@ import torch
 
 from planlm.errors import MachineError
 from planlm.kernels import backend, cpp, environment
-from planlm.text import assets
+from planlm.pretrained import names as model_names
 
 from .test_cpp import SMALL, build
 
@@ -206,7 +206,7 @@ def test_there_is_one_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> 
     monkeypatch.setenv("HOME", str(tmp_path))
     for given in ("", "~/kept", str(tmp_path / "kept")):
         monkeypatch.setenv("PLANLM_CACHE", given)
-        assert environment.cache() == assets.cache_folder() == tmp_path / ("kept" if given else ".cache/planlm")
+        assert environment.cache() == model_names.cache_folder() == tmp_path / ("kept" if given else ".cache/planlm")
 
 
 def test_without_a_home_the_cache_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -215,7 +215,7 @@ def test_without_a_home_the_cache_is_asked_for(monkeypatch: pytest.MonkeyPatch) 
 
     monkeypatch.setattr(Path, "expanduser", no_home)
     with pytest.raises(MachineError, match="no home directory for the cache: set PLANLM_CACHE"):
-        assets.cache_folder()
+        model_names.cache_folder()
     with pytest.raises(cpp.Unavailable, match="set PLANLM_CACHE"):
         cpp._library()
 
@@ -226,11 +226,11 @@ def test_weights_that_others_may_put_there_are_refused(tmp_path: Path, monkeypat
     (tmp_path / "cache").mkdir()
     (tmp_path / "cache").chmod(0o777)
     with pytest.raises(MachineError, match=r"others may put weights there .*; set PLANLM_CACHE"):
-        assets._converted("HuggingFaceTB/SmolLM2-135M-Instruct", gguf)
+        model_names._converted("HuggingFaceTB/SmolLM2-135M-Instruct", gguf)
     monkeypatch.setenv("PLANLM_CACHE", str(tmp_path / "file" / "cache"))
     (tmp_path / "file").write_text("")
     with pytest.raises(MachineError, match=r"cannot be converted into .*; set PLANLM_CACHE"):
-        assets._converted("HuggingFaceTB/SmolLM2-135M-Instruct", gguf)
+        model_names._converted("HuggingFaceTB/SmolLM2-135M-Instruct", gguf)
 
 
 def without_home(*arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:

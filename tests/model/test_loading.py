@@ -23,7 +23,7 @@ from planlm.errors import InputError
 from planlm.model import PlanLMConfig, PlanLMForCausalLM, Planner
 from planlm.model.generation import generate
 from planlm.model.loading import load_lm, load_model
-from planlm.text.alignment import load_tokenizer
+from planlm.pretrained.tokenizer import load_tokenizer
 from tests.conftest import make_tokenizer
 
 Weights = dict[str, Tensor]

@@ -14,11 +14,11 @@ import pytest
 from planlm.config import QuickstartConfig
 from planlm.corpus.store import PreparedCorpus
 from planlm.errors import InputError
+from planlm.pretrained.tokenizer import load_tokenizer
 from planlm.quickstart import run as quickstart_run
 from planlm.quickstart.leads import leads
 from planlm.quickstart.small_lm import SmallLM, pretrain_lm, retokenize
 from planlm.quickstart.table import LABELS, ROWS, Table, collect
-from planlm.text.alignment import load_tokenizer
 from tests.conftest import SAMPLE
 
 SHAPE = SmallLM(vocabulary=300, layers=1, width=64, window=8, batch_size=4, steps=3)

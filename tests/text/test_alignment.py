@@ -12,9 +12,10 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from planlm.config import DEFAULT_LM
 from planlm.errors import InputError
-from planlm.text import pieces
-from planlm.text.alignment import load_tokenizer, start_tokens, tokenize, tokenizer_fingerprint
-from planlm.text.assets import resolve
+from planlm.pretrained.names import resolve
+from planlm.pretrained.tokenizer import load_tokenizer, tokenizer_fingerprint
+from planlm.text import alignment
+from planlm.text.alignment import start_tokens
 from planlm.text.sentences import split_sentences
 from tests.work import num_calls
 
@@ -22,6 +23,14 @@ TEXT = (
     "Le café est fermé. 漢字は難しい。次の文です！ 🙂🙃 Smile! A third one.\n\n  New paragraph here: it's 1905.\n"
     "Odd\u00a0spaces\tand   tabs. Tom ate <s> and <|im_start|> tags. " + "x" * 50 + ". The end"
 )
+
+
+def tokenize(
+    tokenizer: PreTrainedTokenizerFast, text: str, spans: list[tuple[int, int]]
+) -> tuple[list[int], list[int]]:
+    """As lists, to be compared."""
+    ids, counts = alignment.tokenize(tokenizer, text, spans)
+    return ids.tolist(), counts.tolist()
 
 
 def byte_level(trim: bool, add_prefix_space: bool = False) -> PreTrainedTokenizerFast:
@@ -134,11 +143,11 @@ def test_pieces_give_the_tokens_of_the_whole(
     for number in range(12):
         text = " ".join(generator.choices(parts, k=400)) if number else "ab" * 2000
         text = text.replace(" ", "", generator.randrange(200))
-        whole = pieces.encode(tokenizer, text)
+        whole = alignment.encode(tokenizer, text)
         with monkeypatch.context() as patch:
-            patch.setattr(pieces, "PIECE", piece)
-            patch.setattr(pieces, "OVERLAP", overlap)
-            apart = pieces.encode(tokenizer, text)
+            patch.setattr(alignment, "PIECE", piece)
+            patch.setattr(alignment, "OVERLAP", overlap)
+            apart = alignment.encode(tokenizer, text)
         for one, other in zip(whole, apart, strict=True):
             np.testing.assert_array_equal(one, other)
 
@@ -195,7 +204,7 @@ def test_fingerprint_is_of_the_rules_alone(tmp_path: Path) -> None:
 
 
 def test_unknown_names_are_refused_in_one_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr("planlm.text.assets.hub_within_reach", lambda: False)
+    monkeypatch.setattr("planlm.pretrained.names.hub_within_reach", lambda: False)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     empty = str(tmp_path)
     for name in ("someone/no-such-model", "./no/such/folder", empty):

@@ -68,7 +68,7 @@ def test_nothing_gives_nothing(encoder: SentenceEncoder) -> None:
 def test_agrees_with_sentence_transformers() -> None:
     from sentence_transformers import SentenceTransformer
 
-    from planlm.text.assets import resolve
+    from planlm.pretrained.names import resolve
 
     plain = SentenceTransformer(resolve(DEFAULT_ENCODER, "encoder")).encode(SENTENCES, show_progress_bar=False)
     np.testing.assert_allclose(SentenceEncoder(DEFAULT_ENCODER, precision="fp32").encode(SENTENCES), plain, atol=1e-5)

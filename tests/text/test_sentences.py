@@ -68,7 +68,7 @@ def test_stretches_give_the_sentences_of_the_whole_line(monkeypatch: pytest.Monk
         text = "".join(generator.choices(alphabet, k=generator.randrange(3000)))
         whole = split_sentences(text)
         with monkeypatch.context() as patch:
-            patch.setattr("planlm.text.STRETCH", 2000)
+            patch.setattr("planlm.text.sentences.STRETCH", 2000)
             patch.setattr("planlm.text.sentences.LOOKAHEAD", 500)
             assert split_sentences(text) == whole, repr(text)
 

