@@ -13,7 +13,7 @@ help:
 	@echo "make lint         ruff and mypy"
 	@echo "make acceptance   every command of README as a user types it, in minutes"
 	@echo "make conformance  transformers' own tests of a model on joint models; fetches them once"
-	@echo "make bench        the kernels against eager PyTorch, torch.compile and the floor, in an hour or two; writes bench/"
+	@echo "make bench        the kernels against eager PyTorch, torch.compile and a lower bound, in an hour or two; writes bench/"
 	@echo "make install      only set up $(VENV)"
 	@echo "make clean        remove $(VENV) and what the quickstart wrote"
 

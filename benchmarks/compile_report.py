@@ -1,6 +1,4 @@
-"""Compile every Triton kernel and `csrc/*.cu` ahead of time, without a GPU, and report what the compiler made of it.
-
-    python -m benchmarks.compile_report [--architectures 80,90,100,120] [--out docs/compile_report.md] [--json FILE]
+"""`python -m benchmarks.compile_report`: compile every Triton kernel ahead of time, without a GPU, and report on it.
 
 The backend's own functions run on tensors without data and every launch they ask for is compiled instead, in each
 configuration of the tables: nothing is listed twice, and a kernel that no case reaches fails the report. Exits with 1
@@ -10,19 +8,18 @@ and no tensor-core instruction.
 
 from __future__ import annotations
 
-import argparse
 import importlib
 import json
 import os
 import re
-import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from functools import partial
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +32,11 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from benchmarks import harness
+from planlm.errors import InputError
+from planlm.files import write_text
 from planlm.kernels import triton_addition, triton_backward, triton_forward, triton_projection, triton_tiles
+from planlm.progress import track
 
 ROOT = Path(__file__).parents[1]
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
@@ -67,7 +68,7 @@ class Job:
 
 
 @dataclass(frozen=True)
-class Row:
+class Compilation:
     """What one compilation gave."""
 
     case: str
@@ -75,9 +76,9 @@ class Row:
     architecture: int
     dtype: str
     tiles: str
-    registers: int
+    registers: int  # of a thread
     spill_bytes: int
-    shared_bytes: int
+    shared_bytes: int  # of a block
     tensor_core_instructions: int
     has_product: bool
 
@@ -86,8 +87,8 @@ class Row:
         where = f"{self.kernel} sm_{self.architecture} {self.dtype} {self.tiles} ({self.case})"
         if self.spill_bytes > 0:
             yield f"{where}: spills {self.spill_bytes} bytes"
-        limit = SHARED_MEMORY.get(self.architecture, 0)
-        if limit and self.shared_bytes > limit:
+        limit = SHARED_MEMORY[self.architecture]
+        if self.shared_bytes > limit:
             yield f"{where}: {self.shared_bytes} bytes of shared memory, {limit} there are"
         if self.has_product and self.tensor_core_instructions == 0:
             yield f"{where}: a product without a tensor-core instruction"
@@ -209,7 +210,7 @@ def make_job(case: str, request: triton_tiles.Launch, architecture: int, dtype: 
     )  # fmt: skip
 
 
-def compile_job(job: Job) -> Row:
+def compile_job(job: Job) -> Compilation:
     """Compile for the job's architecture and read the machine code's resources."""
     kernel = getattr(importlib.import_module(job.module), job.kernel)
     attributes = {(index,): [["tt.divisibility", 16]] for index in job.aligned}
@@ -225,7 +226,7 @@ def compile_job(job: Job) -> Row:
         )
     resources = {name: int(value) for name, value in re.findall(r"\b([A-Z]+):(\d+)", usage)}
     tiles = job.tiles
-    return Row(
+    return Compilation(
         job.case,
         job.kernel,
         job.architecture,
@@ -240,117 +241,103 @@ def compile_job(job: Job) -> Row:
     )
 
 
-def forgotten(rows: Sequence[Row | Job]) -> Iterator[str]:
+def forgotten(found: Sequence[Compilation | Job]) -> Iterator[str]:
     """Kernels of the modules that no case has reached."""
-    reached = {row.kernel for row in rows}
+    reached = {one.kernel for one in found}
     for module in MODULES:
         for name, value in vars(module).items():
             if isinstance(value, triton.JITFunction) and name.endswith("_kernel") and name not in reached:
                 yield f"{module.__name__}.{name}: no case of this report launches it"
 
 
-def compile_cuda(directory: Path) -> Iterator[Row]:
-    """`csrc/*.cu` with nvcc for sm_80, sm_90a and sm_100."""
-    sources = sorted(directory.glob("*.cu"))
-    if sources and shutil.which("nvcc") is None:
-        print(f"nvcc is not installed: {len(sources)} CUDA files not compiled", file=sys.stderr)
-        return
-    for source in sources:
-        for name in ("80", "90a", "100"):
-            command = ["nvcc", f"-gencode=arch=compute_{name},code=sm_{name}", "-O3", "-std=c++17", "-Xptxas", "-v"]
-            done = subprocess.run(
-                [*command, "-cubin", "-o", os.devnull, str(source)], capture_output=True, text=True, check=True
-            )
-            log = done.stderr
-            pattern = r"Compiling entry function '(\w+)'.*?(\d+) bytes spill stores.*?Used (\d+) registers(.*?)\n"
-            for function, spilled, registers, rest in re.findall(pattern, log, re.DOTALL):
-                shared = re.search(r"(\d+) bytes smem", rest)
-                memory = int(shared[1]) if shared else 0
-                where = f"{source.name}: {function}"
-                yield Row("nvcc", where, int(name.rstrip("a")), "", "", int(registers), int(spilled), memory, 0, False)
+QUANTITIES = ("registers", "spilled bytes", "shared memory", "fewest tensor-core instructions")
 
 
-def summary(rows: list[Row]) -> str:
-    """Markdown table: the largest values of each kernel on each architecture."""
-    lines = [
-        "| kernel | sm | compilations | registers | spilled bytes | shared memory | fewest tensor-core instructions |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    groups: dict[tuple[str, int], list[Row]] = {}
-    for row in rows:
-        groups.setdefault((row.kernel, row.architecture), []).append(row)
-    for (kernel, architecture), group in sorted(groups.items()):
-        products = [row.tensor_core_instructions for row in group if row.has_product]
-        largest = [max(getattr(row, name) for row in group) for name in ("registers", "spill_bytes", "shared_bytes")]
-        cells = [kernel, architecture, len(group), *largest, min(products) if products else "no product"]
-        lines.append(f"| {' | '.join(map(str, cells))} |")
-    return "\n".join(lines)
+def page(found: Sequence[Compilation]) -> str:
+    """Every compilation, below the largest values of each kernel on each architecture."""
+    key = attrgetter("kernel", "architecture", "dtype", "case", "tiles")
+    each = [(*key(one), *_quantities([one])) for one in sorted(found, key=key)]
+    everything = _table(("kernel", "sm", "dtype", "case", "tiles", *QUANTITIES), each)
+    return "\n\n".join([_opening(found), by_kernel(found), "## Every compilation", everything]) + "\n"
 
 
-def details(rows: list[Row]) -> str:
-    """Markdown table: every compilation."""
-    lines = [
-        "| kernel | sm | dtype | case | tiles | registers | spilled | shared memory | tensor-core instructions |",
-        "|---|---|---|---|---|---|---|---|---|",
-    ]
-    for row in sorted(rows, key=lambda row: (row.kernel, row.architecture, row.dtype, row.case, row.tiles)):
-        cells = [
-            row.kernel, row.architecture, row.dtype, row.case, row.tiles, row.registers, row.spill_bytes,
-            row.shared_bytes, row.tensor_core_instructions if row.has_product else "no product",
-        ]  # fmt: skip
-        lines.append(f"| {' | '.join(map(str, cells))} |")
-    return "\n".join(lines)
+def by_kernel(found: Sequence[Compilation]) -> str:
+    """The largest values of each kernel on each architecture."""
+    return _overview(found, "kernel", "architecture")
 
 
-def page(rows: list[Row]) -> str:
-    """docs/compile_report.md."""
+def summary(found: Sequence[Compilation], violations: Sequence[str]) -> str:
+    """docs/compile_report.md: a line for each architecture, and every violation."""
+    where = "`--summary docs/compile_report.md` writes this page, `--out` one with every compilation."
+    lines = "\n".join(f"- {line}" for line in violations) or "No violation."
+    return "\n\n".join([_opening(found), _overview(found, "architecture"), lines, where]) + "\n"
+
+
+def _opening(found: Sequence[Compilation]) -> str:
+    number = len({one.kernel for one in found})
     return f"""# What the compiler makes of the kernels
 
-Written by `python -m benchmarks.compile_report`: every Triton kernel in every configuration of its tables,
-compiled ahead of time with Triton {triton.__version__} for every architecture, without a GPU. The tensor-core
-instructions are HMMA (sm_80, sm_120), HGMMA (sm_90) and UTC*MMA (sm_100). First the largest values over dtypes, cases
-and configurations, then every compilation.
-
-{summary(rows)}
-
-## Every compilation
-
-{details(rows)}
-"""
+The {number} Triton kernels in every configuration of their tables, compiled ahead of time with Triton
+{triton.__version__}, without a GPU, by `python -m benchmarks.compile_report`. Registers and spilled bytes are of a
+thread, shared memory is of a block, in bytes; each is the largest over dtypes, cases and configurations. Tensor-core
+instructions are HMMA (sm_80, sm_120), HGMMA (sm_90) and UTC*MMA (sm_100). A kernel that spills, that needs more shared
+memory than a block has, or that has a product and no tensor-core instruction is a violation."""
 
 
-def main(arguments: list[str] | None = None) -> int:
+def _overview(found: Sequence[Compilation], *names: str) -> str:
+    """The largest values of the compilations that agree in these attributes."""
+    groups: dict[tuple[Any, ...], list[Compilation]] = {}
+    for one in found:
+        groups.setdefault(tuple(getattr(one, name) for name in names), []).append(one)
+    lines = []
+    for key, group in sorted(groups.items()):
+        configurations = len({(one.kernel, one.tiles) for one in group})
+        violations = sum(len(list(one.violations())) for one in group)
+        lines.append((*key, configurations, len(group), *_quantities(group), violations))
+    return _table((*names, "configurations", "compilations", *QUANTITIES, "violations"), lines)
+
+
+def _quantities(group: Sequence[Compilation]) -> list[int | str]:
+    """The largest of a group, but for the tensor-core instructions of its products."""
+    largest = [max(getattr(one, name) for one in group) for name in ("registers", "spill_bytes", "shared_bytes")]
+    products = [one.tensor_core_instructions for one in group if one.has_product]
+    return [*largest, min(products) if products else "no product"]
+
+
+def _table(headings: Sequence[str], lines: Iterable[Sequence[object]]) -> str:
+    """A Markdown table."""
+    return "\n".join(f"| {' | '.join(map(str, line))} |" for line in (headings, ["---"] * len(headings), *lines))
+
+
+@harness.command
+def main(arguments: Sequence[str] | None = None) -> int:
     """Compile, write the report, and return the exit status."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.compile_report", description=__doc__.splitlines()[0])
-    known = ",".join(map(str, triton_tiles.ARCHITECTURES))
-    parser.add_argument(
-        "--architectures", default=known, help=f"compute capabilities without the dot (default: {known})"
-    )
-    parser.add_argument("--out", type=Path, default=ROOT / "docs" / "compile_report.md", help="Markdown file to write")
-    parser.add_argument("--json", type=Path, help="also write every row here")
+    parser = harness.parser_of("compile_report", __doc__)
+    known = [str(architecture) for architecture in triton_tiles.ARCHITECTURES]
+    harness.add_names(parser, "architectures", known)
+    text = "Markdown file with every compilation; default %(default)s"
+    parser.add_argument("--out", type=Path, default=ROOT / "bench" / "compile_report.md", help=text)
+    harness.add_file(parser, "summary", "also write a short one, a line for each architecture, here")
+    harness.add_file(parser, "json", "also write every compilation here")
     parser.add_argument("--kernels", default="", help="only kernels whose name contains this; writes no report")
     parser.add_argument("--processes", type=int, default=2)
     options = parser.parse_args(arguments)
     if triton_tiles.INTERPRETED:
-        parser.error("TRITON_INTERPRET is set: the interpreter compiles nothing; unset it")
-    wanted = [
-        job for job in jobs([int(name) for name in options.architectures.split(",")]) if options.kernels in job.kernel
-    ]
-    rows = []
+        raise InputError("TRITON_INTERPRET is set: the interpreter compiles nothing; unset it")
+    wanted = [job for job in jobs(list(map(int, options.architectures))) if options.kernels in job.kernel]
     with ProcessPoolExecutor(options.processes) as pool:
-        for row in pool.map(compile_job, wanted, chunksize=1):
-            rows.append(row)
-            if len(rows) % 25 == 0 or len(rows) == len(wanted):
-                print(f"{len(rows)} of {len(wanted)} compiled", file=sys.stderr, flush=True)
-    rows += compile_cuda(ROOT / "csrc")
-    violations = [line for row in rows for line in row.violations()]
+        found = list(track(pool.map(compile_job, wanted), "compile", len(wanted), "kernels"))
+    violations = [line for one in found for line in one.violations()]
     if options.json:
-        options.json.write_text(json.dumps([asdict(row) for row in rows], indent=1))
+        write_text(options.json, json.dumps([asdict(one) for one in found], indent=1))
     if not options.kernels:
-        violations += forgotten(rows)
-        options.out.write_text(page(rows))
-    print(summary(rows))
-    print("\n".join(violations) or f"{len(rows)} compilations, no violation")
+        violations += forgotten(found)
+        options.out.parent.mkdir(exist_ok=True)
+        write_text(options.out, page(found))
+        if options.summary:
+            write_text(options.summary, summary(found, violations))
+    print(by_kernel(found))
+    print("\n".join(violations) or f"{len(found)} compilations, no violation")
     return 1 if violations else 0
 
 

@@ -7,7 +7,8 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from benchmarks.blocks import Block, Provider, forward_backward, strong_eager
+from benchmarks.block import Block, Provider, forward_backward, strong_eager
+from benchmarks.harness import WrongResultError
 
 FLOAT32_TOLERANCE = {"planlm": 1e-5}
 """Largest relative error in float32; 1e-4 for the others, which may compute in any order."""
@@ -17,10 +18,6 @@ BF16_TOLERANCE = 5e-2
 
 BF16_MARGIN = 1e-3
 """In bf16 PlanLM's error may exceed that of the same tensor in strong eager by this much."""
-
-
-class WrongResultError(RuntimeError):
-    """A provider computes something else than the block: one line with provider, tensor and error."""
 
 
 def check(block: Block, found: Mapping[str, Provider]) -> list[str]:

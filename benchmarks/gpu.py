@@ -6,38 +6,26 @@ overwritten before each repetition, rates are measured on the device. Without a 
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Sequence
 
 import torch
 
-from benchmarks.arguments import add_arguments, check_arguments
-from benchmarks.correctness import WrongResultError
-from benchmarks.kernels import collect, report
+from benchmarks import harness, kernels
 from benchmarks.traffic import predictions
-from planlm.errors import InputError
 
 
+@harness.command
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status: 0, 1 (a wrong result), 2 (bad usage)."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description=__doc__)
-    add_arguments(parser)
+    parser = harness.parser_of("gpu", __doc__)
+    kernels.add_arguments(parser)
+    parser.set_defaults(malloc="default", processes=1)
     options = parser.parse_args(arguments)
-    try:
-        check_arguments(options)
-        if not torch.cuda.is_available():
-            print("no CUDA device: nothing was measured")
-            return 0
-        rows = collect(options, torch.device("cuda"))
-        report(options, rows)
-        print(f"\n{predictions(rows)}")
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except WrongResultError as error:
-        print(f"wrong result: {error}", file=sys.stderr)
-        return 1
+    if not torch.cuda.is_available():
+        print("no CUDA device: nothing was measured")
+        return 0
+    print(f"\n{predictions(kernels.measure_all(options, torch.device('cuda')))}")
     return 0
 
 

@@ -1,109 +1,342 @@
-"""`python -m benchmarks.step`: a training step of PlanLM, plain and joint, against eager PyTorch and the authors."""
+"""`python -m benchmarks.step`: a training step of PlanLM, plain and joint, against eager PyTorch and the authors.
+
+A step is forward, backward, clipping of the gradients' norm and the optimiser's update, of one LM on the same batch.
+Weights are random: they do not change how long anything takes.
+
+Sizes: B sequences, W positions, S sentences, K = 1024 actions, A = 384 (MiniLM), D the conditioned layers'
+stacked widths.
+"""
 
 from __future__ import annotations
 
 import argparse
-import functools
 import itertools
-import multiprocessing
 import sys
-from collections.abc import Iterator, Sequence
-from pathlib import Path
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, BertConfig, BertModel, GPT2Config, LlamaConfig, PreTrainedModel
 
-from benchmarks.arguments import check_names, names_in
-from benchmarks.blocks import DTYPES
-from benchmarks.cases import paired, provenance
-from benchmarks.clock import Budget, interleaved, note
-from benchmarks.results import Row, quantiles, write_rows
-from benchmarks.steps import MODELS, PLAIN, PROVIDERS, Case, make_lm
-from planlm.allocator import keep_memory, start_with_huge_pages
-from planlm.errors import InputError
+from benchmarks import harness
+from planlm.config import TrainConfig
+from planlm.corpus.batches import PlanBatch
+from planlm.model.configuration import PlanLMConfig
+from planlm.model.families import input_width, output_projections
+from planlm.model.modeling import PlanLMForCausalLM
+from planlm.model.planner import Planner
+from planlm.precision import autocast
 from planlm.progress import process_memory
+from planlm.report.tables import _align as align
 from planlm.training.flops import lm_flops, matrix_product_rate
+from planlm.training.groups import make_optimizer
+from planlm.training.loop import Task, update
+from planlm.training.parallel import Parallel
+from planlm.training.train import Objective, trainable_groups
 
 WINDOWS = {"128x32": (128, 32), "1024x4": (1024, 4)}
-CPU = torch.device("cpu")
+"""W and B."""
+
+NUM_ACTIONS, ACTION_DIM, SENTENCE = 1024, 384, 21
+"""K, A, and tokens of a sentence: the mean of English Wikipedia's in GPT-2's tokens."""
+
+AUTHORS_CONTEXT, AUTHORS_BATCH = 128, 256
+"""Tokens that the authors' planner sees before a sentence, and sentences that they encode at a time."""
+
+MODELS = {
+    "gpt2": GPT2Config(resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0),
+    "smollm2": LlamaConfig(
+        vocab_size=49152,
+        hidden_size=576,
+        intermediate_size=1536,
+        num_hidden_layers=30,
+        num_attention_heads=9,
+        num_key_value_heads=3,
+        max_position_embeddings=8192,
+        tie_word_embeddings=True,
+    ),
+}
+"""GPT-2-small without dropout, as `planlm train` has it by default; SmolLM2-135M."""
+
+Step = Callable[[], float]
+"""One training step; returns the loss."""
 
 
+@dataclass(frozen=True)
+class Case:
+    """What is measured."""
+
+    model: str  # key of MODELS
+    window: int  # W
+    batch_size: int  # B
+    dtype: str  # "float32", or "bf16": autocast over float32 weights
+    lm: str  # "full" or "freeze"
+
+    @property
+    def precision(self) -> str:
+        """As `--precision` has it."""
+        return "bf16" if self.dtype == "bf16" else "fp32"
+
+    def __str__(self) -> str:
+        return f"{self.model} {self.window} × {self.batch_size} {self.dtype} {self.lm}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepRow(harness.Row):
+    """One provider's step of a case; `memory` is beyond what the process had before it built the model."""
+
+    model: str
+    window: int
+    batch_size: int
+    lm: str
+    rate: float  # FLOP/s of large matrix products on this machine
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Tokens of the batch that a second of the median step takes."""
+        return self.window * self.batch_size / self.median
+
+    @property
+    def utilisation(self) -> float:
+        """Share of the matrix-product rate that the LM's FLOPs reach (MFU)."""
+        return self.flops / self.median / self.rate
+
+
+def make_batch(case: Case) -> PlanBatch:
+    """Sequences of one document each, without padding."""
+    random = torch.Generator().manual_seed(0)
+    vocabulary, shape = MODELS[case.model].vocab_size, (case.batch_size, case.window)
+    sentences = -(-case.window // SENTENCE)  # of a sequence
+    within = (torch.arange(case.window) // SENTENCE).expand(shape)
+    sequences = torch.arange(case.batch_size)
+    embeddings = torch.randn(case.batch_size, sentences, ACTION_DIM, generator=random)
+    ordinals = torch.arange(sentences)
+    return PlanBatch(
+        input_ids=torch.randint(vocabulary, shape, generator=random),
+        position_ids=torch.arange(case.window).expand(shape),
+        labels=torch.randint(vocabulary, shape, generator=random),
+        segment_ids=within + sentences * sequences[:, None],
+        segment_rows=torch.cartesian_prod(sequences, ordinals),
+        actions=torch.randint(NUM_ACTIONS, (case.batch_size * sentences,), generator=random),
+        sentence_embeddings=F.normalize(embeddings, dim=-1),
+        sentence_positions=ordinals.expand(case.batch_size, sentences),
+        documents=sequences[:, None].expand(shape),
+    )
+
+
+def make_lm(case: Case) -> PreTrainedModel:
+    """The case's LM with random weights, frozen where it is."""
+    torch.manual_seed(0)
+    lm: PreTrainedModel = AutoModelForCausalLM.from_config(MODELS[case.model])
+    return lm.train().requires_grad_(case.lm == "full")
+
+
+def trainer_plain(case: Case) -> Step:
+    """The plain LM as Hugging Face's Trainer has it: eager, all logits, fused AdamW."""
+    lm, batch = make_lm(case), make_batch(case)
+    return _eager_step(case, lambda: _lm_loss(lm, batch), lm.parameters())
+
+
+def eager_joint(case: Case) -> Step:
+    """The method in eager PyTorch as well as it goes: planned once a sentence, one projection, a gather a layer."""
+    lm, batch = make_lm(case), make_batch(case)
+    planner = Planner(ACTION_DIM, NUM_ACTIONS, layers=2, heads=6, dropout=0.0)
+    codebook = nn.Parameter(torch.randn(NUM_ACTIONS, ACTION_DIM) * ACTION_DIM**-0.5)
+    plans: list[Tensor] = []
+    ids = batch.segment_ids.flatten()
+    widths = _condition(lm, lambda layer: plans[layer].index_select(0, ids))
+    adapter = nn.Linear(ACTION_DIM, sum(widths))
+
+    def loss() -> Tensor:
+        states = planner(batch.sentence_embeddings)[batch.segment_rows[:, 0], batch.segment_rows[:, 1]]
+        plan = adapter(planner.head(states).softmax(dim=-1).to(states.dtype) @ codebook)  # [S, D]
+        plans[:] = plan.split(widths, dim=1)
+        return _lm_loss(lm, batch)
+
+    return _eager_step(case, loss, [*planner.parameters(), codebook, *adapter.parameters(), *lm.parameters()])
+
+
+def authors_joint(case: Case) -> Step:
+    """The method as its authors compute it, with their sizes, in the case's dtype (they train in float32).
+
+    In every step a sentence encoder (MPNet-base; here BERT-base, of the same size) encodes anew the sentences in each
+    sentence's context, whole ones of the 128 tokens before it. A planner of one layer reads each context and pools it,
+    its scores are gathered for every token, and each layer takes softmax, mixture with a codebook of its own and
+    projection again.
+    """
+    lm, batch = make_lm(case), make_batch(case)
+    encoder = BertModel(BertConfig()).eval()
+    size, per_context = encoder.config.hidden_size, AUTHORS_CONTEXT // SENTENCE
+    inward, head = nn.Linear(size, size), nn.Linear(size, NUM_ACTIONS)
+    layer = nn.TransformerEncoderLayer(size, nhead=2, dropout=0.0, batch_first=True)
+    ids = batch.segment_ids.flatten()
+    scores: list[Tensor] = []
+    codebooks, projections = nn.ParameterList(), nn.ModuleList()
+
+    def plan_of(number: int) -> Tensor:
+        probabilities = (scores[0] / 1.0).softmax(dim=-1)  # [T, K]
+        planned: Tensor = projections[number](probabilities.to(codebooks[number].dtype) @ codebooks[number])  # [T, d]
+        return planned
+
+    for width in _condition(lm, plan_of):
+        codebooks.append(nn.Parameter(torch.randn(NUM_ACTIONS, size) * size**-0.5))
+        projections.append(nn.Linear(size, width))
+    # Of all sentences, those that a sequence begins with included: what stands before them is stored.
+    contexts = torch.randint(
+        encoder.config.vocab_size,
+        (len(batch.actions) * per_context, SENTENCE + 2),  # with the encoder's first and last token
+        generator=torch.Generator().manual_seed(1),
+    )
+    positions = torch.randn(per_context, size)
+
+    def loss() -> Tensor:
+        with torch.no_grad():
+            states = [encoder(some).last_hidden_state.mean(dim=1) for some in contexts.split(AUTHORS_BATCH)]
+        embeddings = F.normalize(torch.cat(states).float(), dim=-1).view(-1, per_context, size)  # [S, n, A]
+        planned = layer(inward(embeddings + positions)).mean(dim=1)  # [S, A]
+        scores[:] = [head(planned).index_select(0, ids)]  # [T, K]
+        return _lm_loss(lm, batch)
+
+    trained = nn.ModuleList([inward, head, layer, projections, codebooks, lm])
+    return _eager_step(case, loss, trained.parameters())
+
+
+def planlm_plain(case: Case) -> Step:
+    """`planlm train --selection none`."""
+    return _planlm(case, "none")
+
+
+def planlm_joint(case: Case) -> Step:
+    """`planlm train`, planner and codebook training."""
+    return _planlm(case, "soft")
+
+
+PLAIN = ("trainer plain", "planlm plain")
+"""Of a frozen LM these train nothing, and are left out."""
+
+PROVIDERS: dict[str, Callable[[Case], Step]] = {
+    "trainer plain": trainer_plain,
+    "eager joint": eager_joint,
+    "authors joint": authors_joint,
+    "planlm plain": planlm_plain,
+    "planlm joint": planlm_joint,
+}
+
+
+def _planlm(case: Case, selection: str) -> Step:
+    lm = make_lm(case)
+    config = PlanLMConfig(
+        text_config=lm.config,
+        attn_implementation=lm.config._attn_implementation,
+        num_actions=NUM_ACTIONS,
+        action_dim=ACTION_DIM,
+        planner_layers=2,
+        planner_heads=6,
+        planner_dropout=0.0,
+        codebook_fingerprint="",
+        conditioned_layers=lm.config.num_hidden_layers - 2,
+        selection=selection,
+    )
+    model = PlanLMForCausalLM(config, lm=lm)
+    nn.init.normal_(model.codebook, std=ACTION_DIM**-0.5)
+    train = TrainConfig(
+        corpus="", out="", selection=selection, lm_mode=case.lm, unfreeze_planner_at=0.0, precision=case.precision
+    )
+    groups = trainable_groups(model, train, steps=1)
+    parallel = Parallel(model)
+    objective = Objective(parallel, train, steps=1, ratios=(0.0, 0.0))
+    for group in groups:
+        for parameter in group.parameters.values():
+            parameter.requires_grad_(True)
+    batch = make_batch(case)
+    task = Task(parallel, groups, loader=None, accumulate=1, steps=1, backward=objective.backward)  # type: ignore[arg-type]
+    optimizer = make_optimizer(groups, 0.0)
+    return lambda: update(task, optimizer, 0, [batch], train).figures["loss"]
+
+
+def _condition(lm: PreTrainedModel, plan_of: Callable[[int], Tensor]) -> list[int]:
+    """Add `plan_of(layer)`, `[T, d]`, to what enters each conditioned layer's projection; returns the widths."""
+    conditioned = output_projections(lm)[2:]
+    for layer, projection in enumerate(conditioned):
+
+        def add(_: nn.Module, inputs: tuple[Tensor, ...], layer: int = layer) -> tuple[Tensor, ...]:
+            return (inputs[0] + plan_of(layer).view_as(inputs[0]), *inputs[1:])
+
+        projection.register_forward_pre_hook(add)
+    return [input_width(projection) for projection in conditioned]
+
+
+def _lm_loss(lm: PreTrainedModel, batch: PlanBatch) -> Tensor:
+    loss: Tensor = lm(batch.input_ids, labels=batch.input_ids, shift_labels=batch.labels, use_cache=False).loss
+    return loss
+
+
+def _eager_step(case: Case, loss: Callable[[], Tensor], parameters: Iterable[nn.Parameter]) -> Step:
+    """A step on those of the parameters that are not frozen."""
+    trained = [parameter for parameter in parameters if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=1e-5, fused=True)
+
+    def step() -> float:
+        with autocast(case.precision, harness.CPU):
+            value = loss()
+        value.backward()
+        nn.utils.clip_grad_norm_(trained, 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        return value.item()
+
+    return step
+
+
+@harness.command
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status: 0, 2 (bad usage)."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.step", description=__doc__)
-    known = {"models": MODELS, "windows": WINDOWS, "dtypes": DTYPES, "lm": ("full", "freeze"), "providers": PROVIDERS}
-    for flag, names in known.items():
-        text = f"comma-separated, of {', '.join(names)}; default all"
-        parser.add_argument(f"--{flag}", type=names_in, default=list(names), metavar="NAMES", help=text)
-    parser.add_argument("--malloc", choices=("default", "keep"), default="default", help="keep: as in `planlm train`")
-    parser.add_argument("--repetitions", type=int, default=5, help="of each provider; default %(default)s")
+    parser = harness.parser_of("step", __doc__)
+    harness.add_flags(parser, PROVIDERS, repetitions=5)
+    for flag, known in (("models", MODELS), ("windows", WINDOWS), ("lm", ("full", "freeze"))):
+        harness.add_names(parser, flag, known)
+    text = "keep: glibc's malloc keeps freed memory"
+    parser.add_argument("--malloc", choices=("default", "keep"), default="default", help=text)
     parser.add_argument("--no-memory", action="store_true", help="leave out the runs that measure peak memory")
-    parser.add_argument("--out", type=Path, metavar="FILE.jsonl", help="write the rows, one JSON object a line")
     options = parser.parse_args(arguments)
-    try:
-        check_names(options, known)
-        if options.repetitions < 2:
-            raise InputError(f"--repetitions: got {options.repetitions}, needs at least 2 for a spread")
-        if options.malloc == "keep" and arguments is None:
-            start_with_huge_pages()
-        if options.malloc == "keep" and not keep_memory():
-            raise InputError("--malloc keep: needs glibc, and this system has another C library")
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    rows: list[Row] = []
-    for case in _cases(options):
-        found = [name for name in options.providers if case.lm == "full" or name not in PLAIN]
-        measured = _measure(case, found, options)
+    if options.malloc == "keep":
+        harness.keep_memory()
+    rows: list[StepRow] = []
+    for model, window, dtype, lm in itertools.product(options.models, options.windows, options.dtypes, options.lm):
+        case = Case(model, *WINDOWS[window], dtype, lm)
+        measured = _measure(case, [name for name in options.providers if lm == "full" or name not in PLAIN], options)
         print(_table(case, measured), flush=True)
         rows += measured
         if options.out:
-            write_rows(options.out, rows)
+            harness.write_rows(options.out, rows)
     return 0
 
 
-def _cases(options: argparse.Namespace) -> Iterator[Case]:
-    for model, window, dtype, lm in itertools.product(options.models, options.windows, options.dtypes, options.lm):
-        yield Case(model, *WINDOWS[window], dtype, lm)
-
-
-def _measure(case: Case, names: Sequence[str], options: argparse.Namespace) -> list[Row]:
+def _measure(case: Case, names: Sequence[str], options: argparse.Namespace) -> list[StepRow]:
     """Times interleaved in this process, then peak memory of each provider in a process of its own."""
-    rate = matrix_product_rate(DTYPES[case.dtype], CPU)
-    lm = make_lm(case.model)
-    flops = lm_flops(
-        lm, case.window * case.rows, case.window, trained=case.lm == "full", first_layer=2 if case.lm == "freeze" else 0
-    )
-    del lm
-    note(f"{case}: {flops / 1e12:.2f} TFLOP at {rate / 1e9:,.0f} GFLOP/s; timing {', '.join(names)}")
+    budget = harness.Budget(options.repetitions, seconds=600.0)
+    rate = matrix_product_rate(harness.DTYPES[case.dtype], harness.CPU)
+    num_tokens, full = case.window * case.batch_size, case.lm == "full"
+    flops = lm_flops(make_lm(case), num_tokens, case.window, trained=full, first_layer=0 if full else 2)
+    harness.note(f"{case}: {flops / 1e12:.2f} TFLOP at {rate / 1e9:,.0f} GFLOP/s; timing {', '.join(names)}")
     steps = {name: PROVIDERS[name](case) for name in names}
-    times = interleaved(steps, CPU, Budget(options.repetitions, 600.0), warm_up=2)
-    rate = max(rate, matrix_product_rate(DTYPES[case.dtype], CPU))
+    times = harness.interleaved(steps, harness.CPU, budget, warm_up=2)
+    rate = max(rate, matrix_product_rate(harness.DTYPES[case.dtype], harness.CPU))
     del steps
+    common = vars(case) | harness.provenance(harness.CPU) | {"malloc": options.malloc, "flops": flops, "rate": rate}
     rows = []
     for name in names:
-        p20, median, p80 = quantiles(times[name])
-        memory = None if options.no_memory else _in_process(case, name, options.malloc)
-        rows.append(
-            {
-                "model": case.model, "window": case.window, "rows": case.rows, "dtype": case.dtype, "lm": case.lm,
-                "provider": name, "malloc": options.malloc, "median": median, "p20": p20, "p80": p80,
-                "repetitions": len(times[name]), "memory": memory, "flops": flops, "rate": rate,
-                "tokens_per_second": case.window * case.rows / median, "utilisation": flops / median / rate,
-                "over": {other: paired(times[name], times[other]) for other in names if other != name},
-            } | provenance(CPU)
-        )  # fmt: skip
+        memory = None if options.no_memory else harness.in_new_process(_peak_memory, case, name, options.malloc)
+        rows.append(StepRow(provider=name, memory=memory, **common, **harness.timing(times, name)))
     return rows
 
 
-def _in_process(case: Case, name: str, malloc: str) -> int | None:
-    """Bytes of resident memory at the peak of three steps, beyond those before the model was built."""
-    with multiprocessing.get_context("spawn").Pool(1) as pool:
-        return pool.apply(functools.partial(_peak_memory, case, name, malloc))
-
-
 def _peak_memory(case: Case, name: str, malloc: str) -> int | None:
+    """`StepRow.memory`, in a fresh process."""
     if malloc == "keep":
-        keep_memory()
+        harness.keep_memory()
     before = process_memory("VmRSS")
     step = PROVIDERS[name](case)
     for _ in range(3):
@@ -112,17 +345,15 @@ def _peak_memory(case: Case, name: str, malloc: str) -> int | None:
     return None if peak is None or before is None else peak - before
 
 
-def _table(case: Case, rows: Sequence[Row]) -> str:
-    lines = [f"{case}: {rows[0]['flops'] / 1e12:.2f} TFLOP, {rows[0]['rate'] / 1e9:,.0f} GFLOP/s"]
-    lines.append(f"{'provider':<14}{'seconds':>9}{'p20':>8}{'p80':>8}{'tokens/s':>10}{'MFU':>8}{'GB':>7}  over others")
+def _table(case: Case, rows: Sequence[StepRow]) -> str:
+    cells = [("provider", "seconds", "p20", "p80", "tokens/s", "MFU", "GB", "over others")]
     for row in rows:
-        memory = "–" if row["memory"] is None else f"{row['memory'] / 1e9:.2f}"
-        over = ", ".join(f"{ratio['median']:.3f} {other}" for other, ratio in row["over"].items())
-        lines.append(
-            f"{row['provider']:<14}{row['median']:9.3f}{row['p20']:8.3f}{row['p80']:8.3f}"
-            f"{row['tokens_per_second']:10,.0f}{100 * row['utilisation']:6.1f} %{memory:>7}  {over}"
-        )
-    return "\n".join(lines) + "\n"
+        times = (f"{seconds:.3f}" for seconds in (row.median, row.p20, row.p80))
+        share, memory = f"{100 * row.utilisation:.1f} %", "–" if row.memory is None else f"{row.memory / 1e9:.2f}"
+        over = ", ".join(f"{ratio['median']:.3f} {other}" for other, ratio in row.over.items())
+        cells.append((row.provider, *times, f"{row.tokens_per_second:,.0f}", share, memory, over))
+    title = f"{case}: {rows[0].flops / 1e12:.2f} TFLOP, {rows[0].rate / 1e9:,.0f} GFLOP/s"
+    return f"{title}\n{align(cells, left=(0, 7))}\n"
 
 
 if __name__ == "__main__":

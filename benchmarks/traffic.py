@@ -13,14 +13,12 @@ stated cost a launch, summed.
 
 from __future__ import annotations
 
-import argparse
 import importlib.util
 import json
 import sys
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -29,29 +27,19 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
-from benchmarks.arguments import check_names, names_in
-from benchmarks.blocks import (
-    DTYPES,
-    SHAPES,
-    Block,
-    Provider,
-    Shape,
-    forward_backward,
-    planlm,
-    setup,
-    strong_eager,
-    token_level,
-)
-from benchmarks.cases import Row
-from benchmarks.floor import Rates, compulsory
+from benchmarks import block as blocks
+from benchmarks import harness
+from benchmarks.block import SHAPES, Block, Provider, Shape
+from benchmarks.kernels import KernelRow
 from planlm.errors import InputError
 from planlm.files import write_text
 from planlm.kernels import use_backend
+from planlm.report.tables import _align as align
 
 if TYPE_CHECKING:
     from planlm.kernels.triton_tiles import Launch
 
-H100 = Rates(flops=798e12, bytes=3.0e12)
+H100 = blocks.Rates(flops=798e12, bytes=3.0e12)
 """Measured on one H100 80GB HBM3: a bf16 product of 8192³, and a copy, bytes read and written."""
 
 LAUNCH_SECONDS = 3e-6
@@ -63,30 +51,22 @@ ALLOCATIONS = ("empty", "new_empty", "empty_like", "empty_strided", "new_empty_s
 FILLS = ("zeros", "zeros_like", "new_zeros", "zero_", "fill_", "ones_like", "full", "full_like", "new_full")
 """Operators that only write."""
 
-BARS = {"compulsory": 1.5, "strong eager": 0.7, "token-level": 0.1}
+THRESHOLDS = {"compulsory": 1.5, "strong eager": 0.7, "token-level": 0.1}
 """Limits of PlanLM's bytes over others'."""
 
-LAUNCHES_BAR = 0.5
+LAUNCHES_THRESHOLD = 0.5
 """PlanLM's launches over strong eager's have to be below this."""
 
 
 @dataclass(frozen=True)
 class Kernel:
-    """One launch.
-
-    Attributes:
-        name: the kernel, or torch's operator.
-        bytes: every tensor once.
-        flops: of matrix products.
-        tile_reads: of Triton's products, bytes that all programs ask for: what is beyond `bytes` has to come from L2.
-        triton: whether it is one of PlanLM's own.
-    """
+    """One launch: PlanLM's kernel or torch's operator."""
 
     name: str
-    bytes: int
-    flops: int = 0
-    tile_reads: int = 0
-    triton: bool = False
+    bytes: int  # every tensor once
+    flops: int = 0  # of matrix products
+    tile_reads: int = 0  # bytes that the programs of a Triton product ask for: what is beyond `bytes` comes from L2
+    triton: bool = False  # one of PlanLM's own
 
 
 class Counter(TorchDispatchMode):
@@ -131,14 +111,14 @@ def count(provider: Provider, block: Block) -> list[Kernel]:
 
     counter = Counter()
     with observed(counter.of_triton, architecture=90), counter:
-        forward_backward(provider, block)
+        blocks.forward_backward(provider, block)
     return counter.kernels
 
 
 def planlm_on_triton(block: Block) -> list[Tensor]:
     """What `planlm.kernels` runs on CUDA."""
     with use_backend("triton"):
-        return list(planlm(block))
+        return list(blocks.planlm(block))
 
 
 _ASSUMPTIONS = (
@@ -146,8 +126,8 @@ _ASSUMPTIONS = (
 )
 
 PROVIDERS: dict[str, Provider] = {
-    "token-level": token_level,
-    "strong eager": strong_eager,
+    "token-level": blocks.token_level,
+    "strong eager": blocks.strong_eager,
     "planlm": planlm_on_triton,
 }
 
@@ -169,8 +149,8 @@ class Traffic:
 
 def traffic(shape: Shape, dtype: str) -> list[Traffic]:
     """Count every provider on one shape."""
-    block = setup(shape, DTYPES[dtype], torch.device("meta"))
-    least = compulsory(shape, DTYPES[dtype]).bytes
+    block = blocks.setup(shape, harness.DTYPES[dtype], torch.device("meta"))
+    least = blocks.compulsory(shape, harness.DTYPES[dtype]).bytes
     found = []
     for name, provider in PROVIDERS.items():
         kernels = count(provider, block)
@@ -185,79 +165,79 @@ def predicted(kernels: Sequence[Kernel]) -> float:
     return sum(max(kernel.bytes / H100.bytes, kernel.flops / H100.flops) + LAUNCH_SECONDS for kernel in kernels)
 
 
-def predictions(rows: Sequence[Row]) -> str:
+def predictions(rows: Sequence[KernelRow]) -> str:
     """Predicted and measured time of bf16 rows that `benchmarks.gpu` measured."""
     lines = [f"Predicted for one H100 ({_ASSUMPTIONS}), and measured on this device:"]
     for row in rows:
-        if row["status"] == "ok" and row["dtype"] == "bf16" and row["provider"] in PROVIDERS:
-            block = setup(SHAPES[row["shape"]], DTYPES[row["dtype"]], torch.device("meta"))
-            expected = predicted(count(PROVIDERS[row["provider"]], block))
+        if row.status == "ok" and row.dtype == "bf16" and row.provider in PROVIDERS:
+            block = blocks.setup(SHAPES[row.shape], torch.bfloat16, torch.device("meta"))
+            expected = predicted(count(PROVIDERS[row.provider], block))
             lines.append(
-                f"{row['shape']} {row['dtype']}: {row['provider']}: predicted {1e6 * expected:,.0f} µs, "
-                f"measured {1e6 * row['median']:,.0f} µs, {row['median'] / expected:.2f} times as long"
+                f"{row.shape} {row.dtype}: {row.provider}: predicted {1e6 * expected:,.0f} µs, "
+                f"measured {1e6 * row.median:,.0f} µs, {row.median / expected:.2f} times as long"
             )
     return "\n".join(lines)
 
 
 def table(found: Sequence[Traffic], parts: bool) -> str:
     """One line a provider; with `parts` its kernels below it, those of one name together."""
-    heading = f"{'':<24}{'launches':>9}{'MB':>11}{'of least':>10}{'of strong':>11}{'of token':>10}{'H100 µs':>9}"
-    first = found[0]
-    strong, token = (next(one for one in found if one.provider == name) for name in ("strong eager", "token-level"))
-    lines = [f"{first.shape} {first.dtype}: at least {first.compulsory / 1e6:,.1f} MB", f"{heading}{'tiles MB':>10}"]
+    cells = [("", "launches", "MB", "of least", "of strong", "of token", "H100 µs", "tiles MB")]
+    by_name = {one.provider: one for one in found}
     for one in found:
-        time = "–" if one.predicted is None else f"{1e6 * one.predicted:,.0f}"
-        lines.append(
-            f"{one.provider:<24}{one.launches:>9}{one.bytes / 1e6:>11,.1f}{one.bytes / one.compulsory:>10.2f}"
-            f"{one.bytes / strong.bytes:>11.3f}{one.bytes / token.bytes:>10.3f}{time:>9}"
-            + (f"{one.tile_reads / 1e6:>10,.1f}" if one.tile_reads else f"{'–':>10}")
+        over = (by_name[name].bytes for name in ("strong eager", "token-level"))
+        cells.append(
+            (
+                one.provider,
+                str(one.launches),
+                f"{one.bytes / 1e6:,.1f}",
+                f"{one.bytes / one.compulsory:.2f}",
+                *(f"{one.bytes / other:.3f}" for other in over),
+                "–" if one.predicted is None else f"{1e6 * one.predicted:,.0f}",
+                f"{one.tile_reads / 1e6:,.1f}" if one.tile_reads else "–",
+            )
         )
         names: dict[str, list[Kernel]] = defaultdict(list)
         for kernel in one.kernels if parts else ():
             names[kernel.name].append(kernel)
-        lines += [f"  {name:<22}{len(own):>9}{sum(k.bytes for k in own) / 1e6:>11,.1f}" for name, own in names.items()]
-    return "\n".join(lines)
+        for name, own in names.items():
+            cells.append(
+                (f"  {name}", str(len(own)), f"{sum(k.bytes for k in own) / 1e6:,.1f}", *("" for _ in range(5)))
+            )
+    first = found[0]
+    return f"{first.shape} {first.dtype}: at least {first.compulsory / 1e6:,.1f} MB\n{align(cells, left=(0,))}"
 
 
 def judged(found: Sequence[Traffic]) -> Iterator[tuple[bool, str]]:
-    """Every bar on one shape: whether it passes, and a line that says so."""
+    """Every threshold on one shape: whether it passes, and a line that says so."""
     by_name = {one.provider: one for one in found}
     ours, case = by_name["planlm"], f"{found[0].shape} {found[0].dtype}"
-    for other, limit in BARS.items():
+    for other, limit in THRESHOLDS.items():
         base = ours.compulsory if other == "compulsory" else by_name[other].bytes
-        passed = ours.bytes <= limit * base
         least = "" if other == "compulsory" else f" (compulsory bytes alone are {ours.compulsory / base:.3f})"
         text = f"{case}: bytes {ours.bytes / base:.3f} × {other}, at most {limit:g}{least}"
-        yield passed, f"{'PASS' if passed else 'FAIL'}  {text}"
-    value = ours.launches / by_name["strong eager"].launches
-    passed = value < LAUNCHES_BAR
-    yield passed, f"{'PASS' if passed else 'FAIL'}  {case}: launches {value:.3f} × strong eager, below {LAUNCHES_BAR:g}"
+        yield harness.verdict(ours.bytes <= limit * base, text)
+    value, limit = ours.launches / by_name["strong eager"].launches, LAUNCHES_THRESHOLD
+    yield harness.verdict(value < limit, f"{case}: launches {value:.3f} × strong eager, below {limit:g}")
 
 
+@harness.command
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; returns the exit status: 0, 1 (a bar failed), 2 (bad usage)."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.traffic", description=__doc__.split("\n\n")[0])
-    parser.add_argument("--shapes", type=names_in, default=["gpt2", "large-K", "long"], help=f"of {', '.join(SHAPES)}")
-    parser.add_argument("--dtypes", type=names_in, default=["bf16", "float32"], help=f"of {', '.join(DTYPES)}")
+    """Run the command line; returns the exit status: 0, 1 (a threshold missed), 2 (bad usage)."""
+    parser = harness.parser_of("traffic", __doc__)
+    harness.add_names(parser, "shapes", SHAPES, default=["gpt2", "large-K", "long"])
+    harness.add_names(parser, "dtypes", harness.DTYPES, default=["bf16", "float32"])
     parser.add_argument("--parts", action="store_true", help="list every provider's kernels")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write what was counted, kernel by kernel")
+    harness.add_file(parser, "json", "write what was counted, kernel by kernel")
     options = parser.parse_args(arguments)
-    try:
-        check_names(options, {"shapes": SHAPES, "dtypes": DTYPES})
-        if importlib.util.find_spec("triton") is None:
-            raise InputError("counting PlanLM's launches needs triton: pip install triton")
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    if importlib.util.find_spec("triton") is None:
+        raise InputError("counting PlanLM's launches needs triton: pip install triton")
     cases = [traffic(SHAPES[shape], dtype) for shape in options.shapes for dtype in options.dtypes]
     print(f"One block, forward and backward, on CUDA (sm_90). H100 µs are predictions: {_ASSUMPTIONS}.")
     print("Tiles: what the programs of PlanLM's products ask for; beyond the bytes counted it has to come from L2.\n")
     print("\n\n".join(table(found, options.parts) for found in cases), end="\n\n")
     if options.json:
         write_text(options.json, json.dumps([asdict(one) for found in cases for one in found], indent=1) + "\n")
-    verdicts = [verdict for found in cases for verdict in judged(found)]
-    print("\n".join(line for _, line in verdicts))
-    return 0 if all(passed for passed, _ in verdicts) else 1
+    return harness.print_verdicts(verdict for found in cases for verdict in judged(found))
 
 
 def _triton_side(function: Any) -> Any:

@@ -11,13 +11,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks import cases, kernels
-from benchmarks.blocks import SHAPES, Block, Shape, planlm, setup, strong_eager, token_level
-from benchmarks.clock import Budget
-from benchmarks.correctness import WrongResultError, check
-from benchmarks.floor import Rates
-
-CPU = torch.device("cpu")
+from benchmarks import harness, kernels
+from benchmarks.block import PROVIDERS, Block, Shape, planlm, setup, strong_eager, token_level
+from benchmarks.correctness import check
+from benchmarks.harness import CPU, Budget, WrongResultError
 
 
 def wrong_output(block: Block) -> Sequence[Tensor]:
@@ -55,33 +52,29 @@ def test_in_bf16_planlm_is_held_to_strong_eagers_own_error(tiny: Shape) -> None:
 
 
 def test_nothing_is_timed_after_a_failure(
-    tiny: Shape, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    measured_here: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setitem(SHAPES, "tiny", tiny)
-    monkeypatch.setattr(cases, "measure_rates", lambda *_: Rates(1e9, 1e9))
-    monkeypatch.setattr(cases, "refuse_beyond_memory", lambda: None)
-    monkeypatch.setattr("benchmarks.blocks.planlm", wrong_output)
-    monkeypatch.setattr(cases, "interleaved", lambda *_: pytest.fail("timed"))
+    monkeypatch.setitem(PROVIDERS, "planlm", wrong_output)
+    monkeypatch.setattr(harness, "interleaved", lambda *_: pytest.fail("timed"))
     assert kernels.main(["--shapes", "tiny", "--dtypes", "float32", "--providers", "strong eager,planlm"]) == 1
     printed = capsys.readouterr()
     assert printed.out == ""
     assert printed.err.splitlines()[-1].startswith("wrong result: tiny torch.float32: planlm: y[1]")
 
 
-def test_out_of_memory_is_a_result(tiny: Shape, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_out_of_memory_is_a_result(measured_here: None, monkeypatch: pytest.MonkeyPatch) -> None:
     def exhausted(block: Block) -> Sequence[Tensor]:
         raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 bytes")
 
-    monkeypatch.setattr("benchmarks.blocks.token_level", exhausted)
-    names = ("token-level", "strong eager")
-    rows = cases.measure_case(tiny, "float32", names, CPU, Rates(1e9, 1e9), Budget(3, 1.0))
-    assert [row["status"] for row in rows] == ["out of memory", "ok"]
+    monkeypatch.setitem(PROVIDERS, "token-level", exhausted)
+    rows = kernels.measure("default", "float32", "tiny", ("token-level", "strong eager"), CPU, Budget(3, 1.0))
+    assert [row.status for row in rows] == ["out of memory", "ok"]
 
 
 def test_memory_beyond_what_is_free_is_refused_before_it_is_touched() -> None:
     script = """
 import os, torch
-from benchmarks.cases import refuse_beyond_memory
+from benchmarks.kernels import refuse_beyond_memory
 refuse_beyond_memory()
 free = next(int(line.split()[1]) for line in open("/proc/meminfo") if line.startswith("MemAvailable"))
 first = torch.empty(600 * free, dtype=torch.uint8)

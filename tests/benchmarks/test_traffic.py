@@ -13,7 +13,7 @@ import torch.nn.functional as F
 pytest.importorskip("triton", reason="PlanLM's launches are logged by its Triton backend")
 
 from benchmarks import traffic
-from benchmarks.blocks import SHAPES, Shape, setup
+from benchmarks.block import SHAPES, Shape, setup
 from benchmarks.traffic import H100, LAUNCH_SECONDS, Counter, Kernel, count, planlm_on_triton, predicted
 
 META = torch.device("meta")
@@ -65,16 +65,16 @@ def test_a_prediction_is_the_longer_of_the_two_and_a_launch() -> None:
     assert predicted(kernels) == pytest.approx(3e6 / H100.bytes + 798e6 / H100.flops + 2 * LAUNCH_SECONDS)
 
 
-def test_the_command_prints_bars_and_its_status_follows_them(
+def test_the_command_prints_thresholds_and_its_status_follows_them(
     tiny: Shape, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setitem(SHAPES, "tiny", tiny)
     arguments = ["--shapes", "tiny", "--dtypes", "bf16", "--json", str(tmp_path / "t.json")]
-    monkeypatch.setattr(traffic, "BARS", {"strong eager": 100.0})
-    monkeypatch.setattr(traffic, "LAUNCHES_BAR", 100.0)
+    monkeypatch.setattr(traffic, "THRESHOLDS", {"strong eager": 100.0})
+    monkeypatch.setattr(traffic, "LAUNCHES_THRESHOLD", 100.0)
     assert traffic.main(arguments) == 0
     assert capsys.readouterr().out.count("PASS  ") == 2
-    monkeypatch.setattr(traffic, "BARS", {"strong eager": 1e-9})
+    monkeypatch.setattr(traffic, "THRESHOLDS", {"strong eager": 1e-9})
     assert traffic.main(arguments) == 1
     assert "FAIL  tiny bf16: bytes" in capsys.readouterr().out
     counted = json.loads((tmp_path / "t.json").read_text())

@@ -1,48 +1,47 @@
-"""What is measured: one block, its shapes, the inputs that every measurement shares, and the providers compared.
+"""What `kernels`, `gpu` and `traffic` measure: one block, its shapes, its inputs, the providers, its lower bound.
 
 A block is the plan part of one training step of a language model: `plan_projection` once, `add_plan` in every layer,
 then backward from random gradients of every layer's output to logits, codebook, weight, bias and every layer's state.
 Soft selection, temperature 1, no oracle.
+
+The lower bound is the time that the block's compulsory work takes at the rates that this machine reaches. Matrix
+products are bound by arithmetic and the additions by memory, and one does not hide the other: FLOPs at the rate of
+large square matrix products + bytes at the rate of a large copy, both measured in the same run, with the same dtype and
+threads. A copy's rate counts every byte twice, read and written.
 
 Sizes: S sentences, K actions, A action-embedding size, L layers, D plan size (layers stacked), T tokens.
 """
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import os
 import shutil
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from benchmarks.harness import timed
 from planlm.kernels import StackedPlan, plan_projection
+from planlm.training.flops import matrix_product_rate
 
 
 @dataclass(frozen=True)
 class Shape:
-    """Sizes of a block.
-
-    Attributes:
-        name: what tables call it.
-        num_sentences: S.
-        num_actions: K.
-        size: A.
-        num_layers: L.
-        width: D / L.
-        num_tokens: T.
-    """
+    """Sizes of a block, and what tables call it."""
 
     name: str
-    num_sentences: int
-    num_actions: int
-    size: int
-    num_layers: int
-    width: int
-    num_tokens: int
+    num_sentences: int  # S
+    num_actions: int  # K
+    size: int  # A
+    num_layers: int  # L
+    width: int  # D / L
+    num_tokens: int  # T
 
     @property
     def plan_size(self) -> int:
@@ -61,32 +60,19 @@ SHAPES = {
 }
 """A batch of 32 windows of 128 tokens in two LMs; a codebook of 65,536 actions; 128 windows of 1,024 tokens."""
 
-DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16}
-
 
 @dataclass(frozen=True)
 class Block:
-    """Inputs of a block and the gradients that arrive at its outputs, all of one dtype and device.
-
-    Attributes:
-        shape (Shape): the sizes.
-        logits (Tensor): `[S, K]`.
-        codebook (Tensor): `[K, A]`.
-        weight (Tensor): `[D, A]`.
-        bias (Tensor): `[D]`.
-        states (tuple[Tensor, ...]): each layer's x, L times `[T, D / L]`.
-        segment_ids (Tensor): int64 `[T]`, sorted apart from -1.
-        upstream (tuple[Tensor, ...]): each layer's dy, L times `[T, D / L]`.
-    """
+    """Inputs of a block and the upstream gradients of its outputs, all of one dtype and device."""
 
     shape: Shape
-    logits: Tensor
-    codebook: Tensor
-    weight: Tensor
-    bias: Tensor
-    states: tuple[Tensor, ...]
-    segment_ids: Tensor
-    upstream: tuple[Tensor, ...]
+    logits: Tensor  # [S, K]
+    codebook: Tensor  # [K, A]
+    weight: Tensor  # [D, A]
+    bias: Tensor  # [D]
+    states: tuple[Tensor, ...]  # each layer's x, L times [T, D / L]
+    segment_ids: Tensor  # int64 [T], sorted apart from -1
+    upstream: tuple[Tensor, ...]  # each layer's dy, L times [T, D / L]
 
     def leaves(self) -> dict[str, Tensor]:
         """The tensors that get a gradient, by name."""
@@ -96,18 +82,14 @@ class Block:
     def in_float64(self) -> Block:
         """The same numbers in float64, as leaves of their own."""
 
-        def leaf(tensor: Tensor) -> Tensor:
-            return tensor.detach().double().requires_grad_()
+        def double(value: Any) -> Any:
+            if isinstance(value, tuple):
+                return tuple(map(double, value))
+            if not isinstance(value, Tensor) or not value.is_floating_point():
+                return value
+            return value.detach().double().requires_grad_(value.requires_grad)
 
-        return replace(
-            self,
-            logits=leaf(self.logits),
-            codebook=leaf(self.codebook),
-            weight=leaf(self.weight),
-            bias=leaf(self.bias),
-            states=tuple(map(leaf, self.states)),
-            upstream=tuple(dy.double() for dy in self.upstream),
-        )
+        return Block(**{name: double(value) for name, value in vars(self).items()})
 
 
 Provider = Callable[[Block], Sequence[Tensor]]
@@ -165,9 +147,9 @@ def strong_eager(block: Block) -> list[Tensor]:
     """
     mixture = block.logits.softmax(dim=1) @ block.codebook  # [S, A]
     projected = F.linear(mixture, block.weight, block.bias)  # [S, D]
-    rows = F.pad(projected, (0, 0, 1, 0))  # [1 + S, D]; the first row, of zeros, is that of id -1
+    padded = F.pad(projected, (0, 0, 1, 0))  # [1 + S, D]; the first row, of zeros, is that of id -1
     picks = block.segment_ids + 1
-    plans = rows.split(block.shape.width, dim=1)
+    plans = padded.split(block.shape.width, dim=1)
     return [plan.index_select(0, picks).add_(state) for state, plan in zip(block.states, plans, strict=True)]
 
 
@@ -178,24 +160,23 @@ def planlm(block: Block) -> list[Tensor]:
     return [plan.add(layer, state, block.segment_ids) for layer, state in enumerate(block.states)]
 
 
-PROVIDERS = ("token-level", "strong eager", "compiled", "planlm")
+PROVIDERS: dict[str, Provider] = {
+    "token-level": token_level,
+    "strong eager": strong_eager,
+    "compiled": strong_eager,
+    "planlm": planlm,
+}
 
 
 def providers(names: Sequence[str], device: torch.device) -> dict[str, Provider]:
     """The providers of these names that can run; `compiled` is compiled afresh, without the graphs of other shapes."""
-    found: dict[str, Provider] = {}
-    for name in names:
-        match name:
-            case "token-level":
-                found[name] = token_level
-            case "strong eager":
-                found[name] = strong_eager
-            case "compiled":
-                if why_not_compiled(device) is None:
-                    torch._dynamo.reset()
-                    found[name] = torch.compile(strong_eager, fullgraph=True, dynamic=False)
-            case "planlm":
-                found[name] = planlm
+    found = {name: PROVIDERS[name] for name in names}
+    if "compiled" in found:
+        if why_not_compiled(device):
+            del found["compiled"]
+        else:
+            torch._dynamo.reset()
+            found["compiled"] = torch.compile(strong_eager, fullgraph=True, dynamic=False)
     return found
 
 
@@ -218,3 +199,48 @@ def _segment_ids(shape: Shape, generator: torch.Generator) -> Tensor:
     ids = torch.full((shape.num_tokens,), -1)
     ids[planned] = torch.searchsorted(ends, torch.arange(num_planned), right=True)
     return ids
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a block cannot do without: floating-point operations, and bytes read or written."""
+
+    flops: int
+    bytes: int
+
+
+@dataclass(frozen=True)
+class Rates:
+    """What a machine reaches: FLOP/s of matrix products in a dtype, and bytes per second of a copy."""
+
+    flops: float
+    bytes: float
+
+
+def compulsory(shape: Shape, dtype: torch.dtype) -> Work:
+    """The least work of a block, forward and backward.
+
+    FLOPs of the forward: `2 (SKA + SAD)` for `(softmax @ codebook) @ weight.T`, or `2 (KAD + SKD)` for
+    `softmax @ (codebook @ weight.T)` where that is less. Each of these products has two in the backward.
+
+    Elements, each moved once:
+        parameters: logits SK, codebook KA, weight DA, bias D
+        forward:    reads the parameters and x TD; writes projected SD and y TD
+        backward:   reads dy TD and the parameters without the bias; writes the gradients of the parameters
+    The forward also reads the ids, int64. dx is dy itself and costs nothing; tensors of S x A are left out.
+    """
+    s, k, a, d, t = shape.num_sentences, shape.num_actions, shape.size, shape.plan_size, shape.num_tokens
+    products = min(s * k * a + s * a * d, k * a * d + s * k * d)
+    parameters = s * k + k * a + d * a + d
+    forward = parameters + t * d + s * d + t * d
+    backward = t * d + (parameters - d) + parameters
+    return Work(flops=3 * 2 * products, bytes=dtype.itemsize * (forward + backward) + 8 * t)
+
+
+def measure_rates(dtype: torch.dtype, device: torch.device) -> Rates:
+    """The best of a few square matrix products of two sizes, and of a few copies far beyond every cache."""
+    sizes, copied_bytes = ((4096, 8192), 2**30) if device.type == "cuda" else ((2048, 4096), 2**28)
+    source = torch.ones(copied_bytes, dtype=torch.uint8, device=device)
+    target = torch.ones_like(source)
+    copies = [2 * copied_bytes / timed(functools.partial(target.copy_, source), device)[0] for _ in range(7)]
+    return Rates(flops=max(matrix_product_rate(dtype, device, size) for size in sizes), bytes=max(copies))

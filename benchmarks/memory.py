@@ -1,4 +1,4 @@
-"""Time and memory of a call, on the CPU and on CUDA."""
+"""The peak of memory that a call needs, on the CPU and on CUDA."""
 
 from __future__ import annotations
 
@@ -7,74 +7,15 @@ import ctypes
 import functools
 import os
 import platform
-import sys
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
-from planlm.kernels import cpp
 from planlm.progress import process_memory
-
-Result = TypeVar("Result")
-
-LEAST_REPETITIONS = 3
-"""A slow provider is repeated this often whatever its budget: fewer would have no spread."""
-
-
-@dataclass(frozen=True)
-class Budget:
-    """When to stop repeating a provider: after `repetitions`, or earlier when it has run for `seconds`."""
-
-    repetitions: int = 200
-    seconds: float = 10.0
-
-    def spent(self, times: Sequence[float]) -> bool:
-        """Whether these times are enough."""
-        return len(times) >= self.repetitions or (len(times) >= LEAST_REPETITIONS and sum(times) >= self.seconds)
-
-
-def timed(run: Callable[[], Result], device: torch.device) -> tuple[float, Result]:
-    """Seconds that a call takes, and its result, so that freeing it is not timed.
-
-    On CUDA: time between two events, after the L2 cache has been overwritten.
-    """
-    if device.type != "cuda":
-        start = time.perf_counter()
-        result = run()
-        return time.perf_counter() - start, result
-    _flush_buffer(device).zero_()
-    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    begin.record()
-    result = run()
-    end.record()
-    end.synchronize()
-    return begin.elapsed_time(end) / 1e3, result
-
-
-def interleaved(
-    runs: Mapping[str, Callable[[], object]], device: torch.device, budget: Budget, warm_up: int = 10
-) -> dict[str, list[float]]:
-    """Seconds of every repetition by name, in the order A B C A B C …: what slows the machine down slows all of them.
-
-    Compiling is over before. Each first makes `warm_up` runs, or as many as a tenth of the budget takes, that are not
-    counted: the process grows to its size in them, and its first use of a page can cost more than the work on it.
-    """
-    settling = Budget(warm_up, budget.seconds / 10)
-    for run in runs.values():
-        spent: list[float] = []
-        while len(spent) < settling.repetitions and sum(spent) < settling.seconds:
-            spent.append(timed(run, device)[0])
-    times: dict[str, list[float]] = {name: [] for name in runs}
-    while waiting := [name for name, spent in times.items() if not budget.spent(spent)]:
-        for name in waiting:
-            times[name].append(timed(runs[name], device)[0])
-    return times
 
 
 def peak_memory(run: Callable[[], Sequence[Tensor]], device: torch.device) -> tuple[int, int | None]:
@@ -86,7 +27,7 @@ def peak_memory(run: Callable[[], Sequence[Tensor]], device: torch.device) -> tu
 
     The second is everything, less exactly: on the CPU the growth of the process's peak resident memory, on CUDA that of
     `torch.cuda.max_memory_allocated`, less the bytes of the results; 0 where the peak was not above those, None where
-    the system has no such count. Blocks that PlanLM keeps for its next large results are given back before.
+    the system has no such count.
 
     Args:
         run: returns the results, not one of them a view of an input; called once.
@@ -94,8 +35,6 @@ def peak_memory(run: Callable[[], Sequence[Tensor]], device: torch.device) -> tu
     profiled = functools.partial(profile, activities=[ProfilerActivity.CPU], profile_memory=True)
     with _quiet(), profiled():
         torch.zeros(1)  # the first use in a process takes 120 MB for the profiler itself
-    if device.type == "cpu" and cpp.why_not() is None:
-        torch.ops.planlm.release_blocks()
     before = _start_peak(device)
     with _quiet(), profiled() as profiler:
         results = run()
@@ -108,14 +47,6 @@ def peak_memory(run: Callable[[], Sequence[Tensor]], device: torch.device) -> tu
     allocations = _allocations(profiler.profiler.kineto_results.experimental_event_tree(), device)
     exact, num_results = _peak_of_temporaries(allocations, kept)
     return exact, None if peak is None or before is None else max(0, peak - before - num_results)
-
-
-def note(text: str) -> None:
-    """A line of progress on stderr, with the seconds since the start."""
-    print(f"[{time.perf_counter() - _STARTED:6.1f} s] {text}", file=sys.stderr, flush=True)
-
-
-_STARTED = time.perf_counter()
 
 
 @contextlib.contextmanager
@@ -163,12 +94,6 @@ def _allocations(tree: Sequence[Any], device: torch.device) -> list[tuple[int, i
         if event.tag == _EventType.Allocation and event.extra_fields.device.type == device.type:
             found.append((event.start_time_ns, event.extra_fields.ptr, event.extra_fields.alloc_size))
     return [(address, size) for _, address, size in sorted(found, key=lambda event: event[0])]
-
-
-@functools.cache
-def _flush_buffer(device: torch.device) -> Tensor:
-    """Twice the L2 cache."""
-    return torch.empty(2 * torch.cuda.get_device_properties(device).L2_cache_size, dtype=torch.uint8, device=device)
 
 
 def _start_peak(device: torch.device) -> int | None:
