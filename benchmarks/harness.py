@@ -48,7 +48,7 @@ class WrongResultError(RuntimeError):
 # Command lines
 
 
-def command(main: Callable[[Sequence[str] | None], int]) -> Callable[[Sequence[str] | None], int]:
+def command(main: Callable[..., int]) -> Callable[..., int]:
     """Decorate a `main` so that it ends with a status and one line on stderr: 2 for bad usage, 1 for a wrong result.
 
     SIGTERM ends it as Ctrl-C does, with the processes that it has started.

@@ -21,8 +21,9 @@ from benchmarks import block as blocks
 from benchmarks import harness
 from benchmarks.block import SHAPES, Block, Provider
 from benchmarks.correctness import check
-from benchmarks.harness import Budget, note
+from benchmarks.harness import Budget, note, spread
 from benchmarks.memory import peak_memory
+from planlm.arguments import Parser
 from planlm.errors import InputError
 from planlm.kernels import cpp
 from planlm.report.tables import _align as align
@@ -111,7 +112,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return harness.print_verdicts(judged(rows, THRESHOLDS)) if options.bars else 0
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
+def add_arguments(parser: Parser) -> None:
     """Flags that this benchmark shares with `benchmarks.gpu`."""
     harness.add_names(parser, "shapes", SHAPES)
     harness.add_flags(parser, blocks.PROVIDERS, Budget.repetitions)
@@ -233,16 +234,16 @@ def _pool(members: Sequence[KernelRow]) -> KernelRow:
     if failed := [row for row in members if row.status != "ok"]:
         return failed[0]
     others = [name for name in members[0].over if all(name in row.over for row in members)]
-    return replace(
-        members[0],
-        **harness.spread([row.median for row in members]),
+    values: dict[str, Any] = {
+        **spread([row.median for row in members]),
         **{name: statistics.median(getattr(row, name) for row in members) for name in ("flops_per_s", "bytes_per_s")},
         **{name: max(getattr(row, name) or 0 for row in members) or None for name in ("memory", "process_memory")},
-        over={name: harness.spread([row.over[name]["median"] for row in members]) for name in others},
-        min=min(row.min for row in members),
-        repetitions=sum(row.repetitions for row in members),
-        processes=len(members),
-    )
+        "over": {name: spread([row.over[name]["median"] for row in members]) for name in others},
+        "min": min(row.min for row in members),
+        "repetitions": sum(row.repetitions for row in members),
+        "processes": len(members),
+    }
+    return replace(members[0], **values)
 
 
 HEADINGS = (

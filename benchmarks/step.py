@@ -346,7 +346,7 @@ def _peak_memory(case: Case, name: str, malloc: str) -> int | None:
 
 
 def _table(case: Case, rows: Sequence[StepRow]) -> str:
-    cells = [("provider", "seconds", "p20", "p80", "tokens/s", "MFU", "GB", "over others")]
+    cells: list[Sequence[str]] = [("provider", "seconds", "p20", "p80", "tokens/s", "MFU", "GB", "over others")]
     for row in rows:
         times = (f"{seconds:.3f}" for seconds in (row.median, row.p20, row.p80))
         share, memory = f"{100 * row.utilisation:.1f} %", "–" if row.memory is None else f"{row.memory / 1e9:.2f}"

@@ -181,7 +181,7 @@ def predictions(rows: Sequence[KernelRow]) -> str:
 
 def table(found: Sequence[Traffic], parts: bool) -> str:
     """One line a provider; with `parts` its kernels below it, those of one name together."""
-    cells = [("", "launches", "MB", "of least", "of strong", "of token", "H100 µs", "tiles MB")]
+    cells: list[Sequence[str]] = [("", "launches", "MB", "of least", "of strong", "of token", "H100 µs", "tiles MB")]
     by_name = {one.provider: one for one in found}
     for one in found:
         over = (by_name[name].bytes for name in ("strong eager", "token-level"))
