@@ -1,1 +1,5 @@
-"""Benchmarks of the fused plan operations: `kernels` (CPU), `gpu`, `traffic`; run with `python -m benchmarks.NAME`."""
+"""Benchmarks, run with `python -m benchmarks.NAME`.
+
+`kernels` (CPU) and `gpu` time the plan operations, `step` a training step; `traffic` counts what the operations move on
+CUDA and `compile_report` says what Triton makes of them, both without a GPU.
+"""
