@@ -14,8 +14,9 @@ from planlm.evaluation.evaluate import evaluate
 from planlm.evaluation.perplexity import score_documents
 from planlm.evaluation.significance import DocumentScores, compare_rows
 from planlm.model.loading import load_model
+from planlm.selections import SELECTIONS
 
-EVERY_PLAN = ("none", "fixed", "uniform", "hard", "straight-through", "soft", "gumbel", "gumbel-hard", "oracle")
+EVERY_PLAN = [name for name, about in SELECTIONS.items() if not about.needs_top_k]
 
 
 @torch.no_grad()

@@ -8,10 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-SELECTIONS = ("soft", "hard", "straight-through", "gumbel", "gumbel-hard", "top-k", "oracle", "uniform", "fixed")
-STEPPED = ("straight-through", "gumbel-hard")
+from planlm import selections
+from planlm.kernels.reference import SELECTIONS, STRAIGHT_THROUGH
+
+STEPPED = STRAIGHT_THROUGH
 """Selections whose forward is a step function of the logits while their gradient is that of the soft mixture."""
-PLANNING = ("soft", "straight-through", "gumbel", "gumbel-hard", "top-k")
+PLANNING = tuple(name for name in SELECTIONS if selections.SELECTIONS[name].trains_planner)
 """Selections whose mixture sends a gradient to the planner."""
 MIXINGS = ("unlabelled", "labelled", "number", "rows")
 """No oracle; oracle for the cross-entropy alone; one share for all rows; a share per row."""

@@ -31,7 +31,7 @@ COMMON = [
     ("temperature nan", {"temperature": math.nan}, "temperature: got nan"),
     ("temperature infinite", {"temperature": math.inf}, "temperature: got inf"),
     ("temperature tensor", {"temperature": torch.ones(())}, "temperature: got tensor"),
-    ("selection", {"selection": "softmax"}, "selection: got 'softmax', needs one of soft, hard, straight-through"),
+    ("selection", {"selection": "softmax"}, "selection: got 'softmax', needs one of soft, gumbel, top-k, hard"),
     ("selection none", {"selection": "none"}, "selection: got 'none', needs one of"),
     ("selection None", {"selection": None}, "selection: got None, needs one of"),
     ("top_k missing", {"selection": "top-k"}, r"top_k: got None, needs a whole number from 1 to 7 \(K\)"),
