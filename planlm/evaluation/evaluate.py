@@ -11,7 +11,7 @@ from planlm.config import EvaluateConfig
 from planlm.corpus.store import PreparedCorpus
 from planlm.distribution import on_rank_zero, rank
 from planlm.errors import InputError
-from planlm.evaluation.perplexity import default_window, score_documents
+from planlm.evaluation.perplexity import MAX_WINDOW, score_documents
 from planlm.evaluation.planner_metrics import planner_metrics
 from planlm.evaluation.significance import DocumentScores, compare_rows
 from planlm.files import beside_result, read_json, write_text
@@ -87,7 +87,9 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
             "planner": planner_metrics(model.planner, dataset, corpus.action_counts) if is_planned else None,
         }
         if (run / "model").is_dir():
-            results = earlier | {config.split: result | {"scores": _scores_to_json(scores)}}
+            nll = {plan: score.nll_sum.tolist() for plan, score in scores.items()}
+            kept = {"tokens": scores[versus].tokens.tolist(), "nll": nll}
+            results = earlier | {config.split: result | {"scores": kept}}
             with beside_result(run / RESULTS):
                 write_text(run / RESULTS, json.dumps(results, indent=1) + "\n", within=run)
         return result
@@ -99,8 +101,7 @@ def _parse(config: EvaluateConfig) -> list[str]:
     """The plans asked for, in order and each once."""
     plans = list(dict.fromkeys(plan.strip() for plan in config.plans.split(",") if plan.strip()))
     problems = []
-    unknown = [plan for plan in plans if plan not in SELECTIONS]
-    if unknown or not plans:
+    if not plans or set(plans) - SELECTIONS.keys():
         problems.append(f"--plans {config.plans}: expected some of {', '.join(SELECTIONS)}")
     default = EvaluateConfig.__dataclass_fields__["versus"].default
     if config.versus not in plans and config.versus != default:
@@ -148,7 +149,7 @@ def _check_fit(model: PlanLMForCausalLM, config: EvaluateConfig, corpus: Prepare
 
 def _window_and_stride(config: EvaluateConfig, model: PlanLMForCausalLM) -> tuple[int, int]:
     context = model.lm.config.max_position_embeddings
-    window = config.window or default_window(model)
+    window = config.window or min(MAX_WINDOW, context)
     if window > context:
         raise InputError(f"--window {window}: the LM's context is {context} tokens; set at most that")
     stride = config.stride or window
@@ -164,8 +165,3 @@ def _check_scores(scores: dict[str, DocumentScores], config: EvaluateConfig) -> 
             raise InputError(f"{config.corpus}: no document of the {config.split} split has a token to score")
         if not score.nll < _LARGEST_NLL:
             raise InputError(f"{config.run}: training diverged, NLL is {score.nll} under plan {plan}; lower its rates")
-
-
-def _scores_to_json(scores: dict[str, DocumentScores]) -> dict[str, Any]:
-    tokens = next(iter(scores.values())).tokens
-    return {"tokens": tokens.tolist(), "nll": {plan: score.nll_sum.tolist() for plan, score in scores.items()}}

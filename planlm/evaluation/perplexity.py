@@ -33,11 +33,6 @@ _WHOLE = 1 << 40
 """A window longer than any document: one window each, which has the document's length."""
 
 
-def default_window(model: PlanLMForCausalLM) -> int:
-    """The LM's context, at most 1024 tokens."""
-    return min(MAX_WINDOW, model.lm.config.max_position_embeddings)
-
-
 def score_documents(
     model: PlanLMForCausalLM,
     dataset: datasets.Dataset,

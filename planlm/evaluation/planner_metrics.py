@@ -1,6 +1,6 @@
 """How well the planner predicts the next sentence's action, against baselines without a planner.
 
-Legend: R rows of n places, A embedding, K actions, M = all sentences of the split.
+Sizes: R sequences of n positions, A dimensions of an embedding, K actions, M sentences of the split.
 """
 
 from __future__ import annotations
@@ -47,26 +47,26 @@ def planner_metrics(
     was_training = planner.training
     planner.train(False)
     loader = SentenceLoader(dataset, batch_size=batch_size, shuffle=False)
-    parts: list[dict[str, Tensor]] = []
+    scores, labels = [], []
     repeated, most_frequent = 0, int(action_counts.argmax())
     with Progress("planner", total=len(dataset), unit="documents") as progress:
         for batch in loader:
-            on_device = batch.to(device)
-            hidden = planner(on_device.sentence_embeddings, on_device.sentence_positions)  # [R, n, A]
+            hidden = planner(batch.sentence_embeddings.to(device), batch.sentence_positions.to(device))  # [R, n, A]
             labelled = batch.actions >= 0
-            actions = batch.actions[labelled]
-            parts.append(_rank_sentences(planner, hidden[labelled.to(device)], actions))
+            labels.append(batch.actions[labelled])
+            scores.append(_rank_sentences(planner, hidden[labelled.to(device)], labels[-1]))
             last = batch.actions.roll(1, dims=1).masked_fill(batch.sentence_positions == 0, most_frequent)
             repeated += int((last == batch.actions)[labelled].sum())
             progress.advance(int((batch.sentence_positions == 0)[labelled].sum()))
     planner.train(was_training)
 
-    rank, nll, confidence, actions = (torch.cat([part[key] for part in parts]) for key in parts[0])  # [M]
+    rank, nll, confidence = torch.cat(scores, dim=1)  # [M] each
+    actions = torch.cat(labels)
     unigram = (action_counts.double() + 1).log() - (action_counts.double() + 1).sum().log()
     return {
         **{f"accuracy@{k}": (rank <= k).double().mean().item() for k in (1, 5, 10)},
-        "mrr": (1 / rank.double()).mean().item(),
-        "nll": nll.double().mean().item(),
+        "mrr": (1 / rank).mean().item(),
+        "nll": nll.mean().item(),
         "ece": calibration_error(confidence, rank == 1),
         "unigram_nll": -unigram[actions].mean().item(),
         "unigram_accuracy@1": (actions == most_frequent).double().mean().item(),
@@ -89,10 +89,10 @@ def calibration_error(confidence: Tensor, correct: Tensor) -> float:
     return (gap.abs().sum() / len(confidence)).item()
 
 
-def _rank_sentences(planner: Planner, hidden: Tensor, actions: Tensor) -> dict[str, Tensor]:
-    """Rank and NLL of the true action and the largest probability, `[M]` each, for hidden states `[M, A]`."""
+def _rank_sentences(planner: Planner, hidden: Tensor, actions: Tensor) -> Tensor:
+    """Rank and NLL of the true action and the largest probability, float64 `[3, M]`, for hidden states `[M, A]`."""
     at_once = max(1, _LOGITS // len(planner.head.weight))
-    parts = []
+    scores = []
     for some_hidden, some_actions in zip(hidden.split(at_once), actions.to(hidden.device).split(at_once), strict=True):
         logits = planner.head(some_hidden).float()  # [m, K]
         true = logits.gather(1, some_actions[:, None])  # [m, 1]
@@ -101,6 +101,5 @@ def _rank_sentences(planner: Planner, hidden: Tensor, actions: Tensor) -> dict[s
         rank = 1 + ((logits > true) | ((logits == true) & lower)).sum(dim=1)
         log_normalizer = logits.logsumexp(dim=1)
         confidence = (logits.amax(dim=1) - log_normalizer).exp()
-        parts.append(torch.stack([rank.double(), (log_normalizer - true[:, 0]).double(), confidence.double()]).cpu())
-    rank, nll, confidence = torch.cat(parts, dim=1)  # [M] each
-    return {"rank": rank.long(), "nll": nll, "confidence": confidence, "actions": actions}
+        scores.append(torch.stack([rank.double(), (log_normalizer - true[:, 0]).double(), confidence.double()]).cpu())
+    return torch.cat(scores, dim=1)

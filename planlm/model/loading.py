@@ -41,13 +41,11 @@ def lm_config(name: str) -> PreTrainedConfig:
     """
     folder = resolve(name, "lm")
     with loading(name, "lm"):
-        config: PreTrainedConfig = AutoConfig.from_pretrained(folder, trust_remote_code=False, **_reach(folder))
+        config: PreTrainedConfig = AutoConfig.from_pretrained(
+            folder, trust_remote_code=False, local_files_only=Path(folder).is_dir()
+        )
         check_family(config)
     return config
-
-
-def _reach(folder: str) -> dict[str, bool]:
-    return {"local_files_only": True} if Path(folder).is_dir() else {}
 
 
 def load_lm(name: str, dtype: torch.dtype) -> PreTrainedModel:
@@ -61,10 +59,10 @@ def load_lm(name: str, dtype: torch.dtype) -> PreTrainedModel:
         InputError: it cannot be loaded, its family is not supported, or its weights do not fit its configuration.
     """
     config, folder = lm_config(name), resolve(name, "lm")
-    where = _reach(folder)
+    is_folder = Path(folder).is_dir()
     with loading(name, "lm"):
         _check_generation(folder)
-        stored = stored_tensors(folder, **where)
+        stored = stored_tensors(folder, local_files_only=is_folder)
         check_sizes(name, config, stored, lambda: AutoModelForCausalLM.from_config(copy.deepcopy(config)))
         lm, info = AutoModelForCausalLM.from_pretrained(
             folder,
@@ -73,7 +71,7 @@ def load_lm(name: str, dtype: torch.dtype) -> PreTrainedModel:
             use_safetensors=True,
             ignore_mismatched_sizes=True,  # they are refused below, with the names
             output_loading_info=True,
-            **where,
+            local_files_only=is_folder,
         )
     check_loaded(name, info)
     check_finite(name, lm)
@@ -143,21 +141,14 @@ class ModelFolder(PreTrainedModel):
 
     @classmethod
     def from_pretrained(
-        cls,
-        pretrained_model_name_or_path: str | os.PathLike[str] | None,
-        *args: Any,
-        output_loading_info: bool = False,
-        ignore_mismatched_sizes: bool = False,
-        **kwargs: Any,
+        cls, pretrained_model_name_or_path: str | os.PathLike[str] | None, *args: Any, **kwargs: Any
     ) -> Any:
         """Load the model as transformers does, and its tokenizer; weights that do not fit are refused.
 
         Args:
             pretrained_model_name_or_path: folder or hub name; None where `state_dict` and `config` are given instead.
             args: transformers'.
-            output_loading_info: return what transformers found, too.
-            ignore_mismatched_sizes: draw weights of another shape anew instead of refusing them.
-            kwargs: transformers'.
+            kwargs: transformers'; with `ignore_mismatched_sizes` weights of another shape are drawn anew.
 
         Raises:
             InputError: tensors are missing, extra, of another shape or not finite, or the tokenizer is another one
@@ -165,20 +156,17 @@ class ModelFolder(PreTrainedModel):
         """
         name = pretrained_model_name_or_path
         if name is None or kwargs.get("gguf_file"):  # weights from elsewhere are the caller's affair
-            return super().from_pretrained(
-                name,
-                *args,
-                output_loading_info=output_loading_info,
-                ignore_mismatched_sizes=ignore_mismatched_sizes,
-                **kwargs,
-            )
+            return super().from_pretrained(name, *args, **kwargs)
+        name = str(name)
+        wants_info = kwargs.pop("output_loading_info", False)
+        draws_mismatched = kwargs.pop("ignore_mismatched_sizes", False)
         where = {key: kwargs[key] for key in _WHERE if kwargs.get(key) is not None}
         config = kwargs.get("config")
         if not isinstance(config, PreTrainedConfig):
             config = cls.config_class.from_pretrained(name if config is None else config, **where)  # type: ignore[union-attr]
         if not kwargs.get("variant"):
-            stored = stored_tensors(str(name), **where)
-            check_sizes(str(name), config, stored, lambda: cls(copy.deepcopy(config), *args))
+            stored = stored_tensors(name, **where)
+            check_sizes(name, config, stored, lambda: cls(copy.deepcopy(config), *args))
             if "codebook" in stored:  # where it lay until 0.1
                 if "adapter.codebook" in stored:
                     raise InputError(f"{name}: holds two codebooks (codebook, adapter.codebook); copy the model again")
@@ -187,13 +175,12 @@ class ModelFolder(PreTrainedModel):
         model, info = super().from_pretrained(
             name, *args, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs
         )
-        refused = info | {"mismatched_keys": set()} if ignore_mismatched_sizes else info
-        check_loaded(str(name), refused)
-        check_finite(str(name), model)
+        check_loaded(name, info | {"mismatched_keys": set()} if draws_mismatched else info)
+        check_finite(name, model)
         # transformers would save under the old name what it has found there.
         model._weight_conversions = [c for c in model._weight_conversions if "^codebook$" not in c.source_patterns]
-        model._find_assets(str(name), where)
-        return (model, info) if output_loading_info else model
+        model._find_assets(name, where)
+        return (model, info) if wants_info else model
 
     def _find_assets(self, name: str, where: dict[str, Any]) -> None:
         """Read the tokenizer and settle where the encoder is: later the working directory may be another one."""

@@ -7,9 +7,11 @@ Whoever trains or generates with such a model notices late, or never.
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import math
 import re
+import threading
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -40,6 +42,7 @@ _CONVERT = (
     "and PlanLM never unpickles; convert them to safetensors: load the model where you trust it and save it again"
 )
 _INDEX = "model.safetensors.index.json"
+_ONE_AT_A_TIME = threading.Lock()  # two threads' patches, taken back in another order, would leave one behind
 
 
 def stored_tensors(name: str, **hub: Any) -> Stored:
@@ -70,9 +73,8 @@ def stored_tensors(name: str, **hub: Any) -> Stored:
         if pickled:
             raise InputError(f"{name}: its weights are pickled ({pickled[0]}), {_CONVERT}")
         raise InputError(f"{name}: no weights here (no model.safetensors); give the folder of a saved model")
-    shards = [whole] if whole else _shards(name, Path(str(index)), find)
     stored: dict[str, tuple[str, tuple[int, ...]]] = {}
-    for shard in shards:
+    for shard in [whole] if whole else _shards(name, Path(str(index)), find):
         header = read_header(shard)
         if twice := sorted(stored.keys() & header.keys()):
             raise InputError(f"{name}: {_several(twice)} in two files of weights; copy or save the model again")
@@ -114,13 +116,8 @@ def _shards(name: str, index: Path, find: Callable[[str], str | None]) -> list[s
 def check_sizes(name: str, config: PreTrainedConfig, stored: Stored, build: Callable[[], nn.Module]) -> None:
     """Refuse a configuration of which nothing like it is stored, before any memory is taken for it.
 
-    Quantised weights are packed in ways of their own and are left to transformers.
-
-    Args:
-        name: of the model, for the message.
-        config: the configuration.
-        stored: see `stored_tensors`.
-        build: makes the model; called where tensors take no memory.
+    Quantised weights are packed in ways of their own and are left to transformers. `build` makes the model, where
+    tensors take no memory.
 
     Raises:
         InputError: it describes more layers than there are tensors, or several times the parameters that are stored;
@@ -128,7 +125,6 @@ def check_sizes(name: str, config: PreTrainedConfig, stored: Stored, build: Call
     """
     if getattr(config, "quantization_config", None) is not None:
         return
-    check_packed(name, stored)
     text = config.get_text_config()
     layers = sum(int(getattr(text, key, 0) or 0) for key in _LAYERS) + getattr(config, "planner_layers", 0)
     if layers > len(stored):
@@ -170,25 +166,15 @@ def check_packed(name: str, stored: Stored, parameters: Collection[str] = ()) ->
         )
 
 
-def _may_lack(key: str) -> bool:
-    """A pooler stands beside what an encoder's sentence embedding is made of, and many are stored without."""
-    return key.split(".", 1)[0] == "pooler"
-
-
-def check_loaded(name: str, info: Mapping[str, Any], *, extra: Callable[[str], bool] = lambda key: True) -> None:
-    """Refuse weights of which transformers has found some missing, some extra or some of another shape.
-
-    Args:
-        name: of the model, for the message.
-        info: transformers' `output_loading_info`.
-        extra: which of the unexpected keys are refused.
+def check_loaded(name: str, info: Mapping[str, Any]) -> None:
+    """Refuse weights of which transformers' `output_loading_info` says some missing, extra or of another shape.
 
     Raises:
         InputError: names the first few keys, and a prefix that explains them all if there is one.
     """
     missing = sorted(info["missing_keys"])
     unexpected = sorted(info["unexpected_keys"])
-    surplus = [key for key in unexpected if extra(key) and not _CONSTANT.search(key)]
+    surplus = [key for key in unexpected if not _CONSTANT.search(key)]
     mismatched = [f"{key} {tuple(have)} for {tuple(want)}" for key, have, want in sorted(info["mismatched_keys"])]
     found = {"missing": missing, "not of this model": surplus, "of another shape": mismatched}
     problems = [f"{len(keys)} {what} ({_several(keys)})" for what, keys in found.items() if keys]
@@ -218,7 +204,15 @@ def check_finite(name: str, model: nn.Module) -> None:
     Raises:
         InputError: names the first few.
     """
-    bad = [key for key, tensor in model.state_dict().items() if not tensor.is_meta and not _is_finite(tensor)]
+    bad = [
+        key
+        for key, tensor in model.state_dict().items()
+        if tensor.is_floating_point()
+        and not tensor.is_meta
+        # NaN and infinity survive a sum, which needs no memory; one that overflows is looked at again.
+        and not tensor.sum(dtype=torch.float32).isfinite()
+        and not tensor.isfinite().all()
+    ]
     if bad:
         raise InputError(
             f"{name}: weights that are not finite numbers ({_several(bad)}): the training that made them diverged, or "
@@ -226,64 +220,45 @@ def check_finite(name: str, model: nn.Module) -> None:
         )
 
 
-def _is_finite(tensor: torch.Tensor) -> bool:
-    """NaN and infinity survive a sum, which needs no memory; only a sum that overflows is looked at again."""
-    if not tensor.is_floating_point():
-        return True
-    return bool(tensor.sum(dtype=torch.float32).isfinite()) or bool(tensor.isfinite().all())
+@contextlib.contextmanager
+def checked_encoder(name: str, folder: Path | None) -> Iterator[None]:
+    """Refuse pickled, damaged and unfit weights of the encoder that is loaded within this context.
 
-
-def check_encoder(name: str, folder: Path) -> bool:
-    """Refuse an encoder's folder with pickled or damaged weights or a configuration larger than they are.
+    sentence-transformers does not hand on what transformers finds, so that is looked at where transformers reports it.
+    An encoder takes the body of a model: heads beside it, as pre-training leaves them, are not missed.
 
     Args:
         name: of the encoder, for the message.
-        folder: its folder; each module of sentence-transformers may have one of its own in it.
-
-    Returns:
-        Whether a model's own pooler makes the embedding: most often sentence-transformers' pooling does.
+        folder: its folder, if it has one; each module of sentence-transformers may have one of its own in it.
     """
-    from transformers import AutoConfig, AutoModel
+    from transformers import AutoConfig, AutoModel, modeling_utils
 
-    for found in sorted(folder.rglob("config.json")):
+    for found in sorted(folder.rglob("config.json")) if folder else ():
         if '"model_type"' not in found.read_text(encoding="utf-8"):  # pooling, a dense layer and the like
             if (weights := found.with_name("model.safetensors")).is_file():
                 check_packed(name, read_header(weights))
             continue
         config = AutoConfig.from_pretrained(found.parent, trust_remote_code=False, local_files_only=True)
         stored = stored_tensors(str(found.parent), local_files_only=True)
-        check_sizes(name, config, stored, lambda config=config: AutoModel.from_config(config))  # type: ignore[misc]
-    return any("pooler_output" in found.read_text(encoding="utf-8") for found in folder.rglob("sentence_*_config.json"))
-
-
-@contextlib.contextmanager
-def checked_loads(name: str, *, pooler: bool) -> Iterator[None]:
-    """Check what sentence-transformers loads meanwhile: it does not hand on what transformers found.
-
-    An encoder takes the body of a model: heads beside it, as pre-training leaves them, are not missed. Weights are read
-    from safetensors or not at all.
-
-    Args:
-        name: of the encoder, for the message.
-        pooler: whether the model's own pooler makes the embedding; otherwise it may be missing.
-    """
-    from transformers import modeling_utils
+        check_sizes(name, config, stored, functools.partial(AutoModel.from_config, config))
+    settings = folder.rglob("sentence_*_config.json") if folder else ()
+    needs_pooler = any("pooler_output" in found.read_text(encoding="utf-8") for found in settings)
 
     def check(model: Any, *_: Any, loading_info: Any, **__: Any) -> None:
         info = dict(loading_info.to_dict())
-        parts = {part for part, _ in model.named_children()}
-        info["missing_keys"] = {key for key in info["missing_keys"] if pooler or not _may_lack(key)}
-        whole = not info["missing_keys"]
-
-        def is_own(key: str) -> bool:
-            return not whole or key.removeprefix(f"{model.base_model_prefix}.").split(".", 1)[0] in parts
-
-        check_loaded(name, info, extra=is_own)
+        # A model's own pooler makes few embeddings: most often pooling does, and many models are stored without one.
+        missing = {key for key in info["missing_keys"] if needs_pooler or key.split(".", 1)[0] != "pooler"}
+        if not missing:
+            body, prefix = dict(model.named_children()), f"{model.base_model_prefix}."
+            own = {key for key in info["unexpected_keys"] if key.removeprefix(prefix).split(".", 1)[0] in body}
+            info["unexpected_keys"] = own
+        check_loaded(name, info | {"missing_keys": missing})
 
     def refuse(file: Any, *_: Any, **__: Any) -> None:
         raise InputError(f"{name}: its weights are pickled ({file}), {_CONVERT}")
 
     with (
+        _ONE_AT_A_TIME,
         mock.patch.object(modeling_utils, "log_state_dict_report", check),
         mock.patch.object(torch, "load", refuse),
     ):

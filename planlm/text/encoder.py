@@ -15,12 +15,11 @@ from torch import Tensor
 from planlm.errors import InputError
 from planlm.precision import compute_dtype
 from planlm.pretrained.names import absolute, loading, resolve
-from planlm.pretrained.weights import check_encoder, check_finite, checked_loads
+from planlm.pretrained.weights import check_finite, checked_encoder
 
 BATCH_TOKENS = 4096
 """Tokens per forward pass, padding included: large enough to fill two cores (larger gained nothing when measured) and
 small enough for the activations to stay in a few megabytes."""
-
 
 TOGETHER = 1_000_000
 """Characters whose tokens are counted and batches sorted at a time: a tokenizer takes 200 bytes for each."""
@@ -50,29 +49,21 @@ class SentenceEncoder:
         from sentence_transformers import SentenceTransformer
         from sentence_transformers.base.modules import Router, Transformer
         from transformers import PreTrainedTokenizerBase
-        from transformers.utils import logging
 
         self.name = name
         self._reduced = (absolute(name), precision)
         self._lock = threading.Lock()  # fast tokenizers refuse to be used by two threads
         folder = resolve(name, "encoder")
-        quiet = not logging.is_progress_bar_enabled()
-        logging.disable_progress_bar()
-        try:
-            with loading(name, "encoder"):
-                is_folder = Path(folder).is_dir()
-                pooler = is_folder and check_encoder(name, Path(folder))
-                with checked_loads(name, pooler=pooler):
-                    self._model = SentenceTransformer(
-                        folder,
-                        trust_remote_code=False,
-                        local_files_only=is_folder,
-                        model_kwargs={"use_safetensors": True},
-                    )
-                check_finite(name, self._model)
-        finally:
-            if not quiet:
-                logging.enable_progress_bar()
+        is_folder = Path(folder).is_dir()
+        with loading(name, "encoder"):
+            with checked_encoder(name, Path(folder) if is_folder else None):
+                self._model = SentenceTransformer(
+                    folder,
+                    trust_remote_code=False,
+                    local_files_only=is_folder,
+                    model_kwargs={"use_safetensors": True},
+                )
+            check_finite(name, self._model)
         self._model.eval().float().requires_grad_(False)
         if compute_dtype(precision, self._model.device) == torch.bfloat16:
             for module in self._model.modules():
@@ -89,7 +80,7 @@ class SentenceEncoder:
         with loading(name, "encoder"):
             limit = self._model.max_seq_length
             self._limit = int(limit) if limit and limit < 1 << 20 else 1 << 20  # some say None, infinity or 10**30
-            self.dim: int = self._try(name)
+            self.dim: int = self._dim(name)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> SentenceEncoder:
         return self
@@ -98,7 +89,7 @@ class SentenceEncoder:
         name, precision = self._reduced
         return functools.partial(SentenceEncoder, precision=precision), (name,)
 
-    def _try(self, name: str) -> int:
+    def _dim(self, name: str) -> int:
         """The width of embeddings, asked of the model itself: not all modules say it, and some say it wrong.
 
         Asked with one word of each of several scripts: without a vocabulary all of them are the same unknown token.
@@ -120,26 +111,17 @@ class SentenceEncoder:
             rounding (a batch is as wide as its longest sentence), nor on the thread or on its autocast.
         """
         embeddings = np.empty((len(sentences), self.dim), dtype=np.float32)
+        read = np.cumsum([0, *map(len, sentences)])[:-1]  # characters before each sentence
+        parts = np.split(np.arange(len(sentences)), np.flatnonzero(np.diff(read // TOGETHER)) + 1)
         with self._lock:
-            start = 0
-            while start < len(sentences):
-                stop, characters = start + 1, 0
-                while stop < len(sentences) and (characters := characters + len(sentences[stop])) < TOGETHER:
-                    stop += 1
-                self._embed_sorted([sentence[:LONGEST] for sentence in sentences[start:stop]], embeddings[start:stop])
-                start = stop
+            for part in parts if sentences else ():
+                lengths = self._lengths([sentences[i][:LONGEST] for i in part])
+                order = np.argsort(-lengths, kind="stable")  # sentences of similar length together
+                while len(order):
+                    size = max(1, BATCH_TOKENS // int(lengths[order[0]]))
+                    batch, order = part[order[:size]], order[size:]
+                    embeddings[batch] = self._embed([sentences[i][:LONGEST] for i in batch])
         return embeddings
-
-    def _embed_sorted(self, sentences: list[str], embeddings: np.ndarray) -> None:
-        """Fill `embeddings`, float32 [n, dim], batch by batch of sentences of similar length."""
-        lengths = self._lengths(sentences)
-        order = np.argsort(-lengths, kind="stable")
-        start = 0
-        while start < len(order):
-            size = max(1, BATCH_TOKENS // int(lengths[order[start]]))
-            batch = order[start : start + size]
-            embeddings[batch] = self._embed([sentences[i] for i in batch])
-            start += len(batch)
 
     def _embed(self, batch: list[str]) -> np.ndarray:
         """float32 [batch, dim]."""

@@ -17,7 +17,9 @@ from syntok.tokenizer import Tokenizer
 
 _TOKENIZER = Tokenizer(replace_not_contraction=False)
 _CLOSING = r"\"'´’”»›」』】〉》）)\]}*_"
-_TERMINATED = re.compile(rf"[.!?…‼‽⁇⁈⁉。！？｡．।॥؟۔][{_CLOSING}.!?…]*$")
+_MARKS = ".!?…‼‽⁇⁈⁉。！？｡．।॥؟۔"
+_TERMINATED = re.compile(rf"[{_MARKS}][{_CLOSING}.!?…]*$")
+_LAST = re.compile(rf"[{_MARKS}{_CLOSING}]$")
 _LINES = re.compile(r"[^\n\r\v\f\x1c-\x1e\x85\u2028\u2029]*(?:\r\n|[\n\r\v\f\x1c-\x1e\x85\u2028\u2029]|$)")
 """What `str.splitlines` finds, one at a time; and an empty one at the end."""
 
@@ -58,12 +60,22 @@ def ends_sentence(text: str) -> bool:
     sentence token by token pays for that line each time.
     """
     bare = text.rstrip()
-    if not bare:
+    if not bare or not may_end_sentence(text):
         return False
-    if len(f".{text[len(bare) :]}.".splitlines()) > 1:
+    if _breaks_line(text[len(bare) :]):
         return True
     line = bare.splitlines()[-1]
     return any(end == len(line) for _, end in split_sentences(f"{line} Then"))
+
+
+def may_end_sentence(end: str) -> bool:
+    """A quick look at the last characters of a text: False only where `ends_sentence` is False for all of it."""
+    bare = end.rstrip()
+    return not bare or _LAST.search(bare) is not None or _breaks_line(end[len(bare) :])
+
+
+def _breaks_line(space: str) -> bool:
+    return len(f".{space}.".splitlines()) > 1
 
 
 def _pieces(line: str) -> list[tuple[int, int]]:
@@ -94,7 +106,7 @@ def _cuts(line: str) -> Iterator[int]:
         yield from (begin + cut for cut in sorted(own | unspaced) if cut <= last)
         if last == len(stretch):
             return
-        for places in (own, unspaced, {stretch.rfind(" ", 0, last)}, {last}):
-            if (place := max((place for place in places if place <= last), default=0)) > 0:
-                begin += place
+        for cuts in (own, unspaced, {stretch.rfind(" ", 0, last)}, {last}):
+            if (cut := max((cut for cut in cuts if cut <= last), default=0)) > 0:
+                begin += cut
                 break

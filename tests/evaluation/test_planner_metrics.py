@@ -23,7 +23,7 @@ class Oracle(nn.Module):
     def forward(self, sentence_embeddings, sentence_positions):
         hidden = torch.full((*sentence_positions.shape, self.head.weight.shape[0]), 1e9)
         for row, positions in enumerate(sentence_positions.tolist()):
-            begins = [place for place, position in enumerate(positions) if position == 0]
+            begins = [at for at, position in enumerate(positions) if position == 0]
             for begin, end in zip(begins, [*begins[1:], len(positions)], strict=True):
                 if end - begin in self.logits:
                     hidden[row, begin:end] = self.logits[end - begin]
@@ -41,7 +41,7 @@ def corpus(make_corpus):
     )
 
 
-def test_against_hand_computed_figures(corpus):
+def test_against_hand_computed_metrics(corpus):
     """Five sentences whose true actions get ranks 1, 2, 1, 7, 6 of seven, with known probabilities."""
     actions = actions_of(corpus, "test")
     assert [len(document) for document in actions] == [3, 2]

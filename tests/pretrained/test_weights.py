@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import shutil
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,9 +14,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import BertConfig, BertModel
+from transformers import BertConfig, BertModel, modeling_utils
 
 from planlm.errors import InputError
+from planlm.pretrained.weights import checked_encoder
 from planlm.text.encoder import SentenceEncoder
 from tests.conftest import make_tokenizer
 
@@ -178,3 +180,21 @@ def test_an_encoder_runs_no_code_of_its_own(
     with contextlib.suppress(InputError):
         SentenceEncoder(str(folder)).encode(["The cat sat."])
     assert not marker.exists()
+
+
+def test_encoders_loaded_at_the_same_time_leave_transformers_as_it_was() -> None:
+    before = modeling_utils.log_state_dict_report, torch.load
+    first_is_in, second_is_in = threading.Event(), threading.Event()
+
+    def load_first() -> None:
+        with checked_encoder("first", None):
+            first_is_in.set()
+            second_is_in.wait(0.2)
+
+    first = threading.Thread(target=load_first)
+    first.start()
+    first_is_in.wait()
+    with checked_encoder("second", None):
+        second_is_in.set()
+        first.join()
+    assert (modeling_utils.log_state_dict_report, torch.load) == before
