@@ -27,6 +27,7 @@ from planlm.model.configuration import PlanLMConfig
 from planlm.model.families import input_width, output_projections
 from planlm.model.modeling import PlanLMForCausalLM
 from planlm.model.planner import Planner
+from planlm.plan_inputs import PlanInputs
 from planlm.precision import autocast
 from planlm.progress import process_memory
 from planlm.report.tables import _align as align
@@ -117,11 +118,13 @@ def make_batch(case: Case) -> PlanBatch:
         input_ids=torch.randint(vocabulary, shape, generator=random),
         position_ids=torch.arange(case.window).expand(shape),
         labels=torch.randint(vocabulary, shape, generator=random),
-        segment_ids=within + sentences * sequences[:, None],
-        segment_rows=torch.cartesian_prod(sequences, ordinals),
-        actions=torch.randint(NUM_ACTIONS, (case.batch_size * sentences,), generator=random),
-        sentence_embeddings=F.normalize(embeddings, dim=-1),
-        sentence_positions=ordinals.expand(case.batch_size, sentences),
+        plan=PlanInputs(
+            segment_ids=within + sentences * sequences[:, None],
+            segment_rows=torch.cartesian_prod(sequences, ordinals),
+            sentence_embeddings=F.normalize(embeddings, dim=-1),
+            sentence_positions=ordinals.expand(case.batch_size, sentences),
+            actions=torch.randint(NUM_ACTIONS, (case.batch_size * sentences,), generator=random),
+        ),
         documents=sequences[:, None].expand(shape),
     )
 
@@ -145,12 +148,12 @@ def eager_joint(case: Case) -> Step:
     planner = Planner(ACTION_DIM, NUM_ACTIONS, layers=2, heads=6, dropout=0.0)
     codebook = nn.Parameter(torch.randn(NUM_ACTIONS, ACTION_DIM) * ACTION_DIM**-0.5)
     plans: list[Tensor] = []
-    ids = batch.segment_ids.flatten()
+    ids = batch.plan.segment_ids.flatten()
     widths = _condition(lm, lambda layer: plans[layer].index_select(0, ids))
     adapter = nn.Linear(ACTION_DIM, sum(widths))
 
     def loss() -> Tensor:
-        states = planner(batch.sentence_embeddings)[batch.segment_rows[:, 0], batch.segment_rows[:, 1]]
+        states = planner(batch.plan.sentence_embeddings)[batch.plan.segment_rows.unbind(1)]
         plan = adapter(planner.head(states).softmax(dim=-1).to(states.dtype) @ codebook)  # [S, D]
         plans[:] = plan.split(widths, dim=1)
         return _lm_loss(lm, batch)
@@ -171,7 +174,7 @@ def authors_joint(case: Case) -> Step:
     size, per_context = encoder.config.hidden_size, AUTHORS_CONTEXT // SENTENCE
     inward, head = nn.Linear(size, size), nn.Linear(size, NUM_ACTIONS)
     layer = nn.TransformerEncoderLayer(size, nhead=2, dropout=0.0, batch_first=True)
-    ids = batch.segment_ids.flatten()
+    ids = batch.plan.segment_ids.flatten()
     scores: list[Tensor] = []
     codebooks, projections = nn.ParameterList(), nn.ModuleList()
 

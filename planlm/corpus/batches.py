@@ -20,6 +20,7 @@ from torch import Tensor
 
 from planlm.corpus.mapped import MappedFiles
 from planlm.corpus.packing import fill, packs
+from planlm.plan_inputs import PlanInputs
 
 IGNORED = -100
 """Label of a position that is not scored, as in torch's and transformers' cross-entropies."""
@@ -52,25 +53,22 @@ class PlanBatch:
         position_ids: [B, W] int64, from 0 in every window. Where one begins within a row, transformers' attention sees
             a new sequence that does not attend to what stands before it.
         labels: [B, W] int64, already shifted: the token after each input; -100 is not scored.
-        segment_ids: [B, W] int64, index into the segments; -1 on padding; sorted over the batch, padding aside.
-        segment_rows: [S, 2] int64, row and place of the sentence in `sentence_embeddings`.
-        actions: [S] int64, the oracle action of the sentence; -1 for segments at the end that no position has, which
-            bring S to one of few sizes.
-        sentence_embeddings: [R, n, A] float32, at each place the embedding of the sentence before, 0 where there is
-            none; each document once, as far as a segment needs it.
-        sentence_positions: [R, n] int64, number of the sentence in its document; 0 on padding.
+        plan: what the model plans from; each document once, as far as a segment needs it. Segments at the end that no
+            position has bring S to one of few sizes; they have no action.
         documents: [B, W] int64, number of the document in the split, -1 on padding.
     """
 
     input_ids: Tensor
     position_ids: Tensor
     labels: Tensor
-    segment_ids: Tensor
-    segment_rows: Tensor
-    actions: Tensor
-    sentence_embeddings: Tensor
-    sentence_positions: Tensor
+    plan: PlanInputs
     documents: Tensor
+
+    @property
+    def actions(self) -> Tensor:
+        """Oracle actions of the segments, [S]; -1 for those that no position has."""
+        assert self.plan.actions is not None
+        return self.plan.actions
 
     def to(self, device: torch.device | str) -> PlanBatch:
         """The same batch on `device`."""
@@ -78,9 +76,8 @@ class PlanBatch:
 
     def unscored(self) -> PlanBatch:
         """The same batch, of which nothing counts."""
-        return dataclasses.replace(
-            self, labels=torch.full_like(self.labels, IGNORED), actions=torch.full_like(self.actions, -1)
-        )
+        plan = dataclasses.replace(self.plan, actions=torch.full_like(self.actions, -1))
+        return dataclasses.replace(self, labels=torch.full_like(self.labels, IGNORED), plan=plan)
 
 
 @dataclass(frozen=True)
@@ -293,11 +290,13 @@ class PlanLoader(_Loader[PlanBatch]):
             input_ids=torch.from_numpy(input_ids),
             position_ids=torch.from_numpy(position_ids),
             labels=torch.from_numpy(labels),
-            segment_ids=torch.from_numpy(segment_ids),
-            segment_rows=torch.from_numpy(segment_rows),
-            actions=torch.from_numpy(actions),
-            sentence_embeddings=placed.embeddings([content["embeddings"] for content in contents]),
-            sentence_positions=placed.positions(),
+            plan=PlanInputs(
+                segment_ids=torch.from_numpy(segment_ids),
+                segment_rows=torch.from_numpy(segment_rows),
+                sentence_embeddings=placed.embeddings([content["embeddings"] for content in contents]),
+                sentence_positions=placed.positions(),
+                actions=torch.from_numpy(actions),
+            ),
             documents=torch.from_numpy(documents),
         )
 
@@ -403,6 +402,6 @@ class _Places:
 
 
 def _to(batch: Any, device: torch.device | str) -> Any:
-    """A dataclass of tensors on `device`."""
+    """A dataclass of tensors, and of such dataclasses, on `device`."""
     moved = {field.name: getattr(batch, field.name).to(device) for field in dataclasses.fields(batch)}
     return dataclasses.replace(batch, **moved)

@@ -9,6 +9,7 @@ Legend: B windows, W positions, n documents.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -75,17 +76,14 @@ def score_documents(
         for batch in loader:
             documents = torch.from_numpy(order)[batch.documents[:, 0]]  # [B]
             tokens.index_add_(0, documents, (batch.labels != -100).sum(dim=1))
-            width = min(window, few_sizes(int((batch.segment_ids >= 0).sum(dim=1).max())))
+            width = min(window, few_sizes(int((batch.plan.segment_ids >= 0).sum(dim=1).max())))
             on_device = batch.to(device)
+            plan = dataclasses.replace(on_device.plan, segment_ids=on_device.plan.segment_ids[:, :width])
             for row, selection in enumerate(selections):
                 output = model(
                     on_device.input_ids[:, :width],
                     shift_labels=on_device.labels[:, :width],
-                    segment_ids=on_device.segment_ids[:, :width],
-                    segment_rows=on_device.segment_rows,
-                    sentence_embeddings=on_device.sentence_embeddings,
-                    sentence_positions=on_device.sentence_positions,
-                    actions=on_device.actions,
+                    plan=plan,
                     selection=selection,
                 )
                 nll[row].index_add_(0, documents, output.token_nll.double().sum(dim=1).cpu())

@@ -7,7 +7,7 @@ dimension, D stacked input widths of the conditioned layers, V vocabulary.
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NoReturn
 
 import torch
@@ -17,7 +17,7 @@ from transformers.utils import ModelOutput
 from transformers.utils.generic import can_return_tuple
 
 from planlm.errors import InputError
-from planlm.kernels import PlanProjection, environment
+from planlm.kernels import environment
 from planlm.model.adapter import LayerPlans, PlanAdapter
 from planlm.model.attention import check_mask, document_starts, take_plans
 from planlm.model.configuration import PlanLMConfig
@@ -29,13 +29,10 @@ from planlm.model.loss import token_losses
 from planlm.model.planner import Planner, codebook_fingerprint, default_heads
 from planlm.model.text import Text, generating, generation_inputs, generation_selection, plan_inputs, remember, text_of
 from planlm.model.tracking import SentenceTracker
+from planlm.plan_inputs import PlanInputs
 from planlm.pretrained.names import absolute
 from planlm.pretrained.tokenizer import load_tokenizer
-
-PLANNED = ("soft", "hard", "straight-through", "gumbel", "gumbel-hard", "top-k")
-"""Selections that ask the planner."""
-
-GUMBEL = ("gumbel", "gumbel-hard")
+from planlm.selections import SELECTIONS
 
 
 @dataclass
@@ -187,14 +184,6 @@ class PlanLMForCausalLM(ModelFolder, GenerationMixin):
         model._tokenizer = tokenizer
         return model
 
-    def get_input_embeddings(self) -> nn.Module:
-        """The LM's token embedding."""
-        return self.lm.get_input_embeddings()
-
-    def set_input_embeddings(self, value: nn.Module) -> None:
-        """Give the LM another token embedding."""
-        self.lm.set_input_embeddings(value)
-
     def get_output_embeddings(self) -> nn.Module:
         """The LM's head."""
         return self.lm.get_output_embeddings()
@@ -232,57 +221,38 @@ class PlanLMForCausalLM(ModelFolder, GenerationMixin):
             raise InputError("--compile needs a C++ compiler: install g++, or name one in the variable CXX")
         self.lm.base_model.compile()
 
-    def plan(
-        self,
-        segment_ids: Tensor,
-        segment_rows: Tensor,
-        sentence_embeddings: Tensor,
-        sentence_positions: Tensor | None = None,
-        *,
-        actions: Tensor | None = None,
-        selection: str | None = None,
-        oracle_weight: float | Tensor = 0.0,
-        want_oracle_nll: bool = False,
-    ) -> tuple[PlanProjection, LayerPlans, Tensor | None]:
-        """Plan the given segments.
-
-        Args:
-            segment_ids: `[B, W]`, see `forward`.
-            segment_rows: `[S, 2]`, row and place in `sentence_embeddings`.
-            sentence_embeddings: `[R, n, A]`, see `Planner`.
-            sentence_positions: `[R, n]`, see `Planner`.
-            actions: `[S]` oracle actions, -1 for none; where `selection` is "oracle" action 0 then stands in, as rows
-                that only fill a batch have to have some.
-            selection: docs/method.md's selection; default the configuration's.
-            oracle_weight: share of the oracle action in the mixture, a number or `[S]`.
-            want_oracle_nll: run the planner for its cross-entropy even where the selection does not ask it.
+    def _plan(self, inputs: PlanInputs, selection: str) -> tuple[LayerPlans, Tensor | None, Tensor | None]:
+        """Plan a call's segments.
 
         Returns:
-            (projection with `projected` `[S, D]`, the same as the LM takes it, planner logits `[S, K]` or None where
-            the planner did not run).
+            (what the LM takes, planner's cross-entropy `[S]` with the oracle actions if there are any, planner's logits
+            `[S, K]` if it ran).
         """
-        selection = selection or self.config.selection
-        logits = None
-        if selection in PLANNED or want_oracle_nll:
-            logits = self.planner(sentence_embeddings, sentence_positions, segment_rows).float()  # [S, K]
-        noise = None
-        if selection in GUMBEL and self.training:  # without noise gumbel is soft, and gumbel-hard takes its arg-max
+        facts, logits, noise, oracle = SELECTIONS[selection], None, None, inputs.actions
+        if facts.asks_planner or inputs.want_oracle_nll:
+            logits = self.planner(
+                inputs.sentence_embeddings, inputs.sentence_positions, inputs.segment_rows
+            ).float()  # [S, K]
+        if facts.noisy and self.training:  # without noise gumbel is soft, and gumbel-hard takes its arg-max
             assert logits is not None
-            noise = self.config.gumbel_scale * _gumbel_like(logits)
+            # Standard Gumbel noise, drawn once per sentence, for all layers and tokens alike.
+            noise = self.config.gumbel_scale * -torch.empty_like(logits).exponential_().log()
+        if facts.needs_oracle and oracle is not None:
+            oracle = oracle.clamp_min(0)  # segments that only fill a batch have to have some action
         projection, plans = self.adapter(
             logits,
-            segment_ids,
-            len(segment_rows),
+            inputs.segment_ids,
+            len(inputs.segment_rows),
             temperature=self.config.plan_temperature,
             selection=selection,
-            oracle=actions if actions is None or selection != "oracle" else actions.clamp_min(0),
-            oracle_weight=oracle_weight,
+            oracle=oracle,
+            oracle_weight=inputs.oracle_weight,
             noise=noise,
-            top_k=self.config.plan_top_k if selection == "top-k" else None,
+            top_k=self.config.plan_top_k if facts.needs_top_k else None,
         )
-        if actions is not None and selection == "oracle":
-            projection = projection._replace(oracle_nll=projection.oracle_nll.where(actions >= 0, 0.0))
-        return projection, plans, logits
+        if inputs.actions is None:
+            return plans, None, logits
+        return plans, projection.oracle_nll.where(inputs.actions >= 0, 0.0), logits
 
     @can_return_tuple  # type: ignore[untyped-decorator]
     def forward(
@@ -293,73 +263,61 @@ class PlanLMForCausalLM(ModelFolder, GenerationMixin):
         past_key_values: Any = None,
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
-        use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
-        *,
-        segment_ids: Tensor | None = None,
-        segment_rows: Tensor | None = None,
-        sentence_embeddings: Tensor | None = None,
-        sentence_positions: Tensor | None = None,
-        actions: Tensor | None = None,
+        plan: PlanInputs | Text | None = None,
         selection: str | None = None,
-        oracle_weight: float | Tensor = 0.0,
-        want_oracle_nll: bool = False,
-        text: Text | None = None,
         **kwargs: Any,
     ) -> PlanLMOutput:
-        """Run the conditioned LM; without `segment_ids` the model plans the text `input_ids` `[B, W]` itself.
+        """Run the conditioned LM; without `plan` the model plans the text `input_ids` `[B, W]` itself.
 
-        Arguments not named here are those of transformers and of `plan`. Those of transformers' losses are taken too:
-        `shift_labels`, `[B, W]` the token after each position, -100 where not scored, upon which logits are not kept;
-        `num_items_in_batch`, by which the sum of losses is divided in place of the number of labels.
+        Arguments not named here are those of transformers. Those of its losses are taken too: `shift_labels`, `[B, W]`
+        the token after each position, -100 where not scored, upon which logits are not kept; `num_items_in_batch`, by
+        which the sum of losses is divided in place of the number of labels. Fields of `PlanInputs` are taken by name,
+        in place of `plan`'s or of the text's: what traces a model, and most collators, know tensors only.
 
         Args:
             inputs_embeds: `[B, W, d]` in place of `input_ids`; the tokens whose embeddings stand there are the text,
                 anything else, as trained prompts, is none.
             labels: `[B, W]` in transformers' form: the same tokens as `input_ids`, -100 where not scored.
-            segment_ids: `[B, W]` plan segment of the sentence that holds the token after each position, -1 for none.
-            selection: see `plan`; "none" switches the plan off.
-            text: the whole text, where `input_ids` continue a cache; by default what the cache remembers.
+            plan: a batch's plan inputs; or the whole text, where `input_ids` continue a cache; by default what the
+                cache remembers.
+            selection: docs/method.md's; default the configuration's. "none" switches the plan off.
 
         Raises:
             InputError: labels that are no tokens, a mask of whole numbers in four dimensions, a KV cache whose text is
                 not known, or a text to be planned while the model is traced or exported.
         """
         selection = selection or generation_selection(self) or self.config.selection
-        shift_labels, num_items = kwargs.pop("shift_labels", None), kwargs.pop("num_items_in_batch", None)
+        if selection not in SELECTIONS:
+            raise ValueError(f"selection: got {selection!r}, needs one of {', '.join(SELECTIONS)}")
+        losses = {name: kwargs.pop(name, None) for name in ("shift_labels", "num_items_in_batch")}
+        fields = {name: kwargs.pop(name) for name in PlanInputs.__dataclass_fields__ if name in kwargs}
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("expected either input_ids or inputs_embeds")
         check_mask(attention_mask)
-        if use_cache is None and not self.config.use_cache:
-            use_cache = False
+        if kwargs.setdefault("use_cache") is None and not self.config.use_cache:
+            kwargs["use_cache"] = False
         for wanted in ("output_hidden_states", "output_attentions"):
             if kwargs.get(wanted) is None and getattr(self.config, wanted):
                 kwargs[wanted] = True
-        plans = oracle_nll = action_logits = None
-        if selection != "none" or want_oracle_nll:
-            if segment_ids is None or segment_rows is None or sentence_embeddings is None:
-                if torch.compiler.is_exporting() or torch.jit.is_tracing():  # type: ignore[attr-defined]
-                    raise InputError(
-                        "a model that is traced or exported cannot find the sentences of its text: give "
-                        "segment_ids, segment_rows and sentence_embeddings among the inputs, or selection='none'"
-                    )
-                text = text or text_of(self, input_ids, inputs_embeds, attention_mask, position_ids, past_key_values)
-                width = (input_ids if inputs_embeds is None else inputs_embeds).shape[1]  # type: ignore[union-attr]
-                segment_ids, segment_rows, sentence_embeddings, actions, oracle_weight = plan_inputs(
-                    text, width, self.config.action_dim, actions, oracle_weight
+        text = oracle_nll = action_logits = None
+        if plan is None and "segment_ids" in fields:
+            plan, fields = PlanInputs(**fields), {}
+        elif not isinstance(plan, PlanInputs) and (selection != "none" or fields.get("want_oracle_nll")):
+            if torch.compiler.is_exporting() or torch.jit.is_tracing():  # type: ignore[attr-defined]
+                raise InputError(
+                    "a model that is traced or exported cannot find the sentences of its text: give "
+                    "segment_ids, segment_rows and sentence_embeddings among the inputs, or selection='none'"
                 )
-            projection, plans, action_logits = self.plan(
-                segment_ids,
-                segment_rows,
-                sentence_embeddings,
-                sentence_positions,
-                actions=actions,
-                selection="uniform" if selection == "none" else selection,
-                oracle_weight=oracle_weight,
-                want_oracle_nll=want_oracle_nll,
-            )
-            oracle_nll = None if actions is None else projection.oracle_nll
-        if position_ids is not None and attention_mask is None and past_key_values is None and not use_cache:
+            text = plan or text_of(self, input_ids, inputs_embeds, attention_mask, position_ids, past_key_values)
+            width = (input_ids if inputs_embeds is None else inputs_embeds).shape[1]  # type: ignore[union-attr]
+            plan = plan_inputs(text, width, self.config.action_dim)
+        if isinstance(plan, PlanInputs):
+            plan = replace(plan, **fields) if fields else plan
+            if selection != "none" or plan.want_oracle_nll:
+                layers, oracle_nll, action_logits = self._plan(plan, "uniform" if selection == "none" else selection)
+                kwargs |= {} if selection == "none" else {"plan": layers}
+        if position_ids is not None and attention_mask is None and past_key_values is None and not kwargs["use_cache"]:
             attention_mask = document_starts(self.lm, position_ids, self._dtype_of_products())
         outputs = self.lm.base_model(
             input_ids=input_ids,
@@ -367,14 +325,12 @@ class PlanLMForCausalLM(ModelFolder, GenerationMixin):
             position_ids=position_ids,
             past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
-            use_cache=use_cache,
-            **({} if plans is None or selection == "none" else {"plan": plans}),
             **kwargs,
         )
         if text is not None and outputs.past_key_values is not None:
             remember(outputs.past_key_values, text)
         return PlanLMOutput(
-            **self._score(outputs.last_hidden_state, labels, shift_labels, num_items, logits_to_keep),
+            **self._score(outputs.last_hidden_state, labels, **losses, keep=logits_to_keep),
             past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
@@ -391,7 +347,7 @@ class PlanLMForCausalLM(ModelFolder, GenerationMixin):
         hidden: Tensor,
         labels: Tensor | None,
         shift_labels: Tensor | None,
-        num_items: int | Tensor | None,
+        num_items_in_batch: int | Tensor | None,
         keep: int | Tensor,
     ) -> dict[str, Tensor | None]:
         """Losses and logits, as `PlanLMOutput` has them, of hidden states `[B, W, d]`; see `forward`."""
@@ -403,10 +359,10 @@ class PlanLMForCausalLM(ModelFolder, GenerationMixin):
             logits = head(hidden)
         if shift_labels is None:
             shift_labels = nn.functional.pad(labels, (0, 1), value=-100)[:, 1:]  # type: ignore[arg-type]
-        rows = (hidden if logits is None else logits).flatten(0, 1)
-        targets = shift_labels.reshape(-1).to(rows.device)
-        nll_sum, token_nll = token_losses(rows, head if logits is None else None, targets, self.loss_kernel)
-        count = (targets != -100).sum().clamp(min=1) if num_items is None else num_items
+        inputs = (hidden if logits is None else logits).flatten(0, 1)
+        targets = shift_labels.reshape(-1).to(inputs.device)
+        nll_sum, token_nll = token_losses(inputs, head if logits is None else None, targets, self.loss_kernel)
+        count = (targets != -100).sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch
         return {
             "loss": nll_sum / (count.to(nll_sum.device) if isinstance(count, Tensor) else count),
             "logits": None if logits is None else logits[:, at],
@@ -448,12 +404,7 @@ class PlanLMForCausalLM(ModelFolder, GenerationMixin):
     ) -> dict[str, Any]:
         """transformers' inputs for one step, and the text that is planned."""
         inputs: dict[str, Any] = super().prepare_inputs_for_generation(
-            input_ids,
-            next_sequence_length=next_sequence_length,
-            past_key_values=past_key_values,
-            attention_mask=attention_mask,
-            inputs_embeds=inputs_embeds,
-            **kwargs,
+            input_ids, next_sequence_length, past_key_values, attention_mask, inputs_embeds, **kwargs
         )
         return inputs | generation_inputs(self, input_ids, next_sequence_length, past_key_values, attention_mask)
 
@@ -462,8 +413,3 @@ class PlanLMForCausalLM(ModelFolder, GenerationMixin):
         raise InputError("continuous batching is not supported; call generate() with a padded batch")
 
     init_continuous_batching = continuous_batching_context_manager = generate_batch
-
-
-def _gumbel_like(logits: Tensor) -> Tensor:
-    """Standard Gumbel noise of the shape of `logits`: drawn once per sentence, for all layers and tokens alike."""
-    return -torch.empty_like(logits).exponential_().log()

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from planlm.errors import InputError
 from planlm.model.tracking import SentenceTracker, TextInputs
+from planlm.plan_inputs import PlanInputs
 
 if TYPE_CHECKING:
     from planlm.model.modeling import PlanLMForCausalLM
@@ -107,15 +108,8 @@ def text_of(
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]
-def plan_inputs(
-    text: Text, width: int, dim: int, actions: Tensor | None, oracle_weight: float | Tensor
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None, float | Tensor]:
-    """Plan inputs of the last `width` positions of a text.
-
-    Returns:
-        `segment_ids`, `segment_rows`, `sentence_embeddings`, `actions` and `oracle_weight` as `forward` takes them;
-        the last two are those given unless the tracker forces actions.
-    """
+def plan_inputs(text: Text, width: int, dim: int) -> PlanInputs:
+    """Plan inputs of the last `width` positions of a text; actions that its tracker forces are oracles of weight 1."""
     length = min(width, text.ids.shape[1])
     if text.tracker is None:
         inputs = _one_sentence(text, length, dim)
@@ -123,9 +117,10 @@ def plan_inputs(
         inputs = text.tracker.inputs(text.ids, text.real, length, text.positions)
     # Positions that are no tokens of the text, as peft's trained prompts, stand before it.
     segment_ids = nn.functional.pad(inputs.segment_ids, (width - length, 0), value=-1)
-    if inputs.forced is not None:
-        actions, oracle_weight = inputs.forced, (inputs.forced >= 0).float()
-    return segment_ids, inputs.segment_rows, inputs.sentence_embeddings, actions, oracle_weight
+    weight = 0.0 if inputs.forced is None else (inputs.forced >= 0).float()
+    return PlanInputs(
+        segment_ids, inputs.segment_rows, inputs.sentence_embeddings, actions=inputs.forced, oracle_weight=weight
+    )
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]
@@ -197,14 +192,14 @@ def generation_inputs(
         text = _continued(cache, past, input_ids, mask)
         if running.tracker is not None:
             text = Text(text.ids, text.real, running.tracker)
-        return {"selection": running.selection, "text": text}
+        return {"selection": running.selection, "plan": text}
     real = _real(mask, input_ids, 0) & (input_ids >= 0)
     if running.prompt is not None and running.tracker is not None:
         prompt, running.prompt = running.prompt, None
         known, width = prompt.real.clone(), min(prompt.real.shape[1], real.shape[1])
         known[:, :width] = real[:: len(real) // len(known), :width]  # a row of each prompt's beams or samples
         running.tracker.start(prompt.ids, known & (prompt.ids >= 0))
-    return {"selection": running.selection, "text": Text(input_ids, real, running.tracker)}
+    return {"selection": running.selection, "plan": Text(input_ids, real, running.tracker)}
 
 
 def _continued(cache: Any, past: int, new: Tensor, mask: Any) -> Text:

@@ -51,23 +51,23 @@ def owners(row: dict[str, list[int]]) -> np.ndarray:
 
 def sentence_numbers(batch: PlanBatch) -> torch.Tensor:
     """[S]: which sentence of its document each segment belongs to."""
-    return batch.sentence_positions[batch.segment_rows[:, 0], batch.segment_rows[:, 1]]
+    return batch.plan.sentence_positions[batch.plan.segment_rows[:, 0], batch.plan.segment_rows[:, 1]]
 
 
 def check_segments(batch: PlanBatch) -> int:
     """Segments are sorted over the batch, each is somebody's, and those behind them have no action; their number."""
-    segments = batch.segment_ids[batch.segment_ids >= 0]
+    segments = batch.plan.segment_ids[batch.plan.segment_ids >= 0]
     count = int(segments.max()) + 1
     assert (segments.diff() >= 0).all() and segments.unique().tolist() == list(range(count))
     assert (batch.actions[:count] >= 0).all() and (batch.actions[count:] == -1).all()
-    assert len(batch.actions) == len(batch.segment_rows) == few_sizes(count)
+    assert len(batch.actions) == len(batch.plan.segment_rows) == few_sizes(count)
     return count
 
 
 def check_window(batch: PlanBatch, at: int, row: dict[str, list[int]], document: int) -> list[int]:
     """Hold one window against its document; returns the positions of the tokens that it scores."""
-    length = int((batch.segment_ids[at] >= 0).sum())
-    assert (batch.segment_ids[at, length:] == -1).all() and (batch.input_ids[at, length:] == 0).all()
+    length = int((batch.plan.segment_ids[at] >= 0).sum())
+    assert (batch.plan.segment_ids[at, length:] == -1).all() and (batch.input_ids[at, length:] == 0).all()
     assert (batch.labels[at, length:] == IGNORED).all()
     ids = np.array(row["input_ids"])
     start = int(batch.input_ids[at, 0]) - ids[0]
@@ -78,13 +78,13 @@ def check_window(batch: PlanBatch, at: int, row: dict[str, list[int]], document:
         if batch.labels[at, position] != IGNORED:
             assert batch.labels[at, position] == ids[target]
             scored.append(target)
-        segment = batch.segment_ids[at, position]
+        segment = batch.plan.segment_ids[at, position]
         number = owners(row)[target]
         assert sentence_numbers(batch)[segment] == number
         assert batch.actions[segment] == row["actions"][number]
-        planned_in, place = batch.segment_rows[segment].tolist()
-        before = batch.sentence_embeddings[planned_in, place - number : place + 1]
-        assert batch.sentence_positions[planned_in, place - number : place + 1].tolist() == list(range(number + 1))
+        planned_in, place = batch.plan.segment_rows[segment].tolist()
+        before = batch.plan.sentence_embeddings[planned_in, place - number : place + 1]
+        assert batch.plan.sentence_positions[planned_in, place - number : place + 1].tolist() == list(range(number + 1))
         assert (before[0] == 0).all()
         assert (before[1:, 0] == document + 1).all() and before[1:, 1].tolist() == list(range(1, number + 1))
     return scored
@@ -110,8 +110,8 @@ def test_every_token_but_the_first_is_scored_once(window: int, stride: int | Non
 
 def test_plan_of_the_next_window_s_sentence_reaches_the_last_position() -> None:
     batch = next(iter(PlanLoader(dataset([[4, 4]]), window=4, batch_size=2, shuffle=False)))
-    assert sentence_numbers(batch)[batch.segment_ids[0]].tolist() == [0, 0, 0, 1]
-    assert sentence_numbers(batch)[batch.segment_ids[1, :3]].tolist() == [1, 1, 1]
+    assert sentence_numbers(batch)[batch.plan.segment_ids[0]].tolist() == [0, 0, 0, 1]
+    assert sentence_numbers(batch)[batch.plan.segment_ids[1, :3]].tolist() == [1, 1, 1]
     assert batch.labels.tolist() == [[2, 3, 4, 5], [6, 7, 8, IGNORED]]
 
 
@@ -132,11 +132,11 @@ def test_embeddings_end_before_the_last_sentence_needed_and_documents_come_once(
     loader = PlanLoader(dataset([[4, 4, 4, 4], [3, 3]]), window=4, batch_size=3, shuffle=False)
     first, second = loader
     assert first.documents[:, 0].tolist() == [0, 0, 0]
-    assert first.sentence_positions.tolist() == [[0, 1, 2, 3]]  # the last position predicts the fourth sentence
+    assert first.plan.sentence_positions.tolist() == [[0, 1, 2, 3]]  # the last position predicts the fourth sentence
     assert second.documents[:, 0].tolist() == [0, 1, 1]
-    assert sorted(second.sentence_positions.flatten().tolist()) == [0, 0, 1, 1, 2, 3]
+    assert sorted(second.plan.sentence_positions.flatten().tolist()) == [0, 0, 1, 1, 2, 3]
     (only,) = PlanLoader(dataset([[5]]), window=4, batch_size=1, shuffle=False)
-    assert only.sentence_embeddings.shape == (1, 2, DIM) and only.sentence_embeddings.abs().sum() == 0
+    assert only.plan.sentence_embeddings.shape == (1, 2, DIM) and only.plan.sentence_embeddings.abs().sum() == 0
 
 
 def test_documents_share_the_planner_s_rows() -> None:
@@ -158,7 +158,7 @@ def test_shapes_of_batches_are_few() -> None:
     generator = np.random.default_rng(2)
     rows = dataset([generator.integers(1, 12, size=generator.integers(5, 60)).tolist() for _ in range(600)])
     batches = list(PlanLoader(rows, window=64, batch_size=8, pack=True))
-    places = {batch.sentence_positions.numel() for batch in batches}
+    places = {batch.plan.sentence_positions.numel() for batch in batches}
     segments = {len(batch.actions) for batch in batches}
     assert len(batches) > 200 and len(places) < 20 and len(segments) < 10
 
@@ -253,7 +253,7 @@ def test_bad_arguments_are_named(arguments: dict[str, Any]) -> None:
 
 def test_moves_to_a_device() -> None:
     batch = next(iter(PlanLoader(dataset([[3, 2]]), window=4, batch_size=1))).to("meta")
-    assert batch.labels.device.type == batch.sentence_embeddings.device.type == "meta"
+    assert batch.labels.device.type == batch.plan.sentence_embeddings.device.type == "meta"
 
 
 @pytest.mark.parametrize("window", [3, 16, 500])
@@ -270,7 +270,7 @@ def test_packed_epochs_have_every_token_but_the_first_as_a_label_once(window: in
             for at, position in (batch.labels != IGNORED).nonzero().tolist():
                 document = int(batch.documents[at, position])
                 labels[document].append(int(batch.labels[at, position]))
-                number = int(sentence_numbers(batch)[batch.segment_ids[at, position]])
+                number = int(sentence_numbers(batch)[batch.plan.segment_ids[at, position]])
                 owners = np.repeat(np.arange(len(rows[document]["actions"])), rows[document]["sentence_tokens"])
                 target = rows[document]["input_ids"].index(int(batch.labels[at, position]))
                 assert owners[target] == number

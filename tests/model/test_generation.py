@@ -102,7 +102,7 @@ def test_forced_action_is_followed(model: PlanLMForCausalLM) -> None:
     ids = model.tokenizer(PROMPT, return_tensors="pt").input_ids
     tracker = SentenceTracker(model.tokenizer, model.encoder, [4])
     text = Text(ids, torch.ones_like(ids, dtype=torch.bool), tracker)
-    forced = model(ids, text=text).logits[0, -1]
+    forced = model(ids, plan=text).logits[0, -1]
     plain = SentenceTracker(model.tokenizer, model.encoder).inputs(ids)
     actions = torch.tensor([4 if sentence == 2 else 0 for _, sentence in plain[1].tolist()])
     last = model(

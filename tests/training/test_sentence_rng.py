@@ -21,10 +21,10 @@ def test_a_sentence_has_its_number_whatever_batch_it_is_in(planted: dict[str, st
         found: dict[tuple[int, int], float] = {}
         for batch in PlanLoader(dataset, window=16, batch_size=size, pack=True):
             drawn = uniform_by_sentence(batch, seed=5, step=7)
-            for at, position in (batch.segment_ids >= 0).nonzero().tolist():
-                segment = int(batch.segment_ids[at, position])
-                row, place = batch.segment_rows[segment].tolist()
-                key = (int(batch.documents[at, position]), int(batch.sentence_positions[row, place]))
+            for at, position in (batch.plan.segment_ids >= 0).nonzero().tolist():
+                segment = int(batch.plan.segment_ids[at, position])
+                row, place = batch.plan.segment_rows[segment].tolist()
+                key = (int(batch.documents[at, position]), int(batch.plan.sentence_positions[row, place]))
                 assert found.setdefault(key, float(drawn[segment])) == float(drawn[segment])
         numbers.append(found)
     assert numbers[0] == numbers[1]

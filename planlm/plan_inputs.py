@@ -1,0 +1,42 @@
+"""What the plans of a call of the joint model are made from: a part of every batch, and one argument of the model."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class PlanInputs:
+    """Segments of the windows, the sentences that they show, and what the planner sees of those.
+
+    Sizes: B windows of W positions for the LM, R sequences of n positions for the planner, S segments (sentences as far
+    as a window shows them), A dimensions of an embedding.
+
+    Attributes:
+        segment_ids: int64 `[B, W]`, segment of the sentence that holds the token after each position, -1 for none;
+            sorted over the batch, -1 aside.
+        segment_rows: int64 `[S, 2]`, sequence and position of each segment's sentence in `sentence_embeddings`.
+        sentence_embeddings: `[R, n, A]`, at each position the embedding of the sentence before, 0 where there is none.
+        sentence_positions: int64 `[R, n]`, number of the sentence in its document; by default each sequence is one
+            document.
+        actions: int64 `[S]`, the oracle actions, -1 for none.
+        oracle_weight: of the oracle action in the mixture, 0 to 1; a number or `[S]`.
+        want_oracle_nll: run the planner for its cross-entropy even where the selection does not ask it.
+    """
+
+    segment_ids: Tensor
+    segment_rows: Tensor
+    sentence_embeddings: Tensor
+    sentence_positions: Tensor | None = None
+    actions: Tensor | None = None
+    oracle_weight: float | Tensor = 0.0
+    want_oracle_nll: bool = False
+
+    def to(self, device: torch.device | str) -> PlanInputs:
+        """The same inputs on `device`."""
+        tensors = {name: value.to(device) for name, value in vars(self).items() if isinstance(value, Tensor)}
+        return dataclasses.replace(self, **tensors)
