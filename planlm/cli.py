@@ -23,7 +23,6 @@ from pathlib import Path
 from typing import Any
 
 from planlm import __version__, arguments, config, show
-from planlm.allocator import keep_memory, start_with_huge_pages
 from planlm.errors import InputError, MachineError
 from planlm.home import ensure_home
 from planlm.quiet import silence_libraries
@@ -41,7 +40,6 @@ class Command:
         show: makes text of the result.
         example: shown at the end of its help.
         data: what `--json` prints of the result.
-        allocates: it trains or scores, and gains from malloc keeping its memory.
         distributed: several processes can share it, under torchrun.
     """
 
@@ -50,7 +48,6 @@ class Command:
     show: Callable[[Any, Any], str]
     example: str
     data: Callable[[Any], Any] = lambda result: result
-    allocates: bool = False
     distributed: bool = False
 
 
@@ -60,7 +57,6 @@ COMMANDS = {
         "planlm.quickstart.run:quickstart",
         show.quickstart,
         "planlm quickstart",
-        allocates=True,
     ),
     "prepare": Command(
         config.PrepareConfig,
@@ -82,7 +78,6 @@ COMMANDS = {
         "planlm.training.pretrain_planner:pretrain_planner",
         show.planner,
         "planlm pretrain-planner --corpus corpus --out planner",
-        allocates=True,
         distributed=True,
     ),
     "train": Command(
@@ -90,7 +85,6 @@ COMMANDS = {
         "planlm.training.train:train",
         show.training,
         "planlm train --corpus corpus --planner planner --selection soft --out run",
-        allocates=True,
         distributed=True,
     ),
     "evaluate": Command(
@@ -98,7 +92,6 @@ COMMANDS = {
         "planlm.evaluation.evaluate:evaluate",
         show.evaluation,
         "planlm evaluate run --corpus corpus --plans none,fixed,hard,soft,oracle",
-        allocates=True,
         distributed=True,
     ),
     "generate": Command(
@@ -135,7 +128,7 @@ def main(argv: list[str] | None = None) -> int:
     words = sys.argv[1:] if argv is None else argv
     try:
         with _terminable():
-            return _run(words, is_program=argv is None)
+            return _run(words)
     except InputError as error:
         return _fail(2, str(error))
     except KeyboardInterrupt as interrupt:
@@ -159,8 +152,8 @@ def main(argv: list[str] | None = None) -> int:
         return _fail(1, failure)
 
 
-def _run(argv: list[str], is_program: bool) -> int:
-    """Parse, run and print; the exit status. `is_program`: the process is this command's alone."""
+def _run(argv: list[str]) -> int:
+    """Parse, run and print; the exit status."""
     rank(), local_rank()  # a mistake in what torchrun should say is one before all others
     if not argv:
         _top_parser().print_help(sys.stderr)
@@ -175,10 +168,6 @@ def _run(argv: list[str], is_program: bool) -> int:
         return _print("")
     ensure_home()
     silence_libraries()
-    if command.allocates:
-        if is_program:
-            start_with_huge_pages()
-        keep_memory()
     module, function = command.run.split(":")
     with (
         contextlib.redirect_stdout(sys.stderr),

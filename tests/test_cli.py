@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import json
 import os
-import platform
 import signal
 import subprocess
 import sys
@@ -252,28 +251,6 @@ def test_signals_end_in_one_line(number: signal.Signals, says: str) -> None:
     _, err = process.communicate(timeout=30)
     assert process.returncode == 1
     assert err == f"planlm: error: {says}\n"
-
-
-RESTARTED = """
-import os, sys
-from planlm.allocator import start_with_huge_pages
-print("begun", sys.argv[1:], flush=True)
-start_with_huge_pages()
-print(os.environ["GLIBC_TUNABLES"])
-"""
-
-
-@pytest.mark.parametrize("before", ["", "glibc.malloc.check=0"])
-def test_huge_pages_start_the_program_once_more(before: str) -> None:
-    pages = Path("/sys/kernel/mm/transparent_hugepage/enabled")
-    if platform.libc_ver()[0] != "glibc" or not pages.exists() or "[madvise]" not in pages.read_text():
-        pytest.skip("huge pages are given to all, or to none")
-    environment = {name: value for name, value in os.environ.items() if name != "GLIBC_TUNABLES"}
-    environment |= {"GLIBC_TUNABLES": before} if before else {}
-    command = [sys.executable, "-c", RESTARTED, "two words", "x"]
-    lines = subprocess.run(command, check=True, capture_output=True, text=True, env=environment).stdout.splitlines()
-    setting = f"{before}:glibc.malloc.hugetlb=1".lstrip(":")
-    assert lines == ["begun ['two words', 'x']", "begun ['two words', 'x']", setting]
 
 
 def test_a_reader_that_leaves_is_no_error() -> None:

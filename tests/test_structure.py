@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 import tomllib
@@ -30,24 +31,22 @@ ALLOWED = {
     "pulse": {"ranks"},
     "precision": {"ranks"},
     "distribution": {"errors", "precision", "pulse", "ranks"},
-    "allocator": {"kernels"},
     "quiet": set(),
     "home": set(),
     "kernels": set(),
     "pretrained": LEAVES | {"kernels"},  # where the cache is
     "text": LEAVES | {"pretrained"},
     "corpus": LEAVES | {"pretrained", "text"},
-    "model": LEAVES | {"pretrained", "text", "kernels"},
+    "speedups": {"kernels"},
+    "model": LEAVES | {"pretrained", "text", "kernels", "speedups"},
     "evaluation": LEAVES | {"pretrained", "text", "corpus", "model"},
     "training": LEAVES | {"pretrained", "text", "corpus", "model", "evaluation"},
     "report": LEAVES | {"evaluation.significance"},
-    "quickstart": (
-        LEAVES | {"allocator", "quiet", "pretrained", "text", "corpus", "model", "training", "evaluation", "report"}
-    ),
+    "quickstart": LEAVES | {"quiet", "pretrained", "text", "corpus", "model", "training", "evaluation", "report"},
     "doctor": LEAVES | {"kernels"},
     "arguments": {"config", "errors", "files", "flat_yaml"},
     "show": {"config", "report"},
-    "cli": {"allocator", "arguments", "distribution", "config", "errors", "home", "quiet", "ranks", "show", "terminal"},
+    "cli": {"arguments", "distribution", "config", "errors", "home", "quiet", "ranks", "show", "terminal"},
     "__main__": {"cli"},
     "__init__": {"model"},
 }
@@ -103,6 +102,23 @@ def test_imports_go_one_way(module: str) -> None:
 def test_kernels_stand_alone(module: str) -> None:
     names = {name.split(".")[0] for name in imported(module, ast.parse(MODULES[module].read_text()))}
     assert names - sys.stdlib_module_names <= {"torch", "triton", "ninja", "planlm"}
+
+
+@pytest.mark.parametrize("module", [name for name in MODULES if not name.startswith("speedups.")])
+def test_speedups_stay_in_their_room(module: str) -> None:
+    """Elsewhere no class is changed, no part of an LM replaced, no hook set on one, and malloc is left alone."""
+    for node in ast.walk(ast.parse(MODULES[module].read_text())):
+        if isinstance(node, ast.Attribute):
+            assert node.attr != "__class__" or isinstance(node.ctx, ast.Load)
+            assert node.attr not in ("mallopt", "set_submodule", "add_module", "register_module")
+            if re.fullmatch(r"register_\w*hook", node.attr):
+                assert module == "pretrained.encoder", f"{module}: {node.attr}; the sentence encoder alone is no LM"
+        elif isinstance(node, ast.Call) and ast.unparse(node.func) == "setattr":
+            assert ast.unparse(node.args[0]).endswith("config"), f"{module}: {ast.unparse(node)}"
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+            assert not re.search("GLIBC_TUNABLES|MALLOC_|THP_MEM_ALLOC", node.value), module
+    names = {name.split(".")[0] for name in imported(module, ast.parse(MODULES[module].read_text()))}
+    assert "ctypes" not in names or module == "corpus.mapped", f"{module}: ctypes, where files' pages need it"
 
 
 def test_rooms_are_cheap_to_import() -> None:

@@ -34,7 +34,7 @@ def run(settings):
     return {RESULT!r}
 module.run = run
 import dataclasses
-cli.COMMANDS["evaluate"] = dataclasses.replace(cli.COMMANDS["evaluate"], run="stand_in:run", allocates=False)
+cli.COMMANDS["evaluate"] = dataclasses.replace(cli.COMMANDS["evaluate"], run="stand_in:run")
 sys.argv = ["planlm", "evaluate", "run", "--corpus", "c", *sys.argv[1:]]
 sys.exit(cli.main())
 """

@@ -1,4 +1,4 @@
-"""Attention of an LM that takes two things more: packed documents by a kernel of their own, and the plan.
+"""Attention of an LM that takes the plan, and packed documents by a kernel of their own.
 
 transformers hands keyword arguments of the LM's call down to its attention function. So the plan of a call is one of
 its arguments, `plan`, added to attention's result before the output projection (docs/method.md's `adapter`): nothing of
@@ -20,9 +20,9 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils.generic import is_flash_attention_requested
 
 from planlm.errors import InputError
-from planlm.kernels import has_packed_attention, packed_attention
 from planlm.model.adapter import LayerPlans
 from planlm.model.families import attention_modules
+from planlm.speedups.lm import packed_attention
 
 NAME = "planlm"
 """transformers' name of `attend`."""
@@ -35,11 +35,6 @@ def take_plans(lm: PreTrainedModel) -> None:
     """
     for module in attention_modules(lm):
         module.config = _AttentionConfig(lm.config)  # type: ignore[assignment]
-
-
-def takes_plans(lm: PreTrainedModel) -> bool:
-    """Whether `take_plans` was called on `lm`."""
-    return isinstance(attention_modules(lm)[0].config, _AttentionConfig)
 
 
 class _AttentionConfig:
@@ -79,7 +74,7 @@ def attend(
     """transformers' attention interface; query, key and value are `[B, H, W, d]`, the result is `[B, W, H, d]`."""
     weights = None
     if attention_mask is not None and attention_mask.dtype == torch.int64:
-        mixed = _packed(query, key, value, attention_mask, scaling)
+        mixed = packed_attention(query, key, value, attention_mask, scaling)
     else:
         eager = sys.modules[type(module).__module__].eager_attention_forward  # each family has its own
         config: Any = module.config.lm_config  # type: ignore[union-attr]
@@ -89,17 +84,6 @@ def attend(
     if plan is not None:
         mixed = plan.add(module.layer_idx, mixed)  # type: ignore[arg-type]
     return mixed, weights
-
-
-def _packed(query: Tensor, key: Tensor, value: Tensor, starts: Tensor, scaling: float | None) -> Tensor:
-    where = query.device.type
-    if torch.is_autocast_enabled(where):  # rotary embeddings leave float32
-        dtype = torch.get_autocast_dtype(where)
-        query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
-    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    return packed_attention(
-        query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2), starts[:, 0, :, 0], scale
-    )
 
 
 def check_mask(mask: Any) -> None:
@@ -114,32 +98,6 @@ def check_mask(mask: Any) -> None:
                 f"attention_mask: 4 dimensions of {one.dtype}; give a boolean mask (True where a token is seen), or a "
                 "floating-point one that is added to the scores"
             )
-
-
-def document_starts(lm: PreTrainedModel, position_ids: Tensor, dtype: torch.dtype) -> Tensor | None:
-    """What `attend` takes for a mask, int64 `[B, 1, W, 1]`: where the document of each position begins in its row.
-
-    None where transformers' own masks have to serve.
-
-    Args:
-        lm: an LM that takes plans.
-        position_ids: `[B, W]`, going on by one within a document.
-        dtype: in which attention will be computed.
-    """
-    config = lm.config
-    dropout = getattr(config, "attn_pdrop", getattr(config, "attention_dropout", 0.0))
-    if (
-        not takes_plans(lm)
-        or config._attn_implementation != "sdpa"
-        or getattr(config, "sliding_window", None) is not None
-        or (lm.training and dropout > 0)
-        or not has_packed_attention(position_ids.device, dtype)
-    ):
-        return None
-    # transformers' rule: a document begins where positions do not go on by one.
-    begins = position_ids.diff(dim=1, prepend=position_ids[:, :1] - 1) != 1
-    at = torch.arange(position_ids.shape[1], device=position_ids.device)
-    return at.where(begins, 0).cummax(dim=1).values[:, None, :, None]
 
 
 AttentionInterface.register(NAME, attend)

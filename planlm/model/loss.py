@@ -16,8 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from planlm.errors import InputError
-from planlm.kernels import cross_entropy_
 from planlm.model.families import is_plain
+from planlm.speedups.lm import cross_entropy_
 
 CHUNK = 100 << 20
 """Bytes of logits at a time: 1,000 rows of 50,000 in bf16, enough for full matrix-product speed and few enough sums of

@@ -16,13 +16,13 @@ from transformers import AutoModelForCausalLM, GenerationMixin, PreTrainedModel
 from transformers.utils import ModelOutput
 from transformers.utils.generic import can_return_tuple
 
+from planlm import speedups
 from planlm.errors import InputError
 from planlm.kernels import environment
 from planlm.model.adapter import LayerPlans, PlanAdapter
-from planlm.model.attention import check_mask, document_starts, take_plans
+from planlm.model.attention import check_mask, take_plans
 from planlm.model.configuration import PlanLMConfig
 from planlm.model.families import check_family, output_projections
-from planlm.model.fused import fuse
 from planlm.model.loading import ModelFolder, load_lm
 from planlm.model.lora import add_lora
 from planlm.model.loss import token_losses
@@ -33,6 +33,7 @@ from planlm.plan_inputs import PlanInputs
 from planlm.pretrained.names import absolute
 from planlm.pretrained.tokenizer import load_tokenizer
 from planlm.selections import SELECTIONS
+from planlm.speedups.lm import document_starts
 
 
 @dataclass
@@ -103,7 +104,7 @@ class PlanLMForCausalLM(ModelFolder, GenerationMixin):
             raise InputError(
                 f"conditioned layers: {config.conditioned_layers} asked, the LM has {num_layers}; set 1 to {num_layers}"
             )
-        fuse(lm)
+        speedups.apply(lm)
         take_plans(lm)
         self.lm = lm
         self.planner = Planner(
@@ -318,7 +319,7 @@ class PlanLMForCausalLM(ModelFolder, GenerationMixin):
                 layers, oracle_nll, action_logits = self._plan(plan, "uniform" if selection == "none" else selection)
                 kwargs |= {} if selection == "none" else {"plan": layers}
         if position_ids is not None and attention_mask is None and past_key_values is None and not kwargs["use_cache"]:
-            attention_mask = document_starts(self.lm, position_ids, self._dtype_of_products())
+            attention_mask = document_starts(self.lm, position_ids)
         outputs = self.lm.base_model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -337,10 +338,6 @@ class PlanLMForCausalLM(ModelFolder, GenerationMixin):
             oracle_nll=oracle_nll,
             action_logits=action_logits,
         )
-
-    def _dtype_of_products(self) -> torch.dtype:
-        where = self.device.type
-        return torch.get_autocast_dtype(where) if torch.is_autocast_enabled(where) else self.dtype
 
     def _score(
         self,

@@ -16,7 +16,6 @@ from typing import Any
 
 import numpy as np
 
-from planlm.allocator import keep_memory
 from planlm.config import EvaluateConfig, TrainConfig
 from planlm.errors import InputError, MachineError
 from planlm.evaluation.significance import DocumentScores, compare_rows
@@ -162,7 +161,6 @@ def collect(table: Table) -> dict[str, Any]:
 
 def main(path: str) -> int:
     """Make the rows of the table described in the JSON file `path`; the exit status, as the command line has it."""
-    keep_memory()
     silence_libraries()
     table = Table(**json.loads(Path(path).read_text(encoding="utf-8")))
     try:

@@ -1,0 +1,80 @@
+"""Faster parts of an LM: GPT-2's activation, attention within packed documents, cross-entropy in place.
+
+Sizes: B sequences of W positions, H heads, d channels of a head, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.activations import NewGELUActivation
+
+from planlm import kernels, speedups
+
+
+class TanhGELU(NewGELUActivation):
+    """GPT-2's activation. transformers' eight operations keep five matrices for the backward pass, torch's its input.
+
+    Without a backward pass it stays transformers' own, so that an LM evaluates to the same bits as there.
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        """The activation of each element."""
+        if input.requires_grad:
+            return F.gelu(input, approximate="tanh")
+        plain: Tensor = super().forward(input)
+        return plain
+
+
+def replace_activations(lm: PreTrainedModel) -> None:
+    """Put `TanhGELU` where GPT-2's activation is."""
+    for module in lm.modules():
+        for name, child in module.named_children():
+            if type(child) is NewGELUActivation:
+                setattr(module, name, TanhGELU())
+
+
+def document_starts(lm: PreTrainedModel, position_ids: Tensor) -> Tensor | None:
+    """What `packed_attention` takes for a mask, int64 `[B, 1, W, 1]`: where the document of each position begins.
+
+    None where transformers' own masks have to serve.
+
+    Args:
+        lm: whose attention will see it.
+        position_ids: `[B, W]`, going on by one within a document.
+    """
+    config, where = lm.config, position_ids.device
+    dropout = getattr(config, "attn_pdrop", getattr(config, "attention_dropout", 0.0))
+    autocast = torch.is_autocast_enabled(where.type)
+    if (
+        "attention" not in speedups.ON
+        or config._attn_implementation != "sdpa"
+        or getattr(config, "sliding_window", None) is not None
+        or (lm.training and dropout > 0)
+        or not kernels.has_packed_attention(where, torch.get_autocast_dtype(where.type) if autocast else lm.dtype)
+    ):
+        return None
+    # transformers' rule: a document begins where positions do not go on by one.
+    begins = position_ids.diff(dim=1, prepend=position_ids[:, :1] - 1) != 1
+    at = torch.arange(position_ids.shape[1], device=where)
+    return at.where(begins, 0).cummax(dim=1).values[:, None, :, None]
+
+
+def packed_attention(query: Tensor, key: Tensor, value: Tensor, starts: Tensor, scaling: float | None) -> Tensor:
+    """Attention within documents of query, key and value `[B, H, W, d]`, as `[B, W, H, d]`; see `document_starts`."""
+    where = query.device.type
+    dtype = torch.get_autocast_dtype(where) if torch.is_autocast_enabled(where) else query.dtype
+    # Under autocast rotary embeddings leave float32.
+    heads = [tensor.to(dtype).transpose(1, 2) for tensor in (query, key, value)]
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    return kernels.packed_attention(*heads, starts[:, 0, :, 0], scale)
+
+
+def cross_entropy_(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    """`kernels.cross_entropy_`, in place on a CPU where this piece is in use."""
+    if "cross-entropy" in speedups.ON:
+        return kernels.cross_entropy_(logits, target)
+    with kernels.use_backend("reference"):
+        return kernels.cross_entropy_(logits, target)
