@@ -21,6 +21,9 @@ from planlm.selections import SELECTIONS
 DEFAULT_ENCODER = "sentence-transformers/all-MiniLM-L6-v2"
 DEFAULT_LM = "HuggingFaceTB/SmolLM2-135M-Instruct"
 
+CONDITIONINGS = ("adapter",)
+"""Where a plan can enter the LM, see docs/method.md."""
+
 
 @dataclass(frozen=True)
 class Limit:
@@ -236,7 +239,7 @@ class TrainConfig(CommandConfig):
     temperature: float = option(1.0, "softmax temperature of the mixture", limit=POSITIVE)
     top_k: int | None = option(None, "actions kept by --selection top-k", limit=COUNT)
     gumbel_scale: float = option(1.0, "scale of the Gumbel noise", limit=NOT_NEGATIVE)
-    conditioning: str = option("adapter", "where the plan enters the LM", choices=("adapter",))
+    conditioning: str = option("adapter", "where the plan enters the LM", choices=CONDITIONINGS)
     conditioned_layers: int | None = option(
         None,
         "number of topmost LM layers conditioned; default: all but the first two (the papers')",

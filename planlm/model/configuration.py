@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 from transformers import AutoConfig, PretrainedConfig
 from transformers.configuration_utils import SubConfigSpec
 
+from planlm.config import CONDITIONINGS
 from planlm.errors import InputError
 from planlm.selections import SELECTIONS
 
@@ -25,6 +26,7 @@ _RULES: dict[str, Rule] = {
     "planner_layers": COUNT,
     "planner_heads": COUNT,
     "planner_dropout": DROPOUT,
+    "conditioning": (f"one of {', '.join(CONDITIONINGS)}", lambda value: value in CONDITIONINGS),
     "conditioned_layers": ("a whole number", lambda value: _is_number(value, Integral)),  # the model knows how many
     "gate": ("true or false", lambda value: isinstance(value, bool)),
     "use_cache": ("true or false", lambda value: isinstance(value, bool)),
@@ -66,6 +68,7 @@ class PlanLMConfig(PretrainedConfig):
         num_actions: number of actions [K].
         action_dim: dimension of an action embedding [d_a]; also the planner's width.
         planner_layers, planner_heads, planner_dropout: shape of the planner.
+        conditioning: where the plan enters the LM.
         conditioned_layers: number of topmost LM layers that receive the plan.
         gate: whether each conditioned channel has a zero-initialised gate [g].
         selection, plan_temperature, plan_top_k, gumbel_scale: how the plan is formed unless a call says otherwise.
@@ -94,6 +97,7 @@ class PlanLMConfig(PretrainedConfig):
     planner_layers: int = 2
     planner_heads: int = 6
     planner_dropout: float = 0.1
+    conditioning: str = "adapter"
     conditioned_layers: int = 1
     gate: bool = False
     selection: str = "soft"

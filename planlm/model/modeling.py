@@ -26,7 +26,7 @@ from planlm.model.families import check_family, output_projections
 from planlm.model.loading import ModelFolder, load_lm
 from planlm.model.lora import add_lora
 from planlm.model.loss import token_losses
-from planlm.model.planner import Planner, codebook_fingerprint, default_heads
+from planlm.model.planner import Planner, codebook_fingerprint
 from planlm.model.text import Text, generating, generation_inputs, generation_selection, plan_inputs, remember, text_of
 from planlm.model.tracking import SentenceTracker
 from planlm.plan_inputs import PlanInputs
@@ -152,29 +152,24 @@ class PlanLMForCausalLM(ModelFolder, GenerationMixin):
             )
         if lora is not None:
             add_lora(base, *lora)
-        num_actions, action_dim = codebook.shape
-        fingerprint = codebook_fingerprint(codebook)
-        if planner is None:
-            heads = default_heads(action_dim)
-            planner = Planner(action_dim, num_actions, heads=heads, codebook_fingerprint=fingerprint)
-            planner.initialize_head(codebook)
-        shape = planner.settings
+        planner = planner or Planner.of_codebook(codebook)
+        shape, fingerprint = planner.settings, codebook_fingerprint(codebook)
         if shape["codebook_fingerprint"] != fingerprint:
             raise InputError(
                 "the planner was trained on other actions than the corpus has; pre-train one on this corpus"
             )
+        if conditioned_layers is None:
+            conditioned_layers = max(1, len(output_projections(base)) - 2)
         config = PlanLMConfig(
             text_config=copy.deepcopy(base.config),
             attn_implementation=base.config._attn_implementation,
-            num_actions=num_actions,
-            action_dim=action_dim,
-            planner_layers=int(shape["layers"]),
-            planner_heads=int(shape["heads"]),
+            num_actions=shape["num_actions"],
+            action_dim=shape["action_dim"],
+            planner_layers=shape["layers"],
+            planner_heads=shape["heads"],
             planner_dropout=shape["dropout"],
             codebook_fingerprint=fingerprint,
-            conditioned_layers=max(1, len(output_projections(base)) - 2)
-            if conditioned_layers is None
-            else conditioned_layers,
+            conditioned_layers=conditioned_layers,
             **{**options, "encoder": absolute(options.get("encoder", ""))},
         )
         model = cls(config, lm=base).to(dtype)
@@ -226,14 +221,12 @@ class PlanLMForCausalLM(ModelFolder, GenerationMixin):
         """Plan a call's segments.
 
         Returns:
-            (what the LM takes, planner's cross-entropy `[S]` with the oracle actions if there are any, planner's logits
+            (what the LM takes, the planner's cross-entropy `[S]` with the oracle actions if there are any, its logits
             `[S, K]` if it ran).
         """
         facts, logits, noise, oracle = SELECTIONS[selection], None, None, inputs.actions
         if facts.asks_planner or inputs.want_oracle_nll:
-            logits = self.planner(
-                inputs.sentence_embeddings, inputs.sentence_positions, inputs.segment_rows
-            ).float()  # [S, K]
+            logits = self.planner(inputs.sentence_embeddings, inputs.sentence_positions, inputs.segment_rows).float()
         if facts.noisy and self.training:  # without noise gumbel is soft, and gumbel-hard takes its arg-max
             assert logits is not None
             # Standard Gumbel noise, drawn once per sentence, for all layers and tokens alike.

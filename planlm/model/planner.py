@@ -1,11 +1,11 @@
 """The planner: a causal transformer over sentence embeddings that predicts the next sentence's action.
 
-One pass over a document's sentence embeddings gives the prediction for every sentence. A place stands for a sentence
-and is given the embedding of the one before it, the first a learned start vector: the state there has seen `x_{<i}` and
-nothing else (docs/method.md, "Which action reaches which token"). Documents of any length share a row, as windows share
-the LM's: padded to the longest of a batch, most places would be padding.
+One pass over a document's sentence embeddings gives the prediction for every sentence. A position stands for a
+sentence and is given the embedding of the one before it, the first a learned start vector: the state there has seen
+`x_{<i}` and nothing else (docs/method.md, "Which plan reaches which token"). Documents of any length are packed into a
+sequence, as windows are for the LM: padded to the longest of a batch, most positions would be padding.
 
-Sizes: R rows, n places, A = width, H heads.
+Sizes: R sequences of n positions, A = width, H heads.
 """
 
 from __future__ import annotations
@@ -70,18 +70,13 @@ class PlannerLayer(nn.Module):
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, x: Tensor, first: Tensor) -> Tensor:
-        """`[R, n, A]` to the same; `first` `[R, n]` is the place in the row at which each place's document begins."""
+        """`[R, n, A]` to the same; `first` `[R, n]` is the position at which each position's document begins."""
         heads = self.inputs(self.attention_norm(x)).unflatten(-1, (3, self.heads, -1))  # [R, n, 3, H, A / H]
         query, key, value = heads.unbind(2)
         mixed = packed_attention(query, key, value, first, query.shape[-1] ** -0.5)
         x = x + self.dropout(self.output(mixed.flatten(2)))
         out: Tensor = x + self.feed_forward(x)
         return out
-
-
-def default_heads(width: int) -> int:
-    """About one attention head per 64 channels, and a divisor of the width."""
-    return next(heads for heads in range(max(1, width // 64), 0, -1) if width % heads == 0)
 
 
 def codebook_fingerprint(codebook: Tensor) -> str:
@@ -131,11 +126,19 @@ class Planner(nn.Module):
         self.norm = nn.LayerNorm(action_dim)
         self.head = nn.Linear(action_dim, num_actions)
 
-    @torch.no_grad()
-    def initialize_head(self, codebook: Tensor) -> None:
-        """Set the head to the codebook `[K, A]` with zero bias (docs/method.md: `C` initialised with `E`)."""
-        self.head.weight.copy_(codebook)
-        self.head.bias.zero_()
+    @classmethod
+    def of_codebook(cls, codebook: Tensor, layers: int = 2, heads: int | None = None, dropout: float = 0.1) -> Planner:
+        """An untrained planner of a codebook `[K, A]`, which its head starts as (docs/method.md: `C` begins as `E`).
+
+        By default it has about one attention head per 64 channels, and a divisor of the width.
+        """
+        num_actions, width = codebook.shape
+        heads = heads or next(heads for heads in range(max(1, width // 64), 0, -1) if width % heads == 0)
+        planner = cls(width, num_actions, layers, heads, dropout, codebook_fingerprint(codebook))
+        with torch.no_grad():
+            planner.head.weight.copy_(codebook)
+            planner.head.bias.zero_()
+        return planner
 
     def forward(
         self, sentence_embeddings: Tensor, sentence_positions: Tensor | None = None, rows: Tensor | None = None
@@ -143,21 +146,21 @@ class Planner(nn.Module):
         """Planner states of every sentence, or the action logits of some.
 
         Args:
-            sentence_embeddings: `[R, n, A]`, at each place that of the sentence before; not read where there is none.
-            sentence_positions: int64 `[R, n]`, the sentence's number within its document, whose places stand side by
-                side; by default a row is one document.
-            rows: int64 `[S, 2]`, row and place of the sentences whose logits are asked for.
+            sentence_embeddings: `[R, n, A]`, at each position that of the sentence before; not read at the first.
+            sentence_positions: int64 `[R, n]`, the sentence's number within its document, whose positions stand side
+                by side; by default a sequence is one document.
+            rows: int64 `[S, 2]`, sequence and position of the sentences whose logits are asked for.
 
         Returns:
-            States `[R, n, A]`, or with `rows` logits `[S, K]`; what belongs to a place is a function of the sentences
-            before it in its document only.
+            States `[R, n, A]`, or with `rows` logits `[S, K]`; what belongs to a position is a function of the
+            sentences before it in its document only.
         """
-        _, num_places, width = sentence_embeddings.shape
-        at = torch.arange(num_places, device=sentence_embeddings.device)
+        _, length, width = sentence_embeddings.shape
+        at = torch.arange(length, device=sentence_embeddings.device)
         positions = at.expand(sentence_embeddings.shape[:2]) if sentence_positions is None else sentence_positions
         x = torch.where((positions == 0)[..., None], self.start, sentence_embeddings.to(self.start.dtype))
         # Sentence embeddings have unit length: at unit variance they stand beside position codes of the same size.
-        x = x * width**0.5 + sinusoidal_positions(num_places, width, x.device).to(x.dtype)[positions]
+        x = x * width**0.5 + sinusoidal_positions(length, width, x.device).to(x.dtype)[positions]
         first = at - positions
         for layer in self.layers:
             x = layer(x, first)

@@ -15,7 +15,7 @@ from planlm.distribution import all_reduce_sum, on_rank_zero, rank, world_size
 from planlm.errors import InputError
 from planlm.evaluation.planner_metrics import planner_metrics
 from planlm.files import beside_result, replacing_folder, write_text
-from planlm.model.planner import Planner, codebook_fingerprint, default_heads
+from planlm.model.planner import Planner
 from planlm.precision import device
 from planlm.training.groups import ParameterGroup
 from planlm.training.identity import identify
@@ -43,15 +43,7 @@ def pretrain_planner(config: PlannerConfig) -> dict[str, Any]:
     action_dim = corpus.manifest.action_dim
     if config.heads is not None and action_dim % config.heads:
         raise InputError(f"--heads {config.heads}: do not divide the {action_dim} channels of {config.corpus}")
-    planner = Planner(
-        action_dim,
-        corpus.manifest.num_actions,
-        config.layers,
-        config.heads or default_heads(action_dim),
-        config.dropout,
-        codebook_fingerprint(corpus.codebook),
-    )
-    planner.initialize_head(corpus.codebook)
+    planner = Planner.of_codebook(corpus.codebook, config.layers, config.heads, config.dropout)
     planner.to(device()).train()
     loader = SentenceLoader(corpus.split("train"), batch_size=config.batch_size, seed=config.seed, shuffle=True)
 

@@ -120,6 +120,7 @@ def _model(config: TrainConfig, corpus: PreparedCorpus, lm: str, planner: Planne
         lm,
         corpus.codebook,
         planner=planner,
+        conditioning=config.conditioning,
         conditioned_layers=config.conditioned_layers,
         gate=config.gate,
         selection=config.selection,
