@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
 from planlm.errors import InputError
 from planlm.model import PlanLMForCausalLM
+from planlm.plan_inputs import PlanInputs
 
 FAMILIES = ("gpt2", "llama")
 TEXTS = (
@@ -181,6 +182,21 @@ def test_trainer_ends_with_the_best_checkpoint(gpt2: PlanLMForCausalLM, tmp_path
     assert len(losses) == 3 and best.state.best_metric == min(losses)
     assert losses[-1] != min(losses), "the last step must not be the best one for this test to say anything"
     assert best.evaluate()["eval_loss"] == pytest.approx(min(losses), rel=1e-5)
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_trainer_takes_plan_inputs_from_a_collator(gpt2: PlanLMForCausalLM, tmp_path: Path, whole: bool) -> None:
+    """As one `PlanInputs`, or as tensors by name."""
+    plan = PlanInputs(torch.zeros(4, 9, dtype=torch.long), torch.tensor([[0, 0]]), torch.randn(1, 1, A))
+    given: dict[str, Any] = {"plan": plan} if whole else {k: v for k, v in vars(plan).items() if torch.is_tensor(v)}
+    ids = torch.randint(300, (4, 9))
+    evaluator = Trainer(
+        model=gpt2, data_collator=lambda rows: {"input_ids": ids, "labels": ids, **given}, eval_dataset=Rows(gpt2),
+        args=TrainingArguments(str(tmp_path), report_to=[], use_cpu=True, per_device_eval_batch_size=8),
+    )  # fmt: skip
+    loss = evaluator.evaluate()["eval_loss"]
+    assert loss == pytest.approx(gpt2(ids, labels=ids, plan=plan).loss.item(), rel=1e-5)
+    assert loss != pytest.approx(gpt2(ids, labels=ids).loss.item(), rel=1e-5)
 
 
 # Copies, threads, weights elsewhere

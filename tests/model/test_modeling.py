@@ -18,6 +18,7 @@ import planlm  # noqa: F401  registers the Auto classes
 from planlm.errors import InputError
 from planlm.model import PlanLMConfig, PlanLMForCausalLM
 from planlm.model.families import OUTPUT_PROJECTIONS, set_dropout
+from planlm.plan_inputs import PlanInputs
 from planlm.selections import SELECTIONS
 
 FAMILIES = ("gpt2", "llama")
@@ -180,6 +181,23 @@ def test_windows_packed_into_a_row_do_not_see_each_other(
         torch.testing.assert_close(gradients[1][name], expected, rtol=1e-3, atol=1e-4, msg=name)
     unmarked = model(**(packed | {"position_ids": torch.arange(10 + length)[None]}), selection="soft", use_cache=False)
     assert not torch.allclose(unmarked.token_nll[0, 10:], losses[0][10:], atol=1e-3), "positions make no difference"
+
+
+def test_plan_inputs_come_whole_or_by_name(lm_folder: Callable[[str], str], encoder: object) -> None:
+    """By name, as tracing and collators of tensors have them, they replace those of `plan` or of the text."""
+    model, inputs = joint_model(lm_folder("llama"), encoder), batch()
+    ids, other = inputs.pop("input_ids"), torch.tensor([0, 5, 3, 4])
+    whole = PlanInputs(**inputs)
+    expected = model(ids, plan=whole, selection="oracle").logits
+    assert torch.equal(model(ids, **inputs, selection="oracle").logits, expected)
+    changed = model(ids, plan=whole, actions=other, selection="oracle").logits
+    assert torch.equal(changed, model(ids, **(inputs | {"actions": other}), selection="oracle").logits)
+    assert not torch.equal(changed, expected)
+    with pytest.raises(TypeError, match="segment_rows"):
+        model(ids, segment_ids=inputs["segment_ids"])
+    text = model.tokenizer("The cat sat.", return_tensors="pt").input_ids
+    first, second = (model(text, actions=torch.tensor([one, 2]), selection="oracle").logits for one in (1, 4))
+    assert not torch.equal(first, second)
 
 
 def test_plans_the_text_by_itself_as_a_prepared_batch_does(lm_folder: Callable[[str], str], encoder: object) -> None:
