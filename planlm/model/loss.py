@@ -32,9 +32,7 @@ WORDS = 8192
 
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, ignore_index: int
-    ) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor) -> tuple[Tensor, Tensor]:
         needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
         token_nll = hidden.new_zeros(labels.shape, dtype=torch.float32)
         grad_hidden = torch.zeros_like(hidden) if needs_hidden else None
@@ -46,9 +44,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
         size = max(1, size // ROWS * ROWS or size)
         for begin in range(0, labels.shape[0], size):
             rows = slice(begin, begin + size)
-            target = labels[rows].masked_fill(labels[rows] == ignore_index, -1)
             logits = F.linear(hidden[rows], compute_weight, compute_bias)  # [chunk, V]
-            grad, token_nll[rows] = cross_entropy_(logits, target)
+            grad, token_nll[rows] = cross_entropy_(logits, labels[rows])  # which does not score what is negative
             if not (needs_hidden or needs_weight or needs_bias):
                 continue
             if grad_hidden is not None:
@@ -79,12 +76,11 @@ class _LinearCrossEntropy(torch.autograd.Function):
             None if grad_weight is None else grad_weight.to(weight_dtype),
             None if grad_bias is None else grad_bias.to(bias_dtype),
             None,
-            None,
         )
 
 
 def linear_cross_entropy(
-    hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None = None, *, ignore_index: int = -100
+    hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """Summed and per-token cross-entropy of `hidden @ weight.T + bias`.
 
@@ -93,9 +89,8 @@ def linear_cross_entropy(
     Args:
         hidden: `[N, d]`.
         weight: `[V, d]`.
-        labels: `[N]` int64; `ignore_index` is not scored.
+        labels: `[N]` int64, negative where not scored.
         bias: `[V]` or None.
-        ignore_index: label of positions that are not scored.
 
     Returns:
         (sum of the scored tokens' NLL, nats, differentiable; NLL of each token `[N]` float32, detached, 0 where not
@@ -105,7 +100,7 @@ def linear_cross_entropy(
     if torch.is_autocast_enabled(device):
         hidden = hidden.to(torch.get_autocast_dtype(device))
     with torch.autocast(device, enabled=False):
-        nll_sum, token_nll = _LinearCrossEntropy.apply(hidden, weight, bias, labels, ignore_index)
+        nll_sum, token_nll = _LinearCrossEntropy.apply(hidden, weight, bias, labels)
     return nll_sum, token_nll
 
 

@@ -1,7 +1,6 @@
 """The joint model: a planner, a codebook and a Hugging Face causal LM conditioned on the planner's mixture.
 
-Sizes: B windows, W positions, T = B W, R rows of n places of the planner, S plan segments, K actions, A action
-dimension, D stacked input widths of the conditioned layers, V vocabulary.
+Sizes: B windows of W positions, S plan segments, K actions, A action dimension, V vocabulary.
 """
 
 from __future__ import annotations
