@@ -67,9 +67,9 @@ def packed_attention(query: Tensor, key: Tensor, value: Tensor, starts: Tensor, 
     where = query.device.type
     dtype = torch.get_autocast_dtype(where) if torch.is_autocast_enabled(where) else query.dtype
     # Under autocast rotary embeddings leave float32.
-    heads = [tensor.to(dtype).transpose(1, 2) for tensor in (query, key, value)]
+    query, key, value = (tensor.to(dtype).transpose(1, 2) for tensor in (query, key, value))
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    return kernels.packed_attention(*heads, starts[:, 0, :, 0], scale)
+    return kernels.packed_attention(query, key, value, starts[:, 0, :, 0], scale)
 
 
 def cross_entropy_(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:

@@ -187,7 +187,7 @@ def test_trainer_ends_with_the_best_checkpoint(gpt2: PlanLMForCausalLM, tmp_path
 @pytest.mark.parametrize("whole", [True, False])
 def test_trainer_takes_plan_inputs_from_a_collator(gpt2: PlanLMForCausalLM, tmp_path: Path, whole: bool) -> None:
     """As one `PlanInputs`, or as tensors by name."""
-    plan = PlanInputs(torch.zeros(4, 9, dtype=torch.long), torch.tensor([[0, 0]]), torch.randn(1, 1, A))
+    plan = PlanInputs(torch.zeros(4, 9, dtype=torch.long), torch.tensor([[0, 1]]), torch.randn(1, 2, A))
     given: dict[str, Any] = {"plan": plan} if whole else {k: v for k, v in vars(plan).items() if torch.is_tensor(v)}
     ids = torch.randint(300, (4, 9))
     evaluator = Trainer(
