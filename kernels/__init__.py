@@ -9,12 +9,11 @@ Imports torch only; a backend's own dependencies are imported when it is first u
 # transformers looks for a package called `kernels` and, where the project's root is on the path, imports this folder
 # under that name. It gets an empty module: a second copy would register every operation twice.
 if __name__ == "planlm.kernels":
-    from .addition import add_plan
+    from .addition import StackedPlan, add_plan
     from .attention import has_packed_attention, packed_attention
     from .backend import use_backend
     from .cross_entropy import cross_entropy_
     from .gelu import gelu
-    from .layers import StackedPlan
     from .projection import plan_projection, plan_projection_from_hidden
     from .reference import PlanProjection
 

@@ -1,18 +1,28 @@
 """Each token's plan added to its LM state: `y[t] = x[t] + gate * plan[segment_ids[t]]`.
 
-The ids are sorted, so the backward with respect to `plan` is a segment sum in a fixed order.
+The ids are sorted, so the backward with respect to `plan` is a segment sum in a fixed order. For the layers of a
+`StackedPlan` autograd would hand over the gradient of each layer's columns as a matrix of its own, and then copy all of
+them side by side: on CUDA, where the additions are bound by memory, a fortieth of everything that is moved. Triton's
+segment sums therefore write into the columns of one matrix.
 
 Sizes: T tokens, S sentences, D plan size of one layer.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import Any
+
+import torch
 from torch import Tensor
 
-from . import fused, reference
+from . import reference
 from .backend import choose, full_precision
 from .checks import check_add_plan, check_segment_ids
 from .derivatives import first_derivative_only
+from .operators import addition_backward, keep_addition
 from .reference import working_dtype
 
 
@@ -41,7 +51,144 @@ def add_plan(x: Tensor, plan: Tensor, segment_ids: Tensor, gate: Tensor | None =
     if backend is None or backend.name != "cpp":
         check_segment_ids(segment_ids, len(plan))
     if backend is not None:
-        return fused.add_plan(backend, x, plan, segment_ids, gate)
+        states, plan = x.to(backend.vectors(x.dtype)), plan.to(backend.vectors(plan.dtype))
+        added: Tensor = backend.operators.add_plan(states, plan, segment_ids, gate)
+        return added.to(x.dtype)
     with full_precision(x.device):
         x, plan, gate = first_derivative_only(x), first_derivative_only(plan), first_derivative_only(gate)
         return reference.add_plan(x, plan, segment_ids, gate)
+
+
+class StackedPlan:
+    """The columns of a projected plan, each layer's to be added by `add`.
+
+    Args:
+        projected (Tensor): `plan_projection`'s, `[S, D of all layers]`.
+        widths (Sequence[int]): each layer's D; they add up to projected's.
+
+    Attributes:
+        plans: each layer's columns.
+
+    Raises:
+        ValueError: widths that do not add up.
+    """
+
+    def __init__(self, projected: Tensor, widths: Sequence[int]) -> None:
+        if projected.ndim != 2 or sum(widths) != projected.shape[1]:
+            raise ValueError(
+                f"widths: got {list(widths)}, needs numbers that add up to the columns of projected, "
+                f"{tuple(projected.shape)}"
+            )
+        backend = choose("add_plan", projected.device, working_dtype(projected))
+        self._layers: list[_Layer] = []
+        if len(widths) == 1:
+            self.plans: tuple[Tensor, ...] = (projected,)
+        elif backend and backend.name == "triton" and projected.requires_grad and not torch.compiler.is_compiling():
+            gradient = _Gradient(widths)
+            self._layers = [_Layer(backend.operators, gradient, index) for index in range(len(widths))]
+            self.plans = _Split.apply(projected, gradient)  # type: ignore[no-untyped-call]
+        else:  # once: as many slices would each have a gradient of the full width
+            self.plans = projected.split(list(widths), dim=1)
+
+    def add(self, layer: int, x: Tensor, segment_ids: Tensor, gate: Tensor | None = None) -> Tensor:
+        """`add_plan(x, the layer's plan, segment_ids, gate)`: its arguments, result and errors."""
+        plan = self.plans[layer]
+        # Compiled code, the LM's alone perhaps, gets the operator: it could not trace where gradients are put.
+        plain = not self._layers or torch.compiler.is_compiling()
+        if plain or working_dtype(x, plan, gate) == torch.float64:
+            return add_plan(x, plan, segment_ids, gate)
+        check_add_plan(x, plan, segment_ids, gate)
+        check_segment_ids(segment_ids, len(plan))
+        added: Tensor = _Add.apply(  # type: ignore[no-untyped-call]
+            x, plan, segment_ids, gate, self._layers[layer]
+        )
+        return added
+
+
+class _Gradient:
+    """The gradient of a stacked plan while its columns are filled in, in one backward pass."""
+
+    def __init__(self, widths: Sequence[int]) -> None:
+        self.widths = list(widths)
+        self.starts = [0, *accumulate(widths)]
+        self._matrix: Tensor | None = None
+        self._taken: set[int] = set()
+
+    def columns(self, layer: int, plan: Tensor) -> Tensor:
+        """Where the gradient of this layer goes: its columns or, where they are taken, a matrix of its own.
+
+        They are when a layer's plan was used twice, or an earlier pass has not reached the split.
+        """
+        if layer in self._taken:
+            return plan.new_empty(plan.shape)
+        if self._matrix is None:
+            self._matrix = plan.new_empty(len(plan), self.starts[-1])
+        self._taken.add(layer)
+        return self._matrix.narrow(1, self.starts[layer], self.widths[layer])
+
+    def whole(self, gradients: Sequence[Tensor | None], num_sentences: int) -> Tensor | None:
+        """The gradient of all columns, from those of the layers: the matrix itself where all of them are in it."""
+        matrix, self._matrix = self._matrix, None
+        self._taken = set()
+        present = [found for found in gradients if found is not None]
+        if len(present) == len(gradients) and all(
+            matrix is not None and found._base is matrix and found.storage_offset() == start
+            for found, start in zip(present, self.starts, strict=False)
+        ):
+            return matrix
+        if not present:
+            return None
+        return torch.cat(
+            [
+                present[0].new_zeros(num_sentences, width) if found is None else found
+                for found, width in zip(gradients, self.widths, strict=True)
+            ],
+            dim=1,
+        )
+
+
+class _Split(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, projected: Tensor, gradient: _Gradient) -> tuple[Tensor, ...]:
+        ctx.gradient, ctx.num_sentences = gradient, len(projected)
+        ctx.set_materialize_grads(False)
+        return projected.split(gradient.widths, dim=1)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, None]:
+        return ctx.gradient.whole(gradients, ctx.num_sentences), None
+
+
+@dataclass(frozen=True)
+class _Layer:
+    """Takes the operators' place in the backward of one layer's `add_plan`: its gradient goes where it belongs."""
+
+    operators: Any
+    gradient: _Gradient
+    index: int
+
+    def add_plan_backward(
+        self, grad: Tensor, plan: Tensor, segment_ids: Tensor, gate: Tensor | None, needs: list[bool]
+    ) -> tuple[Tensor, Tensor]:
+        from .triton_addition import add_plan_backward
+
+        if torch.is_grad_enabled():  # a second derivative would be asked for: the operator refuses that
+            found: tuple[Tensor, Tensor] = self.operators.add_plan_backward(grad, plan, segment_ids, gate, needs)
+            return found
+        columns = self.gradient.columns(self.index, plan) if needs[0] else None
+        return add_plan_backward(grad, plan, segment_ids, gate, needs, columns)
+
+
+class _Add(torch.autograd.Function):
+    """The operator `add_plan` for a layer of a stacked plan."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, plan: Tensor, segment_ids: Tensor, gate: Tensor | None, layer: _Layer) -> Tensor:
+        ctx.layer = layer
+        added: Tensor = layer.operators.add_plan(x, plan, segment_ids, gate)
+        keep_addition(ctx, (x, plan, segment_ids, gate), added)
+        return added
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return *addition_backward(ctx.layer, ctx, grad), None

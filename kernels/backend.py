@@ -30,10 +30,12 @@ class Backend:
     Attributes:
         name (str): "triton" or "cpp".
         namespace (str): of its operators in `torch.ops`.
+        working (torch.dtype): what a call computes in: float64, or float32.
     """
 
     name: str
     namespace: str
+    working: torch.dtype
 
     @property
     def operators(self) -> Any:
@@ -42,13 +44,15 @@ class Backend:
 
     def matrices(self, dtype: torch.dtype) -> torch.dtype:
         """The dtype in which matrices of `dtype` are multiplied: float32 where half precision would be slower."""
-        if self.name == "cpp" and (dtype == torch.float16 or (dtype == torch.bfloat16 and not _fast_bf16())):
-            return torch.float32
-        return dtype
+        if self.name == "cpp" and dtype == torch.bfloat16 and not _fast_bf16():
+            dtype = torch.float32
+        return self.vectors(dtype)
 
     def vectors(self, dtype: torch.dtype) -> torch.dtype:
         """The dtype in which everything else of `dtype` is read."""
-        return torch.float32 if self.name == "cpp" and dtype == torch.float16 else dtype
+        if self.working == torch.float64 or (self.name == "cpp" and dtype == torch.float16):
+            return self.working
+        return dtype
 
 
 # A plain module variable: torch.compile can trace and guard it, which it cannot with a ContextVar.
@@ -91,7 +95,11 @@ def choose(operation: str, device: torch.device, working: torch.dtype) -> Backen
         forced = next(name for name in usable if why_not(name, operation, device, working) is None)
     elif (reason := why_not(forced, operation, device, working)) is not None:
         raise ValueError(f"backend {forced!r} was asked for, but {reason}; use 'reference' or leave it to PlanLM")
-    return _backend(forced, device)
+    if forced == "reference":
+        return None
+    # The CPU's implementation under planlm:: is the C++ one.
+    namespace = "planlm_interpreted" if forced == "triton" and device.type == "cpu" else "planlm"
+    return Backend(forced, namespace, working)
 
 
 def full_precision(device: torch.device) -> AbstractContextManager[object]:
@@ -110,13 +118,6 @@ def why_not(backend: str, operation: str, device: torch.device, working: torch.d
             return f"{operation} has no triton implementation in float64"
         return _no_triton(device.type, device.index)
     return None
-
-
-def _backend(name: str, device: torch.device) -> Backend | None:
-    if name == "reference":
-        return None
-    # The CPU's implementation under planlm:: is the C++ one.
-    return Backend(name, "planlm_interpreted" if name == "triton" and device.type == "cpu" else "planlm")
 
 
 def constant(function: Any) -> Any:

@@ -7,75 +7,74 @@ Shapes, dtypes, devices and options are checked always. Values inside tensors (i
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from numbers import Integral, Real
-from typing import NoReturn, TypedDict, Unpack
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
 
+from .contract import ProjectionInputs
 from .reference import NOISY, SELECTIONS
 
 _FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
-class PlanOptions(TypedDict):
-    """The keyword arguments of `plan_projection`, which documents them."""
-
-    temperature: float
-    selection: str
-    oracle: Tensor | None
-    oracle_weight: float | Tensor
-    noise: Tensor | None
-    top_k: int | None
-
-
-def check_plan_projection(
-    logits: Tensor,
-    codebook: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    **options: Unpack[PlanOptions],
-) -> None:
-    """Refuse what `plan_projection` cannot take.
+def check_logits(logits: Tensor) -> None:
+    """Refuse logits that `plan_projection` cannot take.
 
     Raises:
         ValueError: names the argument, what it got and what it needs.
     """
-    _floating("logits", logits, "[S, K]", 2)
-    num_sentences, num_actions = logits.shape
-    if num_actions == 0:
+    _floating("logits", logits, "[S, K]", (None, None))
+    if logits.shape[1] == 0:
         _refuse("logits", "no action (K = 0)", "at least one")
-    _check_projection(codebook, weight, bias, num_actions, logits.device)
-    _check_options(options, num_sentences, num_actions, logits.device)
 
 
-def check_plan_projection_from_hidden(
-    hidden: Tensor,
-    head: Tensor,
-    head_bias: Tensor | None,
-    codebook: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    **options: Unpack[PlanOptions],
-) -> None:
-    """Refuse what `plan_projection_from_hidden` cannot take.
+def check_hidden(hidden: Tensor, head: Tensor, head_bias: Tensor | None) -> None:
+    """Refuse what `plan_projection_from_hidden` cannot make logits of.
 
     Raises:
         ValueError: names the argument, what it got and what it needs.
     """
-    _floating("hidden", hidden, "[S, P]", 2)
-    num_sentences, state_size = hidden.shape
-    device = hidden.device
-    _floating("head", head, "[K, P]", 2, device)
+    _floating("hidden", hidden, "[S, P]", (None, None))
+    _floating("head", head, "[K, P]", (None, None), device=hidden.device)
     num_actions = head.shape[0]
     if num_actions == 0:
         _refuse("head", "no action (K = 0)", "at least one")
-    _shape("head", head, (num_actions, state_size), "[K, P], with hidden's P")
+    _shape("head", head, (num_actions, hidden.shape[1]), "[K, P], with hidden's P")
     if head_bias is not None:
-        _floating("head_bias", head_bias, "[K]", 1, device)
-        _shape("head_bias", head_bias, (num_actions,), "[K], with head's K")
-    _check_projection(codebook, weight, bias, num_actions, device)
-    _check_options(options, num_sentences, num_actions, device)
+        _floating("head_bias", head_bias, "[K]", (num_actions,), "with head's K", hidden.device)
+
+
+def check_projection(inputs: ProjectionInputs, selection: str) -> None:
+    """Refuse what neither projection can take, with logits or states that have been checked.
+
+    Raises:
+        ValueError: names the argument, what it got and what it needs.
+    """
+    source, _, _, codebook, weight, bias, noise, _, oracle_weight, temperature, top_k = inputs
+    num_sentences, num_actions, device = source.shape[0], inputs.num_actions, source.device
+    _floating("codebook", codebook, "[K, A]", (num_actions, None), "with the K of the logits", device)
+    _floating("weight", weight, "[D, A]", (None, inputs.size), "with codebook's A", device)
+    if bias is not None:
+        assert weight is not None
+        _floating("bias", bias, "[D]", weight.shape[:1], "with weight's D", device)
+    if selection not in SELECTIONS:
+        _refuse("selection", repr(selection), f"one of {', '.join(SELECTIONS)}")
+    if not isinstance(temperature, Real) or not 0 < temperature < math.inf:  # numpy's numbers too
+        _refuse("temperature", repr(temperature), "a finite number above 0")
+    if selection != "top-k":
+        if top_k is not None:
+            _refuse("top_k", f"{top_k!r} with selection {selection!r}", "None, or selection 'top-k'")
+    elif not isinstance(top_k, Integral) or not 1 <= top_k <= num_actions:
+        _refuse("top_k", repr(top_k), f"a whole number from 1 to {num_actions} (K)")
+    if noise is not None:
+        if selection not in NOISY:
+            _refuse("noise", f"a tensor with selection {selection!r}", f"None, or one of {', '.join(NOISY)}")
+        _floating("noise", noise, "[S, K]", (num_sentences, num_actions), "the shape of the logits", device)
+    _check_oracle_weight(oracle_weight, num_sentences, device)
+    _check_oracle(inputs, selection)
 
 
 def check_add_plan(x: Tensor, plan: Tensor, segment_ids: Tensor, gate: Tensor | None) -> None:
@@ -84,14 +83,11 @@ def check_add_plan(x: Tensor, plan: Tensor, segment_ids: Tensor, gate: Tensor | 
     Raises:
         ValueError: names the argument, what it got and what it needs.
     """
-    _floating("x", x, "[T, D]", 2)
+    _floating("x", x, "[T, D]", (None, None))
     num_tokens, size = x.shape
-    _floating("plan", plan, "[S, D]", 2, x.device)
-    num_sentences = plan.shape[0]
-    _shape("plan", plan, (num_sentences, size), "[S, D], with x's D")
+    _floating("plan", plan, "[S, D]", (None, size), "with x's D", x.device)
     if gate is not None:
-        _floating("gate", gate, "[D]", 1, x.device)
-        _shape("gate", gate, (size,), "[D], with x's D")
+        _floating("gate", gate, "[D]", (size,), "with x's D", x.device)
     _indices("segment_ids", segment_ids, num_tokens, "[T], with x's T", x.device)
 
 
@@ -119,67 +115,29 @@ def check_segment_ids(segment_ids: Tensor, num_sentences: int) -> None:
         )
 
 
-def _check_projection(
-    codebook: Tensor, weight: Tensor, bias: Tensor | None, num_actions: int, device: torch.device
-) -> None:
-    _floating("codebook", codebook, "[K, A]", 2, device)
-    size = codebook.shape[1]
-    _shape("codebook", codebook, (num_actions, size), "[K, A], with the K of the logits")
-    _floating("weight", weight, "[D, A]", 2, device)
-    plan_size = weight.shape[0]
-    _shape("weight", weight, (plan_size, size), "[D, A], with codebook's A")
-    if bias is not None:
-        _floating("bias", bias, "[D]", 1, device)
-        _shape("bias", bias, (plan_size,), "[D], with weight's D")
-
-
-def _check_options(options: PlanOptions, num_sentences: int, num_actions: int, device: torch.device) -> None:
-    selection, temperature = options["selection"], options["temperature"]
-    if selection not in SELECTIONS:
-        _refuse("selection", repr(selection), f"one of {', '.join(SELECTIONS)}")
-    if not isinstance(temperature, Real) or not 0 < temperature < math.inf:  # numpy's numbers too
-        _refuse("temperature", repr(temperature), "a finite number above 0")
-    _check_top_k(options["top_k"], selection, num_actions)
-    noise = options["noise"]
-    if noise is not None:
-        if selection not in NOISY:
-            _refuse("noise", f"a tensor with selection {selection!r}", f"None, or one of {', '.join(NOISY)}")
-        _floating("noise", noise, "[S, K]", 2, device)
-        _shape("noise", noise, (num_sentences, num_actions), "[S, K], the shape of the logits")
-    _check_oracle_weight(options["oracle_weight"], num_sentences, device)
-    _check_oracle(options, num_sentences, num_actions, device)
-
-
-def _check_top_k(top_k: int | None, selection: str, num_actions: int) -> None:
-    if selection != "top-k":
-        if top_k is not None:
-            _refuse("top_k", f"{top_k!r} with selection {selection!r}", "None, or selection 'top-k'")
-    elif not isinstance(top_k, Integral) or not 1 <= top_k <= num_actions:
-        _refuse("top_k", repr(top_k), f"a whole number from 1 to {num_actions} (K)")
-
-
-def _check_oracle_weight(share: float | Tensor, num_sentences: int, device: torch.device) -> None:
-    if not isinstance(share, Tensor):
-        if not isinstance(share, Real) or not 0 <= share <= 1:
-            _refuse("oracle_weight", repr(share), "a number from 0 to 1, or a tensor of them, [S]")
+def _check_oracle_weight(weight: float | Tensor | None, num_sentences: int, device: torch.device) -> None:
+    if not isinstance(weight, Tensor):
+        if not isinstance(weight, Real) or not 0 <= weight <= 1:
+            _refuse("oracle_weight", repr(weight), "a number from 0 to 1, or a tensor of them, [S]")
         return
-    _floating("oracle_weight", share, "[S]", 1, device)
-    _shape("oracle_weight", share, (num_sentences,), "[S], one per sentence, or a number")
-    if _readable(share):
-        wrong = ((share >= 0) & (share <= 1)).logical_not().nonzero()
+    _floating("oracle_weight", weight, "[S]", (num_sentences,), "one per sentence, or a number", device)
+    if _readable(weight):
+        wrong = ((weight >= 0) & (weight <= 1)).logical_not().nonzero()
         if len(wrong) > 0:
-            _refuse("oracle_weight", f"{share[wrong[0, 0]].item()} in row {int(wrong[0, 0])}", "weights from 0 to 1")
+            at = int(wrong[0, 0])
+            _refuse("oracle_weight", f"{weight[at].item()} in row {at}", "weights from 0 to 1")
 
 
-def _check_oracle(options: PlanOptions, num_sentences: int, num_actions: int, device: torch.device) -> None:
-    oracle, share, selection = options["oracle"], options["oracle_weight"], options["selection"]
+def _check_oracle(inputs: ProjectionInputs, selection: str) -> None:
+    oracle, weight, num_actions = inputs.oracle, inputs.oracle_weight, inputs.num_actions
     if oracle is None:
         if selection == "oracle":
             _refuse("oracle", "None with selection 'oracle'", "the oracle actions, int64 [S]")
-        if isinstance(share, Tensor) or share != 0:
+        if isinstance(weight, Tensor) or weight != 0:
             _refuse("oracle", "None with an oracle_weight", "the oracle actions, int64 [S], or oracle_weight=0.0")
         return
-    _indices("oracle", oracle, num_sentences, "[S], one per sentence", device)
+    num_sentences = inputs.source.shape[0]
+    _indices("oracle", oracle, num_sentences, "[S], one per sentence", inputs.source.device)
     if not _readable(oracle) or num_sentences == 0:
         return
     lowest, highest = (int(bound) for bound in oracle.aminmax())
@@ -189,12 +147,17 @@ def _check_oracle(options: PlanOptions, num_sentences: int, num_actions: int, de
         _refuse("oracle", f"{lowest} (no action)", "an action in every row with selection 'oracle'")
 
 
-def _floating(name: str, tensor: Tensor, wanted: str, num_dims: int, device: torch.device | None = None) -> None:
-    _plain(name, tensor, wanted, device)
+def _floating(
+    name: str, tensor: Any, sizes: str, shape: Sequence[int | None], whose: str = "", device: torch.device | None = None
+) -> None:
+    """`sizes` and `whose` say in words what `shape` says in numbers; None there: any."""
+    _plain(name, tensor, sizes, device)
     if tensor.dtype not in _FLOATING:
         _refuse(name, str(tensor.dtype), "float16, bfloat16, float32 or float64")
-    if tensor.dim() != num_dims:
-        _refuse(name, f"shape {list(tensor.shape)}", wanted)
+    if tensor.dim() != len(shape):
+        _refuse(name, f"shape {list(tensor.shape)}", sizes)
+    needed = tuple(have if need is None else need for have, need in zip(tensor.shape, shape, strict=True))
+    _shape(name, tensor, needed, f"{sizes}, {whose}")
 
 
 def _indices(name: str, tensor: Tensor, length: int, wanted: str, device: torch.device) -> None:
@@ -204,7 +167,7 @@ def _indices(name: str, tensor: Tensor, length: int, wanted: str, device: torch.
     _shape(name, tensor, (length,), wanted)
 
 
-def _plain(name: str, tensor: Tensor, wanted: str, device: torch.device | None) -> None:
+def _plain(name: str, tensor: Any, wanted: str, device: torch.device | None) -> None:
     if not isinstance(tensor, Tensor):
         _refuse(name, type(tensor).__name__, f"a tensor, {wanted}")
     # By name: importing DTensor takes a second, and who has one has imported it.

@@ -6,27 +6,24 @@ differentiable input passes through here, which costs nothing and saves nothing.
 
 from __future__ import annotations
 
-from typing import Any, NoReturn, overload
+from typing import Any, NoReturn, TypeVar
 
 import torch
 from torch import Tensor
 
+T = TypeVar("T")
 
-@overload
-def first_derivative_only(tensor: Tensor) -> Tensor: ...
-@overload
-def first_derivative_only(tensor: Tensor | None) -> Tensor | None: ...
-def first_derivative_only(tensor: Tensor | None) -> Tensor | None:
-    """The tensor itself, such that differentiating its gradient raises a RuntimeError."""
-    if tensor is None or not tensor.requires_grad:
-        return tensor
-    return _FirstDerivativeOnly.apply(tensor)  # type: ignore[no-untyped-call]
+
+def first_derivative_only(value: T) -> T:
+    """The value itself; of a tensor with a gradient such that differentiating that gradient raises a RuntimeError."""
+    if not isinstance(value, Tensor) or not value.requires_grad:
+        return value
+    return _FirstDerivativeOnly.apply(value)  # type: ignore[no-any-return, no-untyped-call]
 
 
 def once(gradient: Tensor) -> Tensor:
     """The gradient itself, such that differentiating it raises a RuntimeError."""
-    refused: Tensor = _Refused.apply(gradient)  # type: ignore[no-untyped-call]
-    return refused
+    return _Refused.apply(gradient)  # type: ignore[no-any-return, no-untyped-call]
 
 
 class _FirstDerivativeOnly(torch.autograd.Function):
@@ -39,11 +36,7 @@ class _FirstDerivativeOnly(torch.autograd.Function):
         return once(gradient)
 
 
-class _Refused(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, gradient: Tensor) -> Tensor:
-        return gradient.view_as(gradient)
-
+class _Refused(_FirstDerivativeOnly):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Tensor:
         refuse()

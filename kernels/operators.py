@@ -15,17 +15,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .contract import ProjectionGradients, ProjectionInputs, ProjectionOutputs, Statistic
 from .derivatives import once, refuse
 
 SCHEMAS = (
-    # Logits come from `source` [S, K] itself or, with a head, from `source` [S, P]. Without codebook only the
-    # statistics are wanted. Without weight the mixture is the projection (its rows are projected already).
+    # The fields of ProjectionInputs and ProjectionOutputs.
     "plan_projection(Tensor source, Tensor? head, Tensor? head_bias, Tensor? codebook, Tensor? weight, Tensor? bias, "
     "Tensor? noise, Tensor? oracle, Tensor? oracle_weight, float temperature, int top_k) -> (Tensor projected, "
-    "Tensor log_normalizer, Tensor oracle_nll, Tensor best, Tensor mixture, Tensor statistics, Tensor cut)",
+    "Tensor log_normalizer, Tensor oracle_nll, Tensor best, Tensor mixture, Tensor statistics, Tensor tie_index)",
     "plan_projection_backward(Tensor? grad_projected, Tensor? grad_log_normalizer, Tensor? grad_oracle_nll, "
     "Tensor source, Tensor? head, Tensor? head_bias, Tensor? codebook, Tensor? weight, Tensor? bias, Tensor? noise, "
-    "Tensor? oracle, Tensor? oracle_weight, Tensor best, Tensor mixture, Tensor statistics, Tensor cut, "
+    "Tensor? oracle, Tensor? oracle_weight, Tensor best, Tensor mixture, Tensor statistics, Tensor tie_index, "
     "float temperature, int top_k, bool[8] needs) -> Tensor[]",
     "add_plan(Tensor x, Tensor plan, Tensor segment_ids, Tensor? gate) -> Tensor",
     "add_plan_backward(Tensor grad, Tensor plan, Tensor segment_ids, Tensor? gate, bool[2] needs) -> (Tensor, Tensor)",
@@ -47,7 +47,7 @@ def define(namespace: str) -> torch.library.Library:
     for schema in SCHEMAS:
         library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     for name, fake in (
-        ("plan_projection", _projection_shapes),
+        ("plan_projection", projection_outputs),
         ("plan_projection_backward", _projection_backward_shapes),
         ("add_plan", _addition_shapes),
         ("add_plan_backward", _addition_backward_shapes),
@@ -59,72 +59,45 @@ def define(namespace: str) -> torch.library.Library:
     ):
         torch.library.register_fake(f"{namespace}::{name}", fake, lib=library)
     operators = getattr(torch.ops, namespace)
-    torch.library.register_autograd(
-        f"{namespace}::plan_projection",
-        functools.partial(_projection_backward, operators),
-        setup_context=_keep_projection,
-        lib=library,
-    )
-    torch.library.register_autograd(
-        f"{namespace}::add_plan",
-        functools.partial(_addition_backward, operators),
-        setup_context=_keep_addition,
-        lib=library,
-    )
-    torch.library.register_autograd(
-        f"{namespace}::packed_attention",
-        functools.partial(_attention_backward, operators),
-        setup_context=_keep_attention,
-        lib=library,
-    )
-    torch.library.register_autograd(
-        f"{namespace}::gelu",
-        lambda ctx, grad: operators.gelu_backward(grad, *ctx.saved_tensors),
-        setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs),
-        lib=library,
-    )
+    for name, keep, backward in (
+        ("plan_projection", _keep_projection, _projection_backward),
+        ("add_plan", keep_addition, addition_backward),
+        ("packed_attention", _keep_attention, _attention_backward),
+        ("gelu", _keep_gelu, _gelu_backward),
+    ):
+        torch.library.register_autograd(
+            f"{namespace}::{name}", functools.partial(backward, operators), setup_context=keep, lib=library
+        )
     # Without these a gradient would silently be a constant where a graph of it is asked for.
     for name in ("plan_projection_backward", "add_plan_backward", "packed_attention_backward", "gelu_backward"):
         torch.library.register_autograd(f"{namespace}::{name}", refuse, lib=library)
     return library
 
 
-def _projection_shapes(
-    source: Tensor,
-    head: Tensor | None,
-    head_bias: Tensor | None,
-    codebook: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    noise: Tensor | None,
-    oracle: Tensor | None,
-    oracle_weight: Tensor | None,
-    temperature: float,
-    top_k: int,
-) -> tuple[Tensor, ...]:
-    num_rows, size = source.shape[0], 0 if codebook is None else codebook.shape[1]
+def projection_outputs(*arguments: Any) -> ProjectionOutputs:
+    """Room for what `plan_projection` returns."""
+    inputs = ProjectionInputs(*arguments)
+    source, codebook, weight = inputs.source, inputs.codebook, inputs.weight
+    num_sentences, plan_size = source.shape[0], inputs.size if weight is None else weight.shape[0]
     working = torch.float64 if source.dtype == torch.float64 else torch.float32
     real, whole = source.new_empty(0, dtype=working), source.new_empty(0, dtype=torch.int64)
-    projected = source.new_empty(
-        num_rows, size if weight is None else weight.shape[0], dtype=working if codebook is None else codebook.dtype
-    )
-    return (
-        projected,
-        real.new_empty(num_rows),
-        real.new_empty(num_rows),
-        whole.new_empty(num_rows),
-        real.new_empty(num_rows, size),
-        real.new_empty(5, num_rows),
-        whole.new_empty(num_rows),
+    return ProjectionOutputs(
+        projected=source.new_empty(num_sentences, plan_size, dtype=working if codebook is None else codebook.dtype),
+        log_normalizer=real.new_empty(num_sentences),
+        oracle_nll=real.new_empty(num_sentences),
+        best=whole.new_empty(num_sentences),
+        mixture=real.new_empty(num_sentences, inputs.size),
+        statistics=real.new_empty(len(Statistic), num_sentences),
+        tie_index=whole.new_empty(num_sentences),
     )
 
 
 def _projection_backward_shapes(*arguments: Any) -> list[Tensor]:
-    _, _, _, source, head, head_bias, codebook, weight, bias, noise, _, oracle_weight, *_, needs = arguments
-    inputs = (source, head, head_bias, codebook, weight, bias, noise, oracle_weight)
+    inputs, needs = ProjectionInputs(*arguments[3:12], *arguments[16:18]), arguments[18]
+    values = (getattr(inputs, name) for name in ProjectionGradients._fields)
     return [
-        source.new_empty(0) if value is None or not wanted else value.new_empty(value.shape)
-        for value, wanted in zip(inputs, needs, strict=True)
+        value.new_empty(value.shape) if needed and value is not None else inputs.source.new_empty(0)
+        for value, needed in zip(values, needs, strict=True)
     ]
 
 
@@ -142,47 +115,36 @@ def _addition_backward_shapes(
 
 
 def _keep_projection(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    """Save inputs and per-row results: nothing of the probabilities' size that the caller does not hold anyway."""
+    """Save inputs and results of `[S]`: nothing of the probabilities' size that the caller does not hold anyway."""
     *tensors, ctx.temperature, ctx.top_k = inputs
-    _, _, _, best, mixture, statistics, cut = output
-    ctx.mark_non_differentiable(best, mixture, statistics, cut)
+    saved = output[3:]
+    ctx.mark_non_differentiable(*saved)
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*tensors, best, mixture, statistics, cut)
+    ctx.save_for_backward(*tensors, *saved)
 
 
-def _projection_backward(
-    operators: Any,
-    ctx: Any,
-    grad_projected: Tensor | None,
-    grad_log_normalizer: Tensor | None,
-    grad_oracle_nll: Tensor | None,
-    *_: None,
-) -> tuple[Tensor | None, ...]:
-    *inputs, best, mixture, statistics, cut = ctx.saved_tensors
-    source, head, head_bias, codebook, weight, bias, noise, oracle, oracle_weight = inputs
-    at = (0, 1, 2, 3, 4, 5, 6, 8)  # all but the oracle's actions
-    needs = [ctx.needs_input_grad[index] for index in at]
-    found = operators.plan_projection_backward(
-        *(grad_projected, grad_log_normalizer, grad_oracle_nll),
-        *(source, head, head_bias, codebook, weight, bias, noise, oracle, oracle_weight),
-        *(best, mixture, statistics, cut, ctx.temperature, ctx.top_k, needs),
+def _projection_backward(operators: Any, ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:
+    needed = ProjectionInputs(*ctx.needs_input_grad)
+    needs = [getattr(needed, name) for name in ProjectionGradients._fields]
+    found = operators.plan_projection_backward(*upstream[:3], *ctx.saved_tensors, ctx.temperature, ctx.top_k, needs)
+    gradients = dict(zip(ProjectionGradients._fields, found, strict=True))
+    return tuple(
+        gradients[name] if wanted else None for name, wanted in zip(ProjectionInputs._fields, needed, strict=True)
     )
-    gradients: list[Tensor | None] = [None] * 11
-    for index, wanted, gradient in zip(at, needs, found, strict=True):
-        gradients[index] = gradient if wanted else None
-    return tuple(gradients)
 
 
-def _keep_addition(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+def keep_addition(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    """Save what the backward of `add_plan` needs."""
     _, plan, segment_ids, gate = inputs
     if gate is None:  # of the plan only shape and dtype are wanted: its memory is let go
         plan = plan.new_empty(()).expand(plan.shape)
     ctx.save_for_backward(plan, segment_ids, gate)
 
 
-def _addition_backward(operators: Any, ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+def addition_backward(operators: Any, ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    """Gradients of x, plan, segment_ids (none) and gate, with the `add_plan_backward` of `operators`."""
     plan, segment_ids, gate = ctx.saved_tensors
-    to_x, to_plan, _, to_gate = ctx.needs_input_grad
+    to_x, to_plan, _, to_gate, *_ = ctx.needs_input_grad
     grad_plan = grad_gate = None
     if to_plan or to_gate:
         grad_plan, grad_gate = operators.add_plan_backward(grad, plan, segment_ids, gate, [to_plan, to_gate])
@@ -211,3 +173,12 @@ def _attention_backward(operators: Any, ctx: Any, grad: Tensor | None, _: None) 
         return None, None, None, None, None
     gradients = operators.packed_attention_backward(grad, *ctx.saved_tensors, ctx.scale)
     return *gradients, None, None
+
+
+def _keep_gelu(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _gelu_backward(operators: Any, ctx: Any, grad: Tensor) -> Tensor:
+    found: Tensor = operators.gelu_backward(grad, *ctx.saved_tensors)
+    return found

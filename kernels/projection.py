@@ -3,7 +3,7 @@
 With scores `s = logits` (plus `noise`, less all but the `top_k` largest) and `p = softmax(s / temperature)`:
 
     m = sum_k p[k] codebook[k]              (`soft`; the method's table for the other selections)
-    m = (1 - w) m + w codebook[oracle]      (w = oracle_weight; 0 on rows without an oracle action)
+    m = (1 - w) m + w codebook[oracle]      (w = oracle_weight; 0 in sentences without an oracle action)
     projected = weight m + bias
     log_normalizer = logsumexp(s / temperature)
     oracle_nll = logsumexp(logits) - logits[oracle]
@@ -13,14 +13,18 @@ Sizes: S sentences, K actions, A action-embedding size, D plan size (layers stac
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from . import fused, reference
-from .backend import choose, full_precision
-from .checks import PlanOptions, check_plan_projection, check_plan_projection_from_hidden
+from . import reference
+from .backend import Backend, choose, full_precision
+from .checks import check_hidden, check_logits, check_projection
+from .contract import ProjectionInputs
 from .derivatives import first_derivative_only
-from .reference import PlanProjection, working_dtype
+from .reference import MIXED, PICKED, STRAIGHT_THROUGH, PlanProjection, converted, mix_oracle, working_dtype
 
 
 def plan_projection(
@@ -58,37 +62,25 @@ def plan_projection(
         bias (Tensor | None): `[D]`.
         temperature (float): divides the scores; above 0.
         selection (str): see above.
-        oracle (Tensor | None): oracle actions, int64 `[S]`; negative: the row has none.
-        oracle_weight (float | Tensor): share w of the oracle action, 0 to 1; one number or `[S]`.
+        oracle (Tensor | None): oracle actions, int64 `[S]`; negative: the sentence has none.
+        oracle_weight (float | Tensor): weight w of the oracle action, 0 to 1; one number or `[S]`.
         noise (Tensor | None): added to the logits, `[S, K]`; for the gumbel selections only.
         top_k (int | None): actions kept, 1 to K; for "top-k" only, which needs it.
 
     Returns:
         PlanProjection: `projected [S, D]`, in the promoted dtype of codebook and weight; `log_normalizer [S]` and
-        `oracle_nll [S]` (0 on rows without an oracle action), float32, or float64 where an input is float64.
+        `oracle_nll [S]` (0 in sentences without an oracle action), float32, or float64 where an input is float64.
 
     Raises:
         ValueError: a wrong argument, by name. Values inside tensors are checked on CPU only; on other devices "oracle"
-            gives NaN in rows without an oracle action.
+            gives NaN in sentences without an oracle action.
         RuntimeError: a second derivative was asked for.
     """
-    options: PlanOptions = {
-        "temperature": temperature,
-        "selection": selection,
-        "oracle": oracle,
-        "oracle_weight": oracle_weight,
-        "noise": noise,
-        "top_k": top_k,
-    }
-    check_plan_projection(logits, codebook, weight, bias, **options)
-    inputs = (logits, _autocast(codebook), _autocast(weight), bias)
-    backend = choose("plan_projection", logits.device, working_dtype(*inputs, noise, oracle_weight))
-    with full_precision(logits.device):
-        source, actions, projection, offset = (first_derivative_only(value) for value in inputs)
-        assert source is not None and actions is not None and projection is not None
-        if backend is None:
-            return reference.plan_projection(source, actions, projection, offset, **_guarded(options))
-        return fused.plan_projection(backend, source, None, None, actions, projection, offset, **_guarded(options))
+    check_logits(logits)
+    inputs = ProjectionInputs(
+        logits, None, None, codebook, weight, bias, noise, oracle, oracle_weight, temperature, top_k
+    )
+    return _project(inputs, selection)
 
 
 def plan_projection_from_hidden(
@@ -115,10 +107,7 @@ def plan_projection_from_hidden(
         hidden (Tensor): planner states, `[S, P]`.
         head (Tensor): the planner's output layer, `[K, P]`.
         head_bias (Tensor | None): `[K]`.
-        codebook (Tensor): action embeddings, `[K, A]`.
-        weight (Tensor): projection into the LM, `[D, A]`.
-        bias (Tensor | None): `[D]`.
-        temperature, selection, oracle, oracle_weight, noise, top_k: as for `plan_projection`.
+        codebook, weight, bias, temperature, selection, oracle, oracle_weight, noise, top_k: as for `plan_projection`.
 
     Returns:
         PlanProjection: as for `plan_projection`.
@@ -126,34 +115,97 @@ def plan_projection_from_hidden(
     Raises:
         ValueError, RuntimeError: as for `plan_projection`.
     """
-    options: PlanOptions = {
-        "temperature": temperature,
-        "selection": selection,
-        "oracle": oracle,
-        "oracle_weight": oracle_weight,
-        "noise": noise,
-        "top_k": top_k,
-    }
-    check_plan_projection_from_hidden(hidden, head, head_bias, codebook, weight, bias, **options)
-    inputs = (_autocast(hidden), _autocast(head), head_bias, _autocast(codebook), _autocast(weight), bias)
-    backend = choose("plan_projection_from_hidden", hidden.device, working_dtype(*inputs, noise, oracle_weight))
-    with full_precision(hidden.device):
-        states, output, shift, actions, projection, offset = (first_derivative_only(value) for value in inputs)
-        assert states is not None and output is not None and actions is not None and projection is not None
-        given = (states, output, shift, actions, projection, offset)
+    check_hidden(hidden, head, head_bias)
+    inputs = ProjectionInputs(
+        hidden, head, head_bias, codebook, weight, bias, noise, oracle, oracle_weight, temperature, top_k
+    )
+    return _project(inputs, selection)
+
+
+def _project(inputs: ProjectionInputs, selection: str) -> PlanProjection:
+    check_projection(inputs, selection)
+    operation, operands = "plan_projection", ["codebook", "weight"]
+    if inputs.head is not None:
+        operation, operands = "plan_projection_from_hidden", ["source", "head", *operands]
+    cast: dict[str, Any] = {name: _autocast(getattr(inputs, name)) for name in operands}
+    inputs = inputs._replace(**cast)
+    device = inputs.source.device
+    backend = choose(operation, device, working_dtype(*inputs))
+    with full_precision(device):
+        inputs = ProjectionInputs._make(first_derivative_only(value) for value in inputs)
         if backend is None:
-            return reference.plan_projection_from_hidden(*given, **_guarded(options))
-        return fused.plan_projection(backend, *given, **_guarded(options))
+            return reference.plan_projection(inputs, selection)
+        return _on_operators(backend, inputs, selection)
 
 
-def _guarded(options: PlanOptions) -> PlanOptions:
-    """The options, with second derivatives refused in those that have a first."""
-    weight = options["oracle_weight"]
-    return {
-        **options,
-        "oracle_weight": first_derivative_only(weight) if isinstance(weight, Tensor) else weight,
-        "noise": first_derivative_only(options["noise"]),
-    }
+def _on_operators(backend: Backend, inputs: ProjectionInputs, selection: str) -> PlanProjection:
+    """From the public arguments to a backend's operator: dtypes, order of association and the selections.
+
+    The operator computes the soft mixture, as `soft`, `gumbel` and `top-k` want it. The other selections pick rows of
+    the codebook, which is torch's business; of the operator they take the statistics and, for a straight-through
+    gradient, the soft mixture.
+    """
+    source, head, head_bias, codebook, weight, bias, noise, oracle, oracle_weight, temperature, top_k = inputs
+    assert codebook is not None and weight is not None
+    result = torch.promote_types(codebook.dtype, weight.dtype)
+    codebook, weight = codebook.to(backend.matrices(result)), weight.to(backend.matrices(result))
+    if head is None:
+        source = source.to(backend.vectors(source.dtype))
+    else:
+        states = backend.matrices(torch.promote_types(source.dtype, head.dtype))
+        source, head = source.to(states), head.to(states)
+    if noise is not None:
+        noise = noise.to(backend.vectors(noise.dtype))
+    oracle_weight = _oracle_weights(oracle, oracle_weight, backend.working)
+
+    def run(codebook: Tensor | None, weight: Tensor | None, bias: Tensor | None, oracle_weight: Tensor | None) -> Any:
+        return backend.operators.plan_projection(
+            source, head, head_bias, codebook, weight, bias, noise, oracle, oracle_weight, temperature, top_k or 0
+        )
+
+    if selection in MIXED:
+        if _actions_first(backend, len(source), codebook, weight):
+            if backend.name == "cpp" and backend.working == torch.float32:
+                codebook, weight = codebook.float(), weight.float()
+            projected, log_normalizer, oracle_nll, *_ = run(F.linear(codebook, weight), None, bias, oracle_weight)
+        else:
+            projected, log_normalizer, oracle_nll, *_ = run(codebook, weight, bias, oracle_weight)
+        return PlanProjection(projected.to(result), log_normalizer, oracle_nll)
+
+    soft_gradient = selection in STRAIGHT_THROUGH and torch.is_grad_enabled()
+    soft, log_normalizer, oracle_nll, best, *_ = run(codebook.detach() if soft_gradient else None, None, None, None)
+    actions = codebook.to(backend.working)
+    mixture = PICKED[selection](best, actions, oracle)  # [S, A]
+    if soft_gradient:
+        mixture = mixture + (soft - soft.detach())
+    if oracle is not None and oracle_weight is not None:
+        mixture = mix_oracle(mixture, actions, oracle, oracle_weight)
+    projected = F.linear(mixture.to(weight.dtype), weight, converted(bias, weight.dtype))
+    return PlanProjection(projected.to(result), log_normalizer, oracle_nll)
+
+
+def _actions_first(backend: Backend, num_sentences: int, codebook: Tensor, weight: Tensor) -> bool:
+    """Whether `p (E W^T)` is cheaper than `(p E) W^T`.
+
+    By products, of which a GPU has to save half: three more launches cost as much as 10^10 of them. The gradient of
+    `E W^T` is summed over all sentences and then multiplied with E; rounded to half precision in between it would cost
+    few actions more accuracy than `(p E) W^T` does. So the CPU takes float32 there, at a third of the speed, and Triton
+    the second form below 256 actions.
+    """
+    (num_actions, size), plan_size, half = codebook.shape, len(weight), codebook.dtype.itemsize == 2
+    if backend.name == "triton" and half and num_actions < 256:
+        return False
+    dearer = 2 if backend.name == "triton" else 3 if half else 1
+    return dearer * num_actions * plan_size * (size + num_sentences) < num_sentences * size * (num_actions + plan_size)
+
+
+def _oracle_weights(oracle: Tensor | None, weight: Tensor | float | None, working: torch.dtype) -> Tensor | None:
+    """The oracle's weights, `[S]`; None where they are certainly zero."""
+    if isinstance(weight, Tensor):
+        return weight.to(working)
+    if oracle is None or not weight:
+        return None
+    return torch.full(oracle.shape, weight, dtype=working, device=oracle.device)
 
 
 def _autocast(operand: Tensor) -> Tensor:

@@ -2,17 +2,20 @@
 
 Sizes: S sentences, K actions, A action-embedding size, D plan size (layers stacked), P planner state, T tokens.
 
-Each function has the signature of the public one and assumes that the arguments have been checked. Half-precision
-inputs are computed in float32 and rounded once, at the end; float64 stays float64.
+The arguments have been checked. Half-precision inputs are computed in float32 and rounded once, at the end; float64
+stays float64.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from .contract import ProjectionInputs
 
 MIXED = ("soft", "gumbel", "top-k")
 """Selections whose plan is the mixture of actions; the others' is picked: see `PICKED`."""
@@ -38,23 +41,16 @@ class PlanProjection(NamedTuple):
     oracle_nll: Tensor
 
 
-def plan_projection(
-    logits: Tensor,
-    codebook: Tensor,
-    weight: Tensor,
-    bias: Tensor | None = None,
-    *,
-    temperature: float = 1.0,
-    selection: str = "soft",
-    oracle: Tensor | None = None,
-    oracle_weight: float | Tensor = 0.0,
-    noise: Tensor | None = None,
-    top_k: int | None = None,
-) -> PlanProjection:
+def plan_projection(inputs: ProjectionInputs, selection: str) -> PlanProjection:
     """`mixture(softmax(logits / temperature), codebook) @ weight.T + bias`; see `planlm.kernels.plan_projection`."""
-    working = working_dtype(logits, codebook, weight, bias, noise, oracle_weight)
-    z, actions = logits.to(working), codebook.to(working)
-    scores = z if noise is None else z + noise.to(working)
+    source, head, head_bias, codebook, weight, bias, noise, oracle, oracle_weight, temperature, top_k = inputs
+    assert codebook is not None and weight is not None and oracle_weight is not None
+    working = working_dtype(*inputs)
+    logits = source.to(working)
+    if head is not None:
+        logits = F.linear(logits, head.to(working), converted(head_bias, working))
+    actions = codebook.to(working)
+    scores = logits if noise is None else logits + noise.to(working)
     if selection == "top-k":
         assert top_k is not None
         scores = scores.masked_fill(_all_but_largest(scores, top_k), -torch.inf)
@@ -64,62 +60,35 @@ def plan_projection(
     mixture = _mixture(selection, scaled, best.squeeze(1), actions, oracle)  # [S, A]
     if oracle is not None:
         mixture = mix_oracle(mixture, actions, oracle, oracle_weight)
-    projected = F.linear(mixture, weight.to(working), None if bias is None else bias.to(working))  # [S, D]
+    projected = F.linear(mixture, weight.to(working), converted(bias, working))  # [S, D]
     return PlanProjection(
         projected.to(torch.promote_types(codebook.dtype, weight.dtype)),
         scaled.logsumexp(dim=1) + best_score.squeeze(1) / temperature,
-        z.new_zeros(z.shape[0])
+        logits.new_zeros(logits.shape[0])
         if oracle is None
-        else F.cross_entropy(z, oracle.clamp(min=-1), ignore_index=-1, reduction="none"),
-    )
-
-
-def plan_projection_from_hidden(
-    hidden: Tensor,
-    head: Tensor,
-    head_bias: Tensor | None,
-    codebook: Tensor,
-    weight: Tensor,
-    bias: Tensor | None = None,
-    *,
-    temperature: float = 1.0,
-    selection: str = "soft",
-    oracle: Tensor | None = None,
-    oracle_weight: float | Tensor = 0.0,
-    noise: Tensor | None = None,
-    top_k: int | None = None,
-) -> PlanProjection:
-    """`plan_projection(hidden @ head.T + head_bias, ...)`; see `planlm.kernels.plan_projection_from_hidden`."""
-    working = working_dtype(hidden, head, head_bias, codebook, weight, bias, noise, oracle_weight)
-    logits = F.linear(hidden.to(working), head.to(working), None if head_bias is None else head_bias.to(working))
-    return plan_projection(
-        logits,
-        codebook,
-        weight,
-        bias,
-        temperature=temperature,
-        selection=selection,
-        oracle=oracle,
-        oracle_weight=oracle_weight,
-        noise=noise,
-        top_k=top_k,
+        else F.cross_entropy(logits, oracle.clamp(min=-1), ignore_index=-1, reduction="none"),
     )
 
 
 def add_plan(x: Tensor, plan: Tensor, segment_ids: Tensor, gate: Tensor | None = None) -> Tensor:
     """`x[t] + gate * plan[segment_ids[t]]`, and `x[t]` where the id is -1; see `planlm.kernels.add_plan`."""
     working = working_dtype(x, plan, gate)
-    rows = plan.to(working) if gate is None else plan.to(working) * gate.to(working)  # [S, D]
+    plans = plan.to(working) if gate is None else plan.to(working) * gate.to(working)  # [S, D]
     # Id -1 picks an extra first row of negative zeros: `v + -0.0` is `v` bit for bit, while `-0.0 + 0.0` is not.
-    rows = torch.cat([rows.new_full((1, rows.shape[1]), -0.0), rows])  # [1 + S, D]
-    # F.embedding and not `rows[ids]`: its backward sums every segment in a fixed order, on CPU and on CUDA.
-    return (x.to(working) + F.embedding(segment_ids + 1, rows)).to(x.dtype)
+    plans = torch.cat([plans.new_full((1, plans.shape[1]), -0.0), plans])  # [1 + S, D]
+    # F.embedding and not `plans[ids]`: its backward sums every segment in a fixed order, on CPU and on CUDA.
+    return (x.to(working) + F.embedding(segment_ids + 1, plans)).to(x.dtype)
 
 
 def working_dtype(*inputs: Tensor | float | None) -> torch.dtype:
     """The dtype that an operation computes in: float64 if any input tensor is float64, else float32."""
     tensors = (value for value in inputs if isinstance(value, Tensor))
     return torch.float64 if any(tensor.dtype == torch.float64 for tensor in tensors) else torch.float32
+
+
+def converted(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    """`tensor.to(dtype)` of a tensor that may be missing."""
+    return None if tensor is None else tensor.to(dtype)
 
 
 def _mixture(selection: str, scaled: Tensor, best: Tensor, actions: Tensor, oracle: Tensor | None) -> Tensor:
@@ -133,30 +102,13 @@ def _mixture(selection: str, scaled: Tensor, best: Tensor, actions: Tensor, orac
     return picked
 
 
-def _most_probable(best: Tensor, actions: Tensor, oracle: Tensor | None) -> Tensor:
-    return F.embedding(best, actions)
-
-
-def _oracle(best: Tensor, actions: Tensor, oracle: Tensor | None) -> Tensor:
-    assert oracle is not None
-    return F.embedding(oracle.clamp(min=0), actions).masked_fill((oracle < 0)[:, None], torch.nan)
-
-
-def _mean(best: Tensor, actions: Tensor, oracle: Tensor | None) -> Tensor:
-    return actions.mean(dim=0).expand(len(best), -1)
-
-
-def _first(best: Tensor, actions: Tensor, oracle: Tensor | None) -> Tensor:
-    return actions[0].expand(len(best), -1)
-
-
-PICKED = {
-    "hard": _most_probable,
-    "straight-through": _most_probable,
-    "gumbel-hard": _most_probable,
-    "oracle": _oracle,
-    "uniform": _mean,
-    "fixed": _first,
+PICKED: dict[str, Callable[[Tensor, Tensor, Any], Tensor]] = {
+    **dict.fromkeys(("hard", *STRAIGHT_THROUGH), lambda best, actions, oracle: F.embedding(best, actions)),
+    "oracle": lambda best, actions, oracle: F.embedding(oracle.clamp(min=0), actions).masked_fill(
+        (oracle < 0)[:, None], torch.nan
+    ),
+    "uniform": lambda best, actions, oracle: actions.mean(dim=0).expand(len(best), -1),
+    "fixed": lambda best, actions, oracle: actions[0].expand(len(best), -1),
 }
 """What the selections that do not mix give each sentence, `[S, A]`: from the most probable actions `[S]`, the codebook
 `[K, A]` and the oracle actions `[S]`."""
@@ -165,10 +117,10 @@ SELECTIONS = (*MIXED, *PICKED)
 
 
 def mix_oracle(mixture: Tensor, actions: Tensor, oracle: Tensor, oracle_weight: float | Tensor) -> Tensor:
-    """`(1 - w) * mixture + w * actions[oracle]`, with w = 0 on rows without an oracle action."""
-    share = torch.as_tensor(oracle_weight, dtype=mixture.dtype, device=mixture.device)
-    share = share.expand(oracle.shape).masked_fill(oracle < 0, 0.0)[:, None]  # [S, 1]
-    return (1 - share) * mixture + share * F.embedding(oracle.clamp(min=0), actions)
+    """`(1 - w) * mixture + w * actions[oracle]`, with w = 0 in sentences without an oracle action."""
+    weight = torch.as_tensor(oracle_weight, dtype=mixture.dtype, device=mixture.device)
+    weight = weight.expand(oracle.shape).masked_fill(oracle < 0, 0.0)[:, None]  # [S, 1]
+    return (1 - weight) * mixture + weight * F.embedding(oracle.clamp(min=0), actions)
 
 
 def _all_but_largest(scores: Tensor, count: int) -> Tensor:

@@ -2,8 +2,8 @@
 
 dM = grad_projected weight        grad_weight = grad_projected^T mixed        grad_bias = sum_s grad_projected
 grad_scores = p ((1 - w) (dM codebook^T - dM . mixture) + grad_log_normalizer) / temperature
-    of the likeliest action dM . (its row of codebook - mixture): where it has nearly all of the probability the
-    difference of the two products, numbers in the thousands, would be their rounding
+    of the likeliest action dM . (its embedding - mixture): where it has nearly all of the probability the difference of
+    the two products, numbers in the thousands, would be their rounding
 grad_logits = grad_scores + grad_oracle_nll (softmax(logits) - one-hot oracle)
 grad_codebook = ((1 - w) p + w one-hot oracle)^T dM
 """
@@ -13,123 +13,121 @@ grad_codebook = ((1 - w) p + w one-hot oracle)^T dM
 import triton
 import triton.language as tl
 
-from .triton_forward import HALF_SCALE, load_mixed, load_oracle, load_scores
-from .triton_numerics import add_product, exponential, rounded
+from .triton_forward import (
+    HALF_SCALE,
+    LOGIT_LOG_SUM,
+    LOGIT_MAX,
+    SCORE_LOG_SUM,
+    SCORE_MAX,
+    Oracle,
+    Scores,
+    load_mixed,
+    load_oracle,
+    load_scores,
+    load_statistic,
+)
+from .triton_numerics import Matrix, add_product, exponential, load_rows, load_tile, rounded, store_tile
 
 
 @triton.jit
 def projection_bwd_kernel(
     grad_projected, mixture, codebook, weight, oracle, oracle_weight, best,
-    grad_mixture, grad_weight, grad_bias, delta_parts, share_parts,
-    num_rows, size, plan_size, num_parts, grad_projected_stride, codebook_stride, weight_stride,
+    grad_mixture, grad_weight, grad_bias, delta_partials, oracle_weight_partials,
+    num_sentences, num_actions, size, plan_size, num_partials, grad_projected_stride, codebook_stride, weight_stride,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of mixture (with what follows from it row by row), weight and bias, each where its tensor is given.
+    """Gradients of mixture (with what follows from it for each sentence), weight and bias, where their tensor is given.
 
     Grid: tiles of `grad_mixture [S, A]`, then of `grad_weight [D, A]`, then of `grad_bias [D]`.
     """
     program = tl.program_id(0)
-    mixture_tiles = tl.cdiv(num_rows, ROWS) * num_parts
+    mixture_tiles = tl.cdiv(num_sentences, ROWS) * num_partials
     weight_tiles = tl.cdiv(plan_size, ROWS) * tl.cdiv(size, COLUMNS) if grad_weight is not None else 0
+    upstream = Matrix(grad_projected, grad_projected_stride, num_sentences, plan_size)
+    mixture = Matrix(mixture, size, num_sentences, size)
+    codebook = Matrix(codebook, codebook_stride, num_actions, size)
     if program < mixture_tiles:
         _grad_mixture_tile(
-            program, grad_projected, mixture, codebook, weight, oracle, best, grad_mixture, delta_parts, share_parts,
-            num_rows, size, plan_size, num_parts, grad_projected_stride, codebook_stride, weight_stride,
+            program, upstream, mixture, codebook, Matrix(weight, weight_stride, plan_size, size), oracle, best,
+            Matrix(grad_mixture, size, num_sentences, size), delta_partials, oracle_weight_partials, num_partials,
             ROWS, COLUMNS, DEPTH,
         )  # fmt: skip
     elif program < mixture_tiles + weight_tiles:
         if grad_weight is not None:
             _grad_weight_tile(
-                program - mixture_tiles, grad_projected, mixture, codebook, oracle, oracle_weight, grad_weight,
-                num_rows, size, plan_size, grad_projected_stride, codebook_stride, ROWS, COLUMNS, DEPTH,
+                program - mixture_tiles, upstream, mixture, codebook, Oracle(oracle, oracle_weight),
+                Matrix(grad_weight, size, plan_size, size), ROWS, COLUMNS, DEPTH,
             )  # fmt: skip
     elif grad_bias is not None:
         # A role of its own: inside the product's loop the sum would need every tile in registers as well.
         columns = (program - mixture_tiles - weight_tiles) * COLUMNS + tl.arange(0, COLUMNS)
         sums = tl.zeros((COLUMNS,), tl.float32)
-        for row in range(0, num_rows, DEPTH):
-            rows = row + tl.arange(0, DEPTH)
-            inside = (rows < num_rows)[:, None] & (columns < plan_size)[None, :]
-            at = grad_projected + rows.to(tl.int64)[:, None] * grad_projected_stride + columns[None, :]
-            sums += tl.sum(tl.load(at, mask=inside, other=0.0).to(tl.float32), 0)
+        for sentence in range(0, num_sentences, DEPTH):
+            sentences = sentence + tl.arange(0, DEPTH)
+            sums += tl.sum(load_tile(upstream, sentences[:, None], columns[None, :]).to(tl.float32), 0)
         tl.store(grad_bias + columns, rounded(sums, grad_bias.dtype.element_ty), mask=columns < plan_size)
 
 
 @triton.jit
 def _grad_mixture_tile(
-    program, grad_projected, mixture, codebook, weight, oracle, best, grad_mixture, delta_parts, share_parts,
-    num_rows, size, plan_size, num_parts, grad_projected_stride, codebook_stride, weight_stride,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
+    program, upstream, mixture, codebook, weight, oracle, best, grad_mixture, delta_partials,
+    oracle_weight_partials, num_partials, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
-    # grad_projected weight; of each row its products with the mixture, with the likeliest action's row less the mixture
-    # and with the oracle's row less the mixture.
-    rows = program // num_parts * ROWS + tl.arange(0, ROWS)
-    part = program % num_parts
-    places = part * COLUMNS + tl.arange(0, COLUMNS)
-    inside = (rows < num_rows)[:, None] & (places < size)[None, :]
-    wide = rows.to(tl.int64)[:, None]
-    if weight is None:
-        gradient = tl.load(grad_projected + wide * grad_projected_stride + places[None, :], mask=inside, other=0.0)
+    # grad_projected weight; of each sentence its products with the mixture, with the likeliest action's embedding less
+    # the mixture and with the oracle's less the mixture.
+    sentences = program // num_partials * ROWS + tl.arange(0, ROWS)
+    partial = program % num_partials
+    features = partial * COLUMNS + tl.arange(0, COLUMNS)
+    if weight.data is None:
+        gradient = load_tile(upstream, sentences[:, None], features[None, :])
     else:
         result = tl.zeros((ROWS, COLUMNS), tl.float32)
-        for column in range(0, plan_size, DEPTH):
+        for column in range(0, upstream.num_columns, DEPTH):
             columns = column + tl.arange(0, DEPTH)
-            row_mask = (rows < num_rows)[:, None] & (columns < plan_size)[None, :]
-            upstream = tl.load(
-                grad_projected + wide * grad_projected_stride + columns[None, :], mask=row_mask, other=0.0
-            )
-            at = weight + columns.to(tl.int64)[:, None] * weight_stride + places[None, :]
-            factors = tl.load(at, mask=(columns < plan_size)[:, None] & (places < size)[None, :], other=0.0)
-            result = add_product(upstream, factors, result)
-        gradient = rounded(result, grad_mixture.dtype.element_ty)
-        tl.store(grad_mixture + wide * size + places[None, :], gradient, mask=inside)
+            gradient = load_tile(upstream, sentences[:, None], columns[None, :])
+            result = add_product(gradient, load_tile(weight, columns[:, None], features[None, :]), result)
+        store_tile(result, grad_mixture, sentences[:, None], features[None, :])
+        gradient = rounded(result, grad_mixture.data.dtype.element_ty)
     # From the rounded gradient, as mixture_bwd's product with the codebook is: the two are subtracted there.
     gradient = gradient.to(tl.float32)
-    mean = tl.load(mixture + wide * size + places[None, :], mask=inside, other=0.0)
-    wide_rows = rows.to(tl.int64)
-    at_parts = wide_rows * num_parts + part
-    tl.store(delta_parts + at_parts, tl.sum(gradient * mean, 1), mask=rows < num_rows)
-    likeliest = tl.load(best + rows, mask=rows < num_rows, other=0)
-    chosen = tl.load(codebook + likeliest[:, None] * codebook_stride + places[None, :], mask=inside, other=0.0)
-    difference = tl.where(inside, chosen.to(tl.float32) - mean, 0.0)
-    at_best = (num_rows + wide_rows) * num_parts + part
-    tl.store(delta_parts + at_best, tl.sum(gradient * difference, 1), mask=rows < num_rows)
-    if share_parts is not None:
-        label, _ = load_oracle(oracle, None, rows, num_rows)
-        labelled = inside & (label >= 0)[:, None]
-        chosen = tl.load(codebook + label[:, None] * codebook_stride + places[None, :], mask=labelled, other=0.0)
-        difference = tl.where(labelled, chosen.to(tl.float32) - mean, 0.0)
-        tl.store(share_parts + at_parts, tl.sum(gradient * difference, 1), mask=rows < num_rows)
+    mean = load_tile(mixture, sentences[:, None], features[None, :])
+    inside = sentences < mixture.num_rows
+    wide = sentences.to(tl.int64)
+    tl.store(delta_partials + wide * num_partials + partial, tl.sum(gradient * mean, 1), mask=inside)
+    likeliest = tl.load(best + sentences, mask=inside, other=-1)
+    difference = load_rows(codebook, likeliest, features) - mean
+    at_best = (mixture.num_rows + wide) * num_partials + partial
+    tl.store(delta_partials + at_best, tl.sum(gradient * difference, 1), mask=inside)
+    if oracle_weight_partials is not None:
+        action, _ = load_oracle(Oracle(oracle, None), sentences, mixture.num_rows)
+        difference = load_rows(codebook, action, features) - mean
+        products = tl.where(action >= 0, tl.sum(gradient * difference, 1), 0.0)
+        tl.store(oracle_weight_partials + wide * num_partials + partial, products, mask=inside)
 
 
 @triton.jit
 def _grad_weight_tile(
-    program, grad_projected, mixture, codebook, oracle, oracle_weight, grad_weight,
-    num_rows, size, plan_size, grad_projected_stride, codebook_stride,
+    program, upstream, mixture, codebook, oracle, grad_weight,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
-    # grad_projected^T times the mixture with the oracle's share.
-    tiles = tl.cdiv(size, COLUMNS)
+    # grad_projected^T times the mixture with the oracle's embedding.
+    tiles = tl.cdiv(mixture.num_columns, COLUMNS)
     columns = program // tiles * ROWS + tl.arange(0, ROWS)
-    places = program % tiles * COLUMNS + tl.arange(0, COLUMNS)
+    features = program % tiles * COLUMNS + tl.arange(0, COLUMNS)
     result = tl.zeros((ROWS, COLUMNS), tl.float32)
-    for row in range(0, num_rows, DEPTH):
-        rows = row + tl.arange(0, DEPTH)
-        inside = (columns < plan_size)[:, None] & (rows < num_rows)[None, :]
-        at = grad_projected + rows.to(tl.int64)[None, :] * grad_projected_stride + columns[:, None]
-        upstream = tl.load(at, mask=inside, other=0.0)
-        mixed = load_mixed(mixture, codebook, oracle, oracle_weight, rows, places, codebook_stride, num_rows, size)
-        result = add_product(upstream, rounded(mixed, upstream.dtype), result)
-    written = (columns < plan_size)[:, None] & (places < size)[None, :]
-    result = rounded(result, grad_weight.dtype.element_ty)
-    tl.store(grad_weight + columns.to(tl.int64)[:, None] * size + places[None, :], result, mask=written)
+    for sentence in range(0, mixture.num_rows, DEPTH):
+        sentences = sentence + tl.arange(0, DEPTH)
+        gradient = load_tile(upstream, sentences[None, :], columns[:, None])
+        mixed = load_mixed(mixture, codebook, oracle, sentences, features)
+        result = add_product(gradient, rounded(mixed, gradient.dtype), result)
+    store_tile(result, grad_weight, columns[:, None], features[None, :])
 
 
 @triton.jit
 def mixture_bwd_kernel(
-    grad_mixture, grad_log_normalizer, grad_oracle_nll, delta_parts, logits, head_bias, noise, statistics, cut,
+    grad_mixture, grad_log_normalizer, grad_oracle_nll, delta_partials, logits, head_bias, noise, statistics, tie_index,
     oracle, oracle_weight, best, codebook, grad_logits, grad_noise, grad_codebook,
-    num_rows, num_columns, size, first_column, num_parts, inverse_temperature,
+    num_sentences, num_actions, size, first_action, num_partials, inverse_temperature,
     grad_mixture_stride, grad_log_normalizer_stride, grad_oracle_nll_stride, logits_stride, noise_stride,
     codebook_stride, grad_logits_stride, grad_noise_stride,
     TOP_K: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
@@ -139,140 +137,108 @@ def mixture_bwd_kernel(
     Grid: tiles of `grad_codebook [K, A]`, then of `grad_logits [S, K]`.
     """
     program = tl.program_id(0)
+    logits = Matrix(logits, logits_stride, num_sentences, num_actions)
+    noise = Matrix(noise, noise_stride, num_sentences, num_actions)
+    source = Scores(logits, head_bias, noise, statistics, tie_index, first_action, TOP_K)
+    oracle = Oracle(oracle, oracle_weight)
+    upstream = Matrix(grad_mixture, grad_mixture_stride, num_sentences, size)
     codebook_tiles = 0
     if grad_codebook is not None:
-        codebook_tiles = tl.cdiv(num_columns, ROWS) * tl.cdiv(size, COLUMNS)
+        codebook_tiles = tl.cdiv(num_actions, ROWS) * tl.cdiv(size, COLUMNS)
         if program < codebook_tiles:
             _grad_codebook_tile(
-                program, grad_mixture, logits, head_bias, noise, statistics, cut, oracle, oracle_weight,
-                grad_codebook, num_rows, num_columns, size, first_column, inverse_temperature, grad_mixture_stride,
-                logits_stride, noise_stride, TOP_K, ROWS, COLUMNS, DEPTH,
+                program, upstream, source, oracle, Matrix(grad_codebook, size, num_actions, size),
+                inverse_temperature, ROWS, COLUMNS, DEPTH,
             )  # fmt: skip
     if (grad_logits is not None or grad_noise is not None) and program >= codebook_tiles:
-        _grad_scores_tile(
-            program - codebook_tiles, grad_mixture, grad_log_normalizer, grad_oracle_nll, delta_parts, logits,
-            head_bias, noise, statistics, cut, oracle, oracle_weight, best, codebook, grad_logits, grad_noise,
-            num_rows, num_columns, size, first_column, num_parts, inverse_temperature, grad_mixture_stride,
-            grad_log_normalizer_stride, grad_oracle_nll_stride, logits_stride, noise_stride, codebook_stride,
-            grad_logits_stride, grad_noise_stride, TOP_K, ROWS, COLUMNS, DEPTH,
-        )  # fmt: skip
+        # Of ROWS by DEPTH, like the scores' tiles elsewhere: everything at its end is elementwise and in registers.
+        tiles = tl.cdiv(num_actions, DEPTH)
+        sentences = (program - codebook_tiles) // tiles * ROWS + tl.arange(0, ROWS)
+        actions = (program - codebook_tiles) % tiles * DEPTH + tl.arange(0, DEPTH)
+        gradient = tl.zeros((ROWS, DEPTH), tl.float32)
+        label, weight = load_oracle(oracle, sentences, num_sentences)
+        if grad_mixture is not None:
+            gradient = _grad_probabilities(
+                upstream, Matrix(codebook, codebook_stride, num_actions, size), delta_partials, best, sentences,
+                actions, first_action, num_partials, COLUMNS,
+            ) * (1.0 - weight)[:, None]  # fmt: skip
+        inside = sentences < num_sentences
+        if grad_log_normalizer is not None:
+            at = grad_log_normalizer + sentences.to(tl.int64) * grad_log_normalizer_stride
+            gradient += tl.load(at, mask=inside, other=0.0).to(tl.float32)[:, None]
+        raw, probabilities = _load_probabilities(source, sentences[:, None], actions[None, :], inverse_temperature)
+        gradient = probabilities * gradient * inverse_temperature
+        if grad_noise is not None:
+            to_noise = Matrix(grad_noise, grad_noise_stride, num_sentences, num_actions)
+            store_tile(gradient, to_noise, sentences[:, None], actions[None, :])
+        if grad_logits is not None:
+            if grad_oracle_nll is not None:
+                at = grad_oracle_nll + sentences.to(tl.int64) * grad_oracle_nll_stride
+                grad_nll = tl.load(at, mask=inside & (label >= 0), other=0.0).to(tl.float32)
+                raw -= load_statistic(source, LOGIT_MAX, sentences)[:, None]
+                raw_log_sum = load_statistic(source, LOGIT_LOG_SUM, sentences)
+                likelihood = exponential(raw, 1.0) * tl.exp(-raw_log_sum)[:, None]
+                hit = label[:, None] == first_action + actions[None, :]
+                gradient += grad_nll[:, None] * (likelihood - tl.where(hit, 1.0, 0.0))
+            to_logits = Matrix(grad_logits, grad_logits_stride, num_sentences, num_actions)
+            store_tile(gradient, to_logits, sentences[:, None], actions[None, :])
+
+
+@triton.jit
+def _load_probabilities(source, sentences, actions, inverse_temperature):
+    # Raw logits and probabilities of a tile, as `load_scores`.
+    raw, scores = load_scores(source, sentences, actions)
+    scores -= load_statistic(source, SCORE_MAX, sentences)
+    return raw, exponential(scores, inverse_temperature) * tl.exp(-load_statistic(source, SCORE_LOG_SUM, sentences))
 
 
 @triton.jit
 def _grad_codebook_tile(
-    program, grad_mixture, logits, head_bias, noise, statistics, cut, oracle, oracle_weight,
-    grad_codebook, num_rows, num_columns, size, first_column, inverse_temperature, grad_mixture_stride,
-    logits_stride, noise_stride, TOP_K: tl.constexpr,
+    program, upstream, source, oracle, grad_codebook, inverse_temperature,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
     # ((1 - w) probabilities + w one-hot oracle)^T times the mixture's gradient.
-    scale: tl.constexpr = HALF_SCALE if grad_mixture.dtype.element_ty == tl.float16 else 1.0
-    tiles = tl.cdiv(size, COLUMNS)
+    scale: tl.constexpr = HALF_SCALE if upstream.data.dtype.element_ty == tl.float16 else 1.0
+    tiles = tl.cdiv(upstream.num_columns, COLUMNS)
     actions = program // tiles * ROWS + tl.arange(0, ROWS)
-    places = program % tiles * COLUMNS + tl.arange(0, COLUMNS)
+    features = program % tiles * COLUMNS + tl.arange(0, COLUMNS)
     result = tl.zeros((ROWS, COLUMNS), tl.float32)
-    for row in range(0, num_rows, DEPTH):
-        rows = row + tl.arange(0, DEPTH)
-        _, scores = load_scores(
-            logits, head_bias, noise, statistics, cut, rows[None, :], actions[:, None], logits_stride, noise_stride,
-            num_rows, num_columns, first_column, TOP_K,
-        )  # fmt: skip
-        peak = tl.load(statistics + rows, mask=rows < num_rows, other=0.0)
-        log_total = tl.load(statistics + num_rows + rows, mask=rows < num_rows, other=0.0)
-        weights = exponential(scores - peak[None, :], inverse_temperature) * tl.exp(-log_total)[None, :]
-        if oracle_weight is not None:
-            label, share = load_oracle(oracle, oracle_weight, rows, num_rows)
-            chosen = tl.where(label[None, :] == first_column + actions[:, None], share[None, :], 0.0)
-            weights = (1.0 - share)[None, :] * weights + chosen
-        inside = (rows < num_rows)[:, None] & (places < size)[None, :]
-        at = grad_mixture + rows.to(tl.int64)[:, None] * grad_mixture_stride + places[None, :]
-        upstream = tl.load(at, mask=inside, other=0.0)
-        result = add_product(rounded(weights * scale, upstream.dtype), upstream, result)
-    written = (actions < num_columns)[:, None] & (places < size)[None, :]
-    result = rounded(result / scale, grad_codebook.dtype.element_ty)
-    tl.store(grad_codebook + actions.to(tl.int64)[:, None] * size + places[None, :], result, mask=written)
-
-
-@triton.jit
-def _grad_scores_tile(
-    program, grad_mixture, grad_log_normalizer, grad_oracle_nll, delta_parts, logits,
-    head_bias, noise, statistics, cut, oracle, oracle_weight, best, codebook, grad_logits, grad_noise,
-    num_rows, num_columns, size, first_column, num_parts, inverse_temperature, grad_mixture_stride,
-    grad_log_normalizer_stride, grad_oracle_nll_stride, logits_stride, noise_stride, codebook_stride,
-    grad_logits_stride, grad_noise_stride, TOP_K: tl.constexpr,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
-):  # fmt: skip
-    # Of ROWS by DEPTH, like the scores' tiles elsewhere: everything at its end is elementwise and in registers.
-    tiles = tl.cdiv(num_columns, DEPTH)
-    rows = program // tiles * ROWS + tl.arange(0, ROWS)
-    columns = program % tiles * DEPTH + tl.arange(0, DEPTH)
-    in_rows = rows < num_rows
-    label, share = load_oracle(oracle, oracle_weight, rows, num_rows)
-    arriving = tl.zeros((ROWS, DEPTH), tl.float32)
-    if grad_mixture is not None:
-        arriving = _grad_probabilities(
-            grad_mixture, codebook, delta_parts, best, rows, columns, grad_mixture_stride, codebook_stride,
-            num_rows, num_columns, size, first_column, num_parts, COLUMNS,
-        ) * (1.0 - share)[:, None]  # fmt: skip
-    if grad_log_normalizer is not None:
-        at = grad_log_normalizer + rows.to(tl.int64) * grad_log_normalizer_stride
-        arriving += tl.load(at, mask=in_rows, other=0.0).to(tl.float32)[:, None]
-    raw, scores = load_scores(
-        logits, head_bias, noise, statistics, cut, rows[:, None], columns[None, :], logits_stride, noise_stride,
-        num_rows, num_columns, first_column, TOP_K,
-    )  # fmt: skip
-    peak = tl.load(statistics + rows, mask=in_rows, other=0.0)
-    log_total = tl.load(statistics + num_rows + rows, mask=in_rows, other=0.0)
-    shares = exponential(scores - peak[:, None], inverse_temperature) * tl.exp(-log_total)[:, None]
-    gradient = shares * arriving * inverse_temperature
-    written = in_rows[:, None] & (columns < num_columns)[None, :]
-    wide = rows.to(tl.int64)[:, None]
-    if grad_noise is not None:
-        at = grad_noise + wide * grad_noise_stride + columns[None, :]
-        tl.store(at, rounded(gradient, grad_noise.dtype.element_ty), mask=written)
-    if grad_logits is not None:
-        if grad_oracle_nll is not None:
-            labelled = in_rows & (label >= 0)
-            at_nll = grad_oracle_nll + rows.to(tl.int64) * grad_oracle_nll_stride
-            upstream = tl.load(at_nll, mask=labelled, other=0.0).to(tl.float32)
-            raw_peak = tl.load(statistics + 2 * num_rows + rows, mask=in_rows, other=0.0)
-            raw_log_total = tl.load(statistics + 3 * num_rows + rows, mask=in_rows, other=0.0)
-            likelihood = exponential(raw - raw_peak[:, None], 1.0) * tl.exp(-raw_log_total)[:, None]
-            hit = label[:, None] == first_column + columns[None, :]
-            gradient += upstream[:, None] * (likelihood - tl.where(hit, 1.0, 0.0))
-        at = grad_logits + wide * grad_logits_stride + columns[None, :]
-        tl.store(at, rounded(gradient, grad_logits.dtype.element_ty), mask=written)
+    for sentence in range(0, upstream.num_rows, DEPTH):
+        sentences = sentence + tl.arange(0, DEPTH)
+        _, weights = _load_probabilities(source, sentences[None, :], actions[:, None], inverse_temperature)
+        if oracle.weight is not None:
+            label, weight = load_oracle(oracle, sentences, upstream.num_rows)
+            hit = label[None, :] == source.first_action + actions[:, None]
+            weights = (1.0 - weight)[None, :] * weights + tl.where(hit, weight[None, :], 0.0)
+        gradient = load_tile(upstream, sentences[:, None], features[None, :])
+        result = add_product(rounded(weights * scale, gradient.dtype), gradient, result)
+    store_tile(result / scale, grad_codebook, actions[:, None], features[None, :])
 
 
 @triton.jit
 def _grad_probabilities(
-    grad_mixture, codebook, delta_parts, best, rows, columns, grad_mixture_stride, codebook_stride,
-    num_rows, num_columns, size, first_column, num_parts, STEP: tl.constexpr,
+    upstream, codebook, delta_partials, best, sentences, actions, first_action, num_partials, STEP: tl.constexpr
 ):  # fmt: skip
     # grad_mixture codebook^T, less its mean under the probabilities: what a softmax passes on.
-    result = tl.zeros((rows.shape[0], columns.shape[0]), tl.float32)
-    for place in range(0, size, STEP):
-        places = place + tl.arange(0, STEP)
-        row_mask = (rows < num_rows)[:, None] & (places < size)[None, :]
-        at_rows = grad_mixture + rows.to(tl.int64)[:, None] * grad_mixture_stride + places[None, :]
-        upstream = tl.load(at_rows, mask=row_mask, other=0.0)
-        column_mask = (places < size)[:, None] & (columns < num_columns)[None, :]
-        at_columns = codebook + columns.to(tl.int64)[None, :] * codebook_stride + places[:, None]
-        actions = tl.load(at_columns, mask=column_mask, other=0.0)
-        result = add_product(upstream, actions, result)
-    delta = _sum_of_parts(delta_parts, rows, rows < num_rows, num_parts)
-    of_best = _sum_of_parts(delta_parts, num_rows + rows, rows < num_rows, num_parts)
-    likeliest = tl.load(best + rows, mask=rows < num_rows, other=-1)
-    is_best = first_column + columns[None, :] == likeliest[:, None]
+    result = tl.zeros((sentences.shape[0], actions.shape[0]), tl.float32)
+    for feature in range(0, codebook.num_columns, STEP):
+        features = feature + tl.arange(0, STEP)
+        gradient = load_tile(upstream, sentences[:, None], features[None, :])
+        embeddings = load_tile(codebook, actions[None, :], features[:, None])
+        result = add_product(gradient, embeddings, result)
+    inside = sentences < upstream.num_rows
+    delta = _sum_partials(delta_partials, sentences, inside, num_partials)
+    of_best = _sum_partials(delta_partials, upstream.num_rows + sentences, inside, num_partials)
+    likeliest = tl.load(best + sentences, mask=inside, other=-1)
+    is_best = first_action + actions[None, :] == likeliest[:, None]
     return tl.where(is_best, of_best[:, None], result - delta[:, None])
 
 
 @triton.jit
-def _sum_of_parts(parts, rows, in_rows, num_parts):
+def _sum_partials(partials, rows, inside, num_partials):
     total = tl.zeros((rows.shape[0],), tl.float32)
-    for first in range(0, num_parts, 16):
-        part = first + tl.arange(0, 16)
-        inside = in_rows[:, None] & (part < num_parts)[None, :]
-        at = parts + rows.to(tl.int64)[:, None] * num_parts + part[None, :]
-        total += tl.sum(tl.load(at, mask=inside, other=0.0), 1)
+    for first in range(0, num_partials, 16):
+        columns = first + tl.arange(0, 16)
+        at = partials + rows.to(tl.int64)[:, None] * num_partials + columns[None, :]
+        total += tl.sum(tl.load(at, mask=inside[:, None] & (columns < num_partials)[None, :], other=0.0), 1)
     return total

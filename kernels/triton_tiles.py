@@ -32,7 +32,6 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -66,15 +65,7 @@ class Tiles:
 
 @dataclass(frozen=True)
 class Launch:
-    """One launch, as observers see it.
-
-    Attributes:
-        kernel (Any): the Triton kernel.
-        grid (tuple[int, ...]): number of programs along each axis.
-        tiles (Tiles): the configuration.
-        reads, writes (tuple[Tensor | int, ...]): whole tensors, or the bytes of a part of one.
-        arguments (dict[str, Any]): the kernel's arguments by name, without those that `tiles` fills.
-    """
+    """One launch, as observers see it: what `launch` was given, and all of the kernel's arguments but `constants`."""
 
     kernel: Any
     grid: tuple[int, ...]
@@ -86,50 +77,40 @@ class Launch:
 
 _WIDE, _FLAT = Tiles(128, 128, 64, 8, 3), Tiles(64, 128, 64, 8, 3)
 _SHALLOW, _FLAT_SHALLOW = Tiles(128, 128, 16, 8, 3), Tiles(64, 128, 32, 8, 3)
-_HALF: dict[int, dict[str, tuple[Tiles, ...]]] = {
-    80: {
-        "mixture_fwd": (_FLAT_SHALLOW, _SHALLOW),
-        "projection_fwd": (_FLAT,),
-        "projection_bwd": (_WIDE, _FLAT),
-        "mixture_bwd": (_WIDE, Tiles(128, 128, 32, 8, 3)),
+_HALF: dict[str, dict[int, tuple[Tiles, ...]]] = {
+    "mixture_fwd": {
+        80: (_FLAT_SHALLOW, _SHALLOW),
+        90: (Tiles(128, 128, 32, 8, 3), Tiles(64, 256, 32, 8, 3), _FLAT_SHALLOW),
+        100: (Tiles(128, 128, 32, 8, 2), _SHALLOW, _FLAT_SHALLOW),
+        120: (_FLAT_SHALLOW, _SHALLOW),
     },
-    90: {
-        "mixture_fwd": (Tiles(128, 128, 32, 8, 3), Tiles(64, 256, 32, 8, 3), _FLAT_SHALLOW),
-        "projection_fwd": (_WIDE, _FLAT),
-        "projection_bwd": (_WIDE, _FLAT),
-        "mixture_bwd": (_WIDE, _FLAT),
+    "projection_fwd": {
+        80: (_FLAT,),
+        90: (_WIDE, _FLAT),
+        100: (_WIDE, _FLAT),
+        120: (Tiles(64, 128, 64, 8, 2), Tiles(128, 64, 64, 8, 2)),
     },
-    100: {
-        "mixture_fwd": (Tiles(128, 128, 32, 8, 2), _SHALLOW, _FLAT_SHALLOW),
-        "projection_fwd": (_WIDE, _FLAT),
-        "projection_bwd": (_WIDE, _FLAT),
-        "mixture_bwd": (Tiles(128, 128, 64, 8, 2), _FLAT),
-    },
-    120: {
-        "mixture_fwd": (_FLAT_SHALLOW, _SHALLOW),
-        "projection_fwd": (Tiles(64, 128, 64, 8, 2), Tiles(128, 64, 64, 8, 2)),
-        "projection_bwd": (_WIDE, _FLAT),
-        "mixture_bwd": (_WIDE, _FLAT),
+    "projection_bwd": dict.fromkeys(ARCHITECTURES, (_WIDE, _FLAT)),
+    "mixture_bwd": {
+        80: (_WIDE, Tiles(128, 128, 32, 8, 3)),
+        90: (_WIDE, _FLAT),
+        100: (Tiles(128, 128, 64, 8, 2), _FLAT),
+        120: (_WIDE, _FLAT),
     },
 }
-_SQUARE, _SQUARE_SHALLOW = Tiles(64, 64, 32, 4, 2), Tiles(64, 64, 16, 4, 2)
-_FULL: dict[int, dict[str, tuple[Tiles, ...]]] = {
-    architecture: {
-        "mixture_fwd": (_SQUARE_SHALLOW,),
-        "projection_fwd": (_SQUARE_SHALLOW if architecture in (80, 120) else _SQUARE,),
-        "projection_bwd": (_SQUARE,),
-        "mixture_bwd": (
-            Tiles(64, 64, 32, 8, 2) if architecture == 120 else _SQUARE,
-        ),  # with four warps it spills there
-    }
-    for architecture in ARCHITECTURES
+_SQUARE, _SQUARE_SHALLOW = (Tiles(64, 64, 32, 4, 2),), (Tiles(64, 64, 16, 4, 2),)
+_FULL: dict[str, dict[int, tuple[Tiles, ...]]] = {
+    "mixture_fwd": dict.fromkeys(ARCHITECTURES, _SQUARE_SHALLOW),
+    "projection_fwd": {80: _SQUARE_SHALLOW, 90: _SQUARE, 100: _SQUARE, 120: _SQUARE_SHALLOW},
+    "projection_bwd": dict.fromkeys(ARCHITECTURES, _SQUARE),
+    # With four warps it spills on sm_120.
+    "mixture_bwd": {80: _SQUARE, 90: _SQUARE, 100: _SQUARE, 120: (Tiles(64, 64, 32, 8, 2),)},
 }
 RAGGED = Tiles(64, 64, 16, 8, 1)
 _ELEMENTWISE = {
     "combine_fwd": (Tiles(16, 128),),
     "add_plan_fwd": (Tiles(16, 256), Tiles(8, 256)),
     "add_plan_bwd": (Tiles(16, 128), Tiles(16, 64, num_warps=2)),  # with four, the gate's part spills on sm_90
-    "gate_bwd": (Tiles(32, 64),),
 }
 
 
@@ -139,7 +120,7 @@ def candidates(kernel: str, kind: str, architecture: int) -> tuple[Tiles, ...]:
         return (Tiles(16, 16, 16),)  # the interpreter: small, so that small tests have several of every kind
     if kernel in _ELEMENTWISE:
         return _ELEMENTWISE[kernel]
-    return (RAGGED,) if kind == "ragged" else (_HALF if kind == "half" else _FULL)[architecture][kernel]
+    return (RAGGED,) if kind == "ragged" else (_HALF if kind == "half" else _FULL)[kernel][architecture]
 
 
 def kind_of(operand: Tensor, matrices: Iterable[Tensor | None]) -> str:
@@ -184,14 +165,19 @@ def launch(
     Args:
         kernel (Any): the Triton kernel.
         grid (tuple[int, ...]): number of programs along each axis.
-        tiles (Tiles): fills the kernel's ROWS, COLUMNS and DEPTH, as far as it has them, and the options.
+        tiles (Tiles): the `constants`, and the options.
         reads, writes (Sequence[Tensor | int | None]): what the kernel touches, for observers: whole tensors, or the
             bytes of a part of one; None is left out.
-        **arguments (Any): the kernel's other arguments, by name.
+        **arguments (Any): the kernel's arguments, by name, less the `constants` and strides: its `NAME_stride` is the
+            row stride of its `NAME`.
     """
     if 0 in grid:
         return
     touched = [tuple(item for item in items if item is not None) for items in (reads, writes)]
+    for name in kernel.arg_names:
+        if name.endswith("_stride"):
+            matrix = arguments[name.removesuffix("_stride")]
+            arguments[name] = 0 if matrix is None else matrix.stride(0)
     request = Launch(kernel, grid, tiles, touched[0], touched[1], arguments)
     if _observer is not None and not _observer(request):
         return
@@ -222,7 +208,7 @@ def num_processors(device: torch.device) -> int:
 
 
 def with_unit_columns(matrix: Tensor) -> Tensor:
-    """The matrix itself where its rows are dense, else a contiguous copy: what every kernel asks of a matrix."""
+    """The matrix itself where its columns are adjacent, else a contiguous copy: what every kernel asks of a matrix."""
     return matrix if matrix.stride(1) == 1 else matrix.contiguous()
 
 
@@ -256,13 +242,9 @@ def choose_tiles(
     return winners[key]
 
 
-def _cache_file() -> Path:
-    return environment.cache() / "tiles.json"
-
-
 @cache
 def _winners() -> dict[str, Tiles]:
-    path = _cache_file()
+    path = environment.cache() / "tiles.json"
     try:
         return {key: Tiles(**entry) for key, entry in json.loads(path.read_text()).items()}
     except FileNotFoundError:
@@ -273,7 +255,7 @@ def _winners() -> dict[str, Tiles]:
 
 
 def _save(winners: dict[str, Tiles]) -> None:
-    path = _cache_file()
+    path = environment.cache() / "tiles.json"
     partial = path.with_suffix(f".{os.getpid()}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

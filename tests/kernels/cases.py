@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from planlm import selections
+from planlm.kernels import PlanProjection, use_backend
 from planlm.kernels.reference import SELECTIONS, STRAIGHT_THROUGH
 
+HALVES = [torch.bfloat16, torch.float16]
 STEPPED = STRAIGHT_THROUGH
 """Selections whose forward is a step function of the logits while their gradient is that of the soft mixture."""
 PLANNING = tuple(name for name in SELECTIONS if selections.SELECTIONS[name].trains_planner)
 """Selections whose mixture sends a gradient to the planner."""
 MIXINGS = ("unlabelled", "labelled", "number", "rows")
-"""No oracle; oracle for the cross-entropy alone; one share for all rows; a share per row."""
+"""No oracle; oracle for the cross-entropy alone; one weight for all sentences; a weight each."""
 
 
 def random(*shape: int, generator: torch.Generator, dtype: torch.dtype = torch.float64) -> Tensor:
@@ -75,7 +77,7 @@ def projection_options(
     dtype: torch.dtype = torch.float64,
     seed: int = 0,
 ) -> dict[str, Any]:
-    """Options that a selection takes; noise and a share per row require gradients. Every third label is missing."""
+    """Options that a selection takes; noise and a weight each require gradients. Every third label is missing."""
     generator = torch.Generator().manual_seed(seed + 2)
     options: dict[str, Any] = {"selection": selection, "temperature": temperature}
     if selection.startswith("gumbel"):
@@ -90,8 +92,8 @@ def projection_options(
     if mixing == "number":
         options["oracle_weight"] = 0.3
     elif mixing == "rows":
-        share = 0.1 + 0.8 * torch.rand(num_sentences, generator=generator, dtype=torch.float64)
-        options["oracle_weight"] = share.to(dtype).requires_grad_()
+        weights = 0.1 + 0.8 * torch.rand(num_sentences, generator=generator, dtype=torch.float64)
+        options["oracle_weight"] = weights.to(dtype).requires_grad_()
     return options
 
 
@@ -108,12 +110,37 @@ def upstream(outputs: Sequence[Tensor], seed: int = 9) -> list[Tensor]:
 
 
 def gradients(outputs: Sequence[Tensor], wanted: Mapping[str, Tensor], seed: int = 9) -> dict[str, Tensor]:
-    """Gradients of random upstream gradients for each wanted tensor; zeros where none arrives."""
+    """Gradients of random upstream gradients for each wanted tensor; zeros where none reaches it."""
     pairs = [(out, up) for out, up in zip(outputs, upstream(outputs, seed), strict=True) if out.requires_grad]
     found = torch.autograd.grad(
         [out for out, _ in pairs], list(wanted.values()), [up for _, up in pairs], materialize_grads=True
     )
     return dict(zip(wanted, found, strict=True))
+
+
+def sorted_ids(num_tokens: int, num_segments: int) -> Tensor:
+    """Ids that never fall, a fifth of them -1, some segments without a token."""
+    if num_segments == 0:
+        return torch.full((num_tokens,), -1)
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(num_segments, (num_tokens,), generator=generator).sort().values
+    return ids.masked_fill(torch.rand(num_tokens, generator=generator) < 0.2, -1)
+
+
+def run(
+    function: Callable[..., PlanProjection], inputs: Mapping[str, Any], options: Mapping[str, Any]
+) -> tuple[PlanProjection, dict[str, Tensor]]:
+    """Outputs of a function, and gradients of every leaf."""
+    outputs = function(**inputs, **options)
+    return outputs, gradients(outputs, leaves(inputs, options))
+
+
+def truth(
+    function: Callable[..., PlanProjection], inputs: Mapping[str, Any], options: Mapping[str, Any]
+) -> tuple[PlanProjection, dict[str, Tensor]]:
+    """`run` on the reference in float64."""
+    with use_backend("reference"):
+        return run(function, in_float64(inputs), in_float64(options))
 
 
 def in_float64(group: Mapping[str, Any]) -> dict[str, Any]:

@@ -17,23 +17,26 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from planlm.kernels import (
+    PlanProjection,
     plan_projection,
-    reference,
+    plan_projection_from_hidden,
     triton_addition,
     triton_projection,
     triton_tiles,
     use_backend,
 )
+from planlm.kernels.contract import ProjectionGradients, ProjectionInputs, ProjectionOutputs, Statistic
 
 from .cases import (
+    HALVES,
     assert_close,
     gradients,
     hidden_inputs,
-    in_float64,
     leaves,
     projection_inputs,
     projection_options,
     relative_error,
+    truth,
     upstream,
 )
 from .naive import plan_projection_eager
@@ -43,48 +46,41 @@ SPLIT = (5, 70, 17, 20)
 TILED = (20, 40, 33, 18)
 """At least two tiles in every dimension."""
 SHAPES = [(1, 1, 1, 1), (5, 7, 3, 4), (16, 32, 16, 16), SPLIT, TILED]
-GRADIENTS = ("source", "head", "head_bias", "codebook", "weight", "bias", "noise", "oracle_weight")
-HALVES = [torch.bfloat16, torch.float16]
 
 
-def arguments(inputs: dict[str, Tensor], options: dict[str, Any]) -> list[Any]:
-    """The backend's positional arguments."""
-    share = options.get("oracle_weight")
+def arguments(inputs: dict[str, Tensor], options: dict[str, Any]) -> ProjectionInputs:
+    """The backend's arguments."""
+    weight = options.get("oracle_weight")
     source = inputs["hidden"] if "hidden" in inputs else inputs["logits"]
-    if isinstance(share, float):
-        share = torch.full((len(source),), share)
-    named = {**inputs, **options, "source": source, "oracle_weight": share}
-    order = (*GRADIENTS[:7], "oracle", "oracle_weight")
-    values = [named.get(name) for name in order]
-    detached = [value.detach() if isinstance(value, Tensor) else value for value in values]
-    return [*detached, options.get("temperature", 1.0), options.get("top_k") or 0]
+    if isinstance(weight, float):
+        weight = torch.full((len(source),), weight)
+    defaults = {"temperature": 1.0, "top_k": 0}
+    named = {**defaults, **inputs, **options, "source": source, "oracle_weight": weight}
+    values = (named.get(name) for name in ProjectionInputs._fields)
+    return ProjectionInputs(*(value.detach() if isinstance(value, Tensor) else value for value in values))
 
 
 def backward(
-    given: list[Any], outputs: tuple[Tensor, ...], ups: list[Tensor | None], *needed: str
+    given: ProjectionInputs, outputs: ProjectionOutputs, ups: list[Tensor | None], *needed: str
 ) -> dict[str, Tensor]:
     """The backend's gradients by name; all of them unless some are named."""
-    *tensors, temperature, top_k = given
-    present = [tensor is not None for index, tensor in enumerate(tensors) if index != 7]
-    needs = [here and (not needed or name in needed) for here, name in zip(present, GRADIENTS, strict=True)]
-    found = triton_projection.plan_projection_backward(*ups, *tensors, *outputs[3:], temperature, top_k, needs)
+    names = ProjectionGradients._fields
+    needs = [getattr(given, name) is not None and (not needed or name in needed) for name in names]
+    found = triton_projection.plan_projection_backward(*ups, *given[:9], *outputs[3:], *given[9:], needs)
     assert all(gradient.numel() == 0 for gradient, need in zip(found, needs, strict=True) if not need)
-    return {name: gradient for name, gradient, need in zip(GRADIENTS, found, needs, strict=True) if need}
+    return {name: gradient for name, gradient, need in zip(names, found, needs, strict=True) if need}
 
 
-def run(inputs: dict[str, Tensor], options: dict[str, Any]) -> tuple[tuple[Tensor, ...], dict[str, Tensor]]:
+def run(inputs: dict[str, Tensor], options: dict[str, Any]) -> tuple[ProjectionOutputs, dict[str, Tensor]]:
     """Outputs and all gradients of the random upstream gradients of `cases.upstream`."""
     given = arguments(inputs, options)
     outputs = triton_projection.plan_projection(*given)
     return outputs, backward(given, outputs, upstream(outputs[:3]))
 
 
-def exact(inputs: dict[str, Tensor], options: dict[str, Any]) -> tuple[reference.PlanProjection, dict[str, Tensor]]:
+def exact(inputs: dict[str, Tensor], options: dict[str, Any]) -> tuple[PlanProjection, dict[str, Tensor]]:
     """The same of the reference in float64, gradients by the backend's names."""
-    inputs, options = in_float64(inputs), in_float64(options)
-    function = reference.plan_projection_from_hidden if "hidden" in inputs else reference.plan_projection
-    outputs = function(**inputs, **options)
-    found = gradients(outputs, leaves(inputs, options))
+    outputs, found = truth(plan_projection_from_hidden if "hidden" in inputs else plan_projection, inputs, options)
     return outputs, {"source" if name in ("logits", "hidden") else name: value for name, value in found.items()}
 
 
@@ -181,7 +177,7 @@ def test_top_k_keeps_the_lower_of_equal_actions_across_chunks() -> None:
     check(inputs, options)
     outputs = triton_projection.plan_projection(*arguments(inputs, options))
     logits = inputs["hidden"] @ inputs["head"].T + inputs["head_bias"]
-    assert torch.equal(outputs[6], logits.argsort(dim=1, descending=True, stable=True)[:, 39])
+    assert torch.equal(outputs.tie_index, logits.argsort(dim=1, descending=True, stable=True)[:, 39])
 
 
 def test_masked_logits() -> None:
@@ -197,31 +193,35 @@ def test_rows_without_an_oracle_action() -> None:
     options["oracle_weight"] = options["oracle_weight"].detach().float().requires_grad_()
     check(inputs, options)
     outputs, found = run(inputs, options)
-    assert not outputs[2].any()
+    assert not outputs.oracle_nll.any()
     assert not found["oracle_weight"].any()
 
 
 def test_statistics() -> None:
     inputs = projection_inputs(*SPLIT, dtype=torch.float32)
     options = projection_options("gumbel", "labelled", *SPLIT[:2], dtype=torch.float32)
-    *_, best, mixture, statistics, cut = triton_projection.plan_projection(*arguments(inputs, options))
+    *_, best, mixture, statistics, tie_index = triton_projection.plan_projection(*arguments(inputs, options))
     logits, actions = inputs["logits"].detach(), inputs["codebook"].detach()
     scores = logits + options["noise"].detach()
     assert torch.equal(best, scores.argmax(1))
     assert_close("mixture", mixture, (scores / 0.7).softmax(1) @ actions, 1e-5)
-    assert torch.equal(statistics[0], scores.amax(1))
-    assert torch.equal(statistics[2], logits.amax(1))
-    assert_close("log of the sum", statistics[1], ((scores - scores.amax(1)[:, None]) / 0.7).logsumexp(1), 1e-5)
-    assert_close("log of the raw sum", statistics[3], (logits - logits.amax(1)[:, None]).logsumexp(1), 1e-5)
-    assert bool((statistics[4] == -torch.inf).all())
-    assert bool((cut == 69).all())
+    score_max, logit_max = scores.amax(1), logits.amax(1)
+    assert torch.equal(statistics[Statistic.SCORE_MAX], score_max)
+    assert torch.equal(statistics[Statistic.LOGIT_MAX], logit_max)
+    for row, log_sum in (
+        (Statistic.SCORE_LOG_SUM, ((scores - score_max[:, None]) / 0.7).logsumexp(1)),
+        (Statistic.LOGIT_LOG_SUM, (logits - logit_max[:, None]).logsumexp(1)),
+    ):
+        assert_close(row.name, statistics[row], log_sum, 1e-5)
+    assert bool((statistics[Statistic.THRESHOLD] == -torch.inf).all())
+    assert bool((tie_index == 69).all())
 
 
 def test_the_lowest_of_equal_actions_is_best() -> None:
     inputs = projection_inputs(*SPLIT, dtype=torch.float32)
     logits = torch.zeros(5, 70)
     logits[1, [33, 40, 69]] = 2.0
-    best = triton_projection.plan_projection(*arguments({**inputs, "logits": logits}, {}))[3]
+    best = triton_projection.plan_projection(*arguments({**inputs, "logits": logits}, {})).best
     assert best.tolist() == [0, 33, 0, 0, 0]
 
 
@@ -229,13 +229,13 @@ def test_statistics_alone() -> None:
     inputs = projection_inputs(*TILED, dtype=torch.float32)
     options = projection_options("soft", "labelled", *TILED[:2], dtype=torch.float32)
     whole = run(inputs, options)[0]
-    given = arguments(inputs, options)
-    given[3:6] = None, None, None
+    given = arguments(inputs, options)._replace(codebook=None, weight=None, bias=None)
     outputs = triton_projection.plan_projection(*given)
-    assert outputs[0].shape == outputs[4].shape == (20, 0)
+    assert outputs.projected.shape == outputs.mixture.shape == (20, 0)
     for got, want in zip((*outputs[1:4], outputs[5][:4]), (*whole[1:4], whole[5][:4]), strict=True):
         assert_close("statistics", got.float(), want.float(), 1e-6)
-    wanted = gradients(reference.plan_projection(**inputs, **options)[1:], {"logits": inputs["logits"]})
+    with use_backend("reference"):
+        wanted = gradients(plan_projection(**inputs, **options)[1:], {"logits": inputs["logits"]})
     found = backward(given, outputs, [None, *upstream(outputs[1:3])])
     assert_close("gradient", found["source"], wanted["logits"], 1e-5)
 
@@ -245,9 +245,8 @@ def test_associated_the_other_way() -> None:
     options = projection_options("soft", "rows", *TILED[:2], dtype=torch.float32)
     outputs, found = run(inputs, options)
     with torch.no_grad():
-        rows = inputs["codebook"] @ inputs["weight"].T
-    given = arguments(inputs, options)
-    given[3:5] = rows, None
+        projected = inputs["codebook"] @ inputs["weight"].T
+    given = arguments(inputs, options)._replace(codebook=projected, weight=None)
     others = triton_projection.plan_projection(*given)
     assert_close("projected", others[0], outputs[0], 1e-5)
     again = backward(given, others, upstream(others[:3]))
@@ -278,14 +277,14 @@ def test_each_gradient_alone_is_the_same() -> None:
         assert torch.equal(got[name], want), name
 
 
-@pytest.mark.parametrize("arriving", [(0,), (1,), (2,), (1, 2)], ids=str)
-def test_outputs_without_a_gradient(arriving: tuple[int, ...]) -> None:
+@pytest.mark.parametrize("present", [(0,), (1,), (2,), (1, 2)], ids=str)
+def test_outputs_without_a_gradient(present: tuple[int, ...]) -> None:
     inputs = projection_inputs(*SPLIT, dtype=torch.float32)
     options = projection_options("gumbel", "rows", *SPLIT[:2], dtype=torch.float32)
     given = arguments(inputs, options)
     outputs = triton_projection.plan_projection(*given)
-    ups = [up if index in arriving else None for index, up in enumerate(upstream(outputs[:3]))]
-    zeros = [up if index in arriving else 0 * up for index, up in enumerate(upstream(outputs[:3]))]
+    ups = [up if index in present else None for index, up in enumerate(upstream(outputs[:3]))]
+    zeros = [up if index in present else 0 * up for index, up in enumerate(upstream(outputs[:3]))]
     want = backward(given, outputs, zeros)
     for name, got in backward(given, outputs, ups).items():
         assert_close(f"gradient of {name}", got, want[name], 1e-6)
@@ -382,13 +381,13 @@ def test_launches() -> None:
     for architecture in triton_tiles.ARCHITECTURES:
         seen.clear()
         ids = torch.empty(4096, dtype=torch.int64, device="meta")
-        given = (empty(4096, 1024), None, None, empty(1024, 768), empty(768, 768), empty(768), None, None, None)
+        matrices = {"logits": empty(4096, 1024), "codebook": empty(1024, 768), "weight": empty(768, 768)}
+        given = arguments({**matrices, "bias": empty(768)}, {})
         with triton_tiles.observed(note, architecture):
-            outputs = triton_projection.plan_projection(*given, 1.0, 0)
-            needs = [tensor is not None for tensor in given[:7]] + [False]
-            triton_projection.plan_projection_backward(outputs[0], None, None, *given, *outputs[3:], 1.0, 0, needs)
-            triton_addition.add_plan(empty(4096, 768), outputs[0], ids, None)
-            triton_addition.add_plan_backward(empty(4096, 768), outputs[0], ids, None, [True, False])
+            outputs = triton_projection.plan_projection(*given)
+            backward(given, outputs, [outputs.projected, None, None])
+            triton_addition.add_plan(empty(4096, 768), outputs.projected, ids, None)
+            triton_addition.add_plan_backward(empty(4096, 768), outputs.projected, ids, None, [True, False])
         assert seen == [
             "mixture_fwd_kernel", "projection_fwd_kernel", "projection_bwd_kernel", "mixture_bwd_kernel",
             "add_plan_fwd_kernel", "add_plan_bwd_kernel",

@@ -9,9 +9,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from planlm.kernels import StackedPlan, add_plan, reference, triton_addition, use_backend
 
-from .cases import assert_close, gradients, in_float64, random, upstream
-
-HALVES = [torch.bfloat16, torch.float16]
+from .cases import HALVES, assert_close, gradients, in_float64, random, sorted_ids, upstream
 
 
 @pytest.mark.parametrize("gated", [True, False])
@@ -22,13 +20,6 @@ def test_opcheck_addition(gated: bool) -> None:
     with use_backend("triton"):
         add_plan(x, plan, ids, gate)
     torch.library.opcheck(torch.ops.planlm_interpreted.add_plan.default, (x, plan, ids, gate))
-
-
-def sorted_ids(num_tokens: int, num_segments: int) -> Tensor:
-    """Ids that never fall, a fifth of them -1, some segments without a token."""
-    generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(max(num_segments, 1), (num_tokens,), generator=generator).sort().values
-    return ids.masked_fill(torch.rand(num_tokens, generator=generator) < 0.2, -1)
 
 
 def check_addition(inputs: dict[str, Tensor], ids: Tensor, tolerance: float) -> None:
@@ -63,8 +54,7 @@ def test_add_plan(shape: tuple[int, int, int], gated: bool) -> None:
     }
     if gated:
         inputs["gate"] = random(size, generator=generator, dtype=torch.float32)
-    ids = sorted_ids(num_tokens, num_segments) if num_segments > 0 else torch.full((num_tokens,), -1)
-    check_addition(inputs, ids, 1e-5)
+    check_addition(inputs, sorted_ids(num_tokens, num_segments), 1e-5)
 
 
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
@@ -194,9 +184,9 @@ def test_stacked_plan_used_in_other_ways() -> None:
 
             first, again, third = add(0), add(0), add(2)
             found = list(torch.autograd.grad([first], [plans[0]], [ups[0]], retain_graph=True))  # not to the split
-            outputs, arriving = [first, again, third], [ups[0], 2 * ups[0], ups[2]]
+            outputs, of_outputs = [first, again, third], [ups[0], 2 * ups[0], ups[2]]
             for _ in range(2):
-                found += torch.autograd.grad(outputs, [projected, inputs["x0"]], arriving, retain_graph=True)
+                found += torch.autograd.grad(outputs, [projected, inputs["x0"]], of_outputs, retain_graph=True)
             found += torch.autograd.grad([third], [projected], [ups[2]])
             results.append(found)
     for mine, theirs in zip(*results, strict=True):

@@ -9,19 +9,10 @@ import torch
 
 from planlm.kernels import add_plan
 
-from .cases import assert_close, gradients, random, upstream
+from .cases import assert_close, gradients, random, sorted_ids, upstream
 from .naive import add_plan_loop
 
 pytestmark = pytest.mark.usefixtures("backend")
-
-
-def sorted_ids(num_tokens: int, num_segments: int, seed: int = 0) -> torch.Tensor:
-    """Ids that never fall, a fifth of them -1, some segments without a token."""
-    generator = torch.Generator().manual_seed(seed)
-    if num_segments == 0:
-        return torch.full((num_tokens,), -1)
-    ids = torch.randint(num_segments, (num_tokens,), generator=generator).sort().values
-    return ids.masked_fill(torch.rand(num_tokens, generator=generator) < 0.2, -1)
 
 
 @pytest.mark.parametrize("gated", [True, False], ids=["gate", "no gate"])

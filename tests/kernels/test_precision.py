@@ -8,6 +8,7 @@ import torch
 from planlm.kernels import add_plan, plan_projection, plan_projection_from_hidden
 
 from .cases import (
+    HALVES,
     SELECTIONS,
     assert_close,
     gradients,
@@ -23,7 +24,6 @@ from .naive import plan_projection_eager
 
 pytestmark = pytest.mark.usefixtures("backend")
 
-HALVES = [torch.bfloat16, torch.float16]
 SHAPE = (65, 130, 33, 47)
 
 
