@@ -105,8 +105,8 @@ class StepRow(harness.Row):
         return self.flops / self.median / self.rate
 
 
-def make_batch(case: Case) -> PlanBatch:
-    """Sequences of one document each, without padding."""
+def make_batch(case: Case, documents: int = 1) -> PlanBatch:
+    """Sequences of as many documents each, without padding."""
     random = torch.Generator().manual_seed(0)
     vocabulary, shape = MODELS[case.model].vocab_size, (case.batch_size, case.window)
     sentences = -(-case.window // SENTENCE)  # of a sequence
@@ -116,7 +116,7 @@ def make_batch(case: Case) -> PlanBatch:
     ordinals = torch.arange(sentences)
     return PlanBatch(
         input_ids=torch.randint(vocabulary, shape, generator=random),
-        position_ids=torch.arange(case.window).expand(shape),
+        position_ids=(torch.arange(case.window) % -(-case.window // documents)).expand(shape),
         labels=torch.randint(vocabulary, shape, generator=random),
         plan=PlanInputs(
             segment_ids=within + sentences * sequences[:, None],
@@ -208,12 +208,12 @@ def authors_joint(case: Case) -> Step:
 
 def planlm_plain(case: Case) -> Step:
     """`planlm train --selection none`."""
-    return _planlm(case, "none")
+    return _planlm(case, "none", documents=1)
 
 
-def planlm_joint(case: Case) -> Step:
+def planlm_joint(case: Case, documents: int = 1) -> Step:
     """`planlm train`, planner and codebook training."""
-    return _planlm(case, "soft")
+    return _planlm(case, "soft", documents)
 
 
 PLAIN = ("trainer plain", "planlm plain")
@@ -228,7 +228,7 @@ PROVIDERS: dict[str, Callable[[Case], Step]] = {
 }
 
 
-def _planlm(case: Case, selection: str) -> Step:
+def _planlm(case: Case, selection: str, documents: int) -> Step:
     lm = make_lm(case)
     config = PlanLMConfig(
         text_config=lm.config,
@@ -253,7 +253,7 @@ def _planlm(case: Case, selection: str) -> Step:
     for group in groups:
         for parameter in group.parameters.values():
             parameter.requires_grad_(True)
-    batch = make_batch(case)
+    batch = make_batch(case, documents)
     task = Task(parallel, groups, loader=None, accumulate=1, steps=1, backward=objective.backward)  # type: ignore[arg-type]
     optimizer = make_optimizer(groups, 0.0)
     return lambda: update(task, optimizer, 0, [batch], train).figures["loss"]
