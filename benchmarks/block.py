@@ -28,7 +28,7 @@ from torch import Tensor
 
 from benchmarks.harness import timed
 from planlm.kernels import StackedPlan, plan_projection
-from planlm.training.flops import matrix_product_rate
+from planlm.precision import matrix_product_rate
 
 
 @dataclass(frozen=True)

@@ -25,10 +25,10 @@ from typing import Any, TypeVar
 import torch
 
 from planlm.arguments import Parser
-from planlm.doctor import _processor_name
 from planlm.errors import InputError, MachineError
 from planlm.files import write_text
 from planlm.kernels.backend import choose
+from planlm.precision import device_name
 
 Result = TypeVar("Result")
 
@@ -319,7 +319,7 @@ def provenance(device: torch.device) -> dict[str, Any]:
     cuda = device.type == "cuda"
     backend = choose("plan_projection", device, torch.float32)
     return {
-        "device": torch.cuda.get_device_name(device) if cuda else _processor_name(),
+        "device": device_name(device),
         "driver": _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader") if cuda else None,
         "threads": torch.get_num_threads(),
         **{package: _version(package) for package in ("torch", "triton", "planlm")},

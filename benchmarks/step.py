@@ -28,10 +28,10 @@ from planlm.model.families import input_width, output_projections
 from planlm.model.modeling import PlanLMForCausalLM
 from planlm.model.planner import Planner
 from planlm.plan_inputs import PlanInputs
-from planlm.precision import autocast
+from planlm.precision import autocast, matrix_product_rate
 from planlm.progress import process_memory
-from planlm.report.tables import _align as align
-from planlm.training.flops import lm_flops, matrix_product_rate
+from planlm.report.tables import align
+from planlm.training.flops import lm_flops
 from planlm.training.groups import make_optimizer
 from planlm.training.loop import Task, update
 from planlm.training.parallel import Parallel

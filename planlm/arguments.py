@@ -77,28 +77,24 @@ def _build(config_class: type[Config], prog: str, epilog: str) -> Parser:
 
 
 def _add(group: argparse._ArgumentGroup, field: dataclasses.Field[Any], kind: type) -> None:
-    text = _help(field).replace("%", "%%")
+    about: dict[str, Any] = {"help": _help(field).replace("%", "%%")}
     if field.metadata["positional"]:
-        group.add_argument(
-            field.name,
-            nargs="*" if kind is tuple else "?",
-            default=argparse.SUPPRESS,
-            metavar=_metavar(field),
-            help=text,
-        )
+        nargs = "*" if kind is tuple else "?"
+        group.add_argument(field.name, nargs=nargs, default=argparse.SUPPRESS, metavar=_metavar(field), **about)
     elif kind is bool:
-        group.add_argument(_flag(field), action=argparse.BooleanOptionalAction, help=text)
+        group.add_argument(_flag(field), action=argparse.BooleanOptionalAction, **about)
+    elif field.metadata["choices"]:
+        group.add_argument(_flag(field), choices=field.metadata["choices"], **about)
     else:
-        metavar = None if field.metadata["choices"] else {int: "N", float: "X"}.get(kind, _metavar(field))
-        group.add_argument(_flag(field), type=kind, choices=field.metadata["choices"], metavar=metavar, help=text)
+        metavar = {int: "N", float: "X"}.get(kind, _metavar(field))
+        group.add_argument(_flag(field), type=kind, metavar=metavar, **about)
 
 
 def _help(field: dataclasses.Field[Any]) -> str:
     """The field's help with its default; a default of None is explained by the help itself."""
-    if field.default is dataclasses.MISSING or field.default is None:
-        return str(field.metadata["help"])
-    default = {True: "yes", False: "no"}[field.default] if isinstance(field.default, bool) else field.default
-    return f"{field.metadata['help']} (default: {default})"
+    default = ("no", "yes")[field.default] if isinstance(field.default, bool) else field.default
+    shown = "" if default is dataclasses.MISSING or default is None else f" (default: {default})"
+    return f"{field.metadata['help']}{shown}"
 
 
 def _required(config_class: type[Config]) -> list[dataclasses.Field[Any]]:

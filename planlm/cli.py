@@ -25,9 +25,8 @@ from typing import Any
 from planlm import __version__, arguments, config, show
 from planlm.errors import InputError, MachineError
 from planlm.home import ensure_home
-from planlm.quiet import silence_libraries
 from planlm.ranks import local_rank, rank, world_size
-from planlm.terminal import encodable, open_streams, visible
+from planlm.terminal import encodable, open_streams, silence_libraries, visible
 
 
 @dataclasses.dataclass(frozen=True)

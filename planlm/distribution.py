@@ -17,22 +17,11 @@ from torch import Tensor
 from torch.distributed.rendezvous import rendezvous
 
 from planlm.errors import InputError, MachineError
+from planlm.heartbeat import Heartbeat
 from planlm.precision import CPU, device
-from planlm.pulse import Pulse
-from planlm.ranks import local_rank, master_address, rank, world_size
-
-__all__ = [
-    "RankZeroFailed",
-    "all_reduce",
-    "all_reduce_sum",
-    "any_rank",
-    "barrier",
-    "broadcast_text",
-    "on_rank_zero",
-    "process_group",
-    "rank",
-    "world_size",
-]  # fmt: skip
+from planlm.ranks import local_rank, master_address
+from planlm.ranks import rank as rank
+from planlm.ranks import world_size as world_size
 
 Result = TypeVar("Result")
 
@@ -43,7 +32,7 @@ COLLECTIVE_TIMEOUT = timedelta(hours=1)
 """Of what all do together, a step say: the first one compiles, which takes minutes."""
 
 RANK_ZERO_TIMEOUT = timedelta(days=7)
-"""Of waiting for one that works alone (measuring, clustering, writing); a frozen one is noticed by `Pulse`."""
+"""Of waiting for one that works alone (measuring, clustering, writing); a frozen one is noticed by `Heartbeat`."""
 
 _slow_group: dist.ProcessGroup | None = None
 """All processes once more, to wait for each other `RANK_ZERO_TIMEOUT` long."""
@@ -85,7 +74,7 @@ def process_group() -> Iterator[None]:
         reason = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
         raise MachineError(f"not all {world_size()} processes have met at {host}:{port} ({reason})") from error
     try:
-        with Pulse(host, port):
+        with Heartbeat(host, port):
             yield
     finally:
         _slow_group = None
@@ -100,26 +89,30 @@ def on_rank_zero(action: Callable[[], Result]) -> Result | None:
     """
     if world_size() == 1:
         return action()
-    failed = torch.zeros(1, device=CPU if _slow_group is not None else device())
-    result, error = None, None
-    if rank() == 0:
-        try:
-            result = action()
-        except BaseException as raised:
-            error = raised
-            failed += 1
-    dist.broadcast(failed, 0, group=_slow_group)
-    if error is not None:
-        raise error
-    if failed.item():
-        raise RankZeroFailed(2)
-    return result
+    failed = _zero()
+    if rank() > 0:
+        dist.broadcast(failed, 0, group=_slow_group)
+        if failed.item():
+            raise RankZeroFailed(2)
+        return None
+    try:
+        return action()
+    except BaseException:
+        failed += 1
+        raise
+    finally:
+        dist.broadcast(failed, 0, group=_slow_group)
+
+
+def _zero() -> Tensor:
+    """What the ranks say to each other where they may have to wait."""
+    return torch.zeros(1, device=CPU if _slow_group is not None else device())
 
 
 def barrier() -> None:
     """Go on when all ranks are here, however much longer than this one the others work."""
     if world_size() > 1:
-        dist.all_reduce(torch.zeros(1, device=CPU if _slow_group is not None else device()), group=_slow_group)
+        dist.all_reduce(_zero(), group=_slow_group)
 
 
 def all_reduce(values: Tensor) -> Tensor:
@@ -131,11 +124,9 @@ def all_reduce(values: Tensor) -> Tensor:
 
 def all_reduce_sum(*numbers: float) -> list[float]:
     """Sums of these numbers over all ranks."""
-    return (
-        list(numbers)
-        if world_size() == 1
-        else all_reduce(torch.tensor(numbers, dtype=torch.float64, device=device())).tolist()
-    )
+    if world_size() == 1:
+        return list(numbers)
+    return all_reduce(torch.tensor(numbers, dtype=torch.float64, device=device())).tolist()
 
 
 def broadcast_text(text: str | None) -> str:

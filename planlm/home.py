@@ -6,9 +6,11 @@ import contextlib
 import getpass
 import os
 import stat
-import sys
 import tempfile
 from pathlib import Path
+
+from planlm.ranks import rank
+from planlm.terminal import note
 
 
 def ensure_home() -> None:
@@ -27,11 +29,10 @@ def ensure_home() -> None:
         Path.home()
     except RuntimeError:
         os.environ["HOME"] = home = _stand_in()
-        if os.environ.get("RANK", "0") == "0":
-            line = (
+        if rank() == 0:
+            note(
                 f"planlm: user id {os.getuid()} has no home directory: {home} stands in for it; set HOME to choose one"
             )
-            print(line, file=sys.stderr, flush=True)
 
 
 def _stand_in() -> str:

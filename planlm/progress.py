@@ -33,47 +33,44 @@ class Progress:
         self.count, self._before, self.note = 0, 0, ""
         self.started = self._last_line = time.monotonic()
         self._silent = rank() > 0  # one of several processes speaks for all
-        shown = sys.stderr.isatty() and not self._silent
-        self._bar = tqdm(desc=description, total=total, unit=f" {unit}", leave=False) if shown else None
+        disable = self._silent or not sys.stderr.isatty()
+        self._bar = tqdm(desc=description, total=total, unit=f" {unit}", leave=False, disable=disable)
 
     def __enter__(self) -> Progress:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        if self._bar is not None:
-            self._bar.close()
+        self._bar.close()
         elapsed = time.monotonic() - self.started
         if exception[0] is None and elapsed > 2:
             done = self.count - self._before
-            rate = f"{done / elapsed:,.1f}/s"
-            self.line(f"{self.description}: {done:,} {self.unit} in {elapsed:.0f} s ({rate}) {self.note}".rstrip())
+            self._tell(f"{done:,} {self.unit} in {elapsed:.0f} s ({done / elapsed:,.1f}/s)")
 
     def start_at(self, count: int) -> None:
         """So many units were done before: they count, but not in the rate."""
-        self.count = self._before = count
-        if self._bar is not None:
-            self._bar.initial = self._bar.n = count
-            self._bar.refresh()
+        self.count = self._before = self._bar.initial = self._bar.n = count
+        self._bar.refresh()
 
     def advance(self, amount: int = 1, note: str = "") -> None:
         """Report `amount` units done; `note` (say, a loss) stands behind the count."""
         self.count += amount
-        self.note = note or self.note
-        if self._bar is not None:
-            if note:
-                self._bar.set_postfix_str(note, refresh=False)
-            self._bar.update(amount)
-        elif time.monotonic() - self._last_line > LOG_SECONDS:
+        if note:
+            self.note = note
+            self._bar.set_postfix_str(note, refresh=False)
+        self._bar.update(amount)
+        if self._bar.disable and time.monotonic() - self._last_line > LOG_SECONDS:
             self._last_line = time.monotonic()
             of = f" of {self.total:,} ({100 * self.count / self.total:.0f} %)" if self.total else ""
-            self.line(f"{self.description}: {self.count:,}{of} {self.unit} {self.note}".rstrip())
+            self._tell(f"{self.count:,}{of} {self.unit}")
+
+    def _tell(self, text: str) -> None:
+        self.line(f"{self.description}: {text} {self.note}".rstrip())
 
     def line(self, text: str) -> None:
         """Print a line without tearing the bar."""
-        if self._silent:
-            return
-        tqdm.write(text, file=sys.stderr)
-        sys.stderr.flush()
+        if not self._silent:
+            tqdm.write(text, file=sys.stderr)
+            sys.stderr.flush()
 
 
 def track(items: Iterable[Item], description: str, total: int | None = None, unit: str = "steps") -> Iterator[Item]:

@@ -7,12 +7,14 @@ from collections.abc import Mapping
 from typing import Any
 
 from planlm import config
+from planlm.report.tables import align, difference_cells, format_planner, format_rows
 
 
 def corpus(result: Any, settings: config.PrepareConfig) -> str:
     """A prepared corpus: where it is, what is in its splits."""
     manifest = result.manifest
-    lines = [
+    lines = [f"Prepared corpus in {result.path}"]
+    lines += [
         f"{split}: {counts['documents']:,} documents, {counts['sentences']:,} sentences, {counts['tokens']:,} tokens"
         for split, counts in manifest.splits.items()
     ]
@@ -21,15 +23,11 @@ def corpus(result: Any, settings: config.PrepareConfig) -> str:
         lines.append(f"{manifest.left_out:,} documents left out: fewer than {settings.min_sentences} sentences")
     if aside := sum(source["skipped"] for source in manifest.sources):
         lines.append(f"{aside:,} files left aside")
-    return "\n".join(
-        [f"Prepared corpus in {result.path}", *lines, f"next: planlm pretrain-planner --corpus {result.path}"]
-    )
+    return "\n".join([*lines, f"next: planlm pretrain-planner --corpus {result.path}"])
 
 
 def planner(result: dict[str, Any], settings: config.PlannerConfig) -> str:
     """A pre-trained planner's metrics on the validation split."""
-    from planlm.report.tables import format_planner
-
     return f"{format_planner(result)}\n\nplanner in {result['run']}"
 
 
@@ -40,72 +38,57 @@ def training(result: dict[str, Any], settings: config.TrainConfig) -> str:
 
 def evaluation(result: dict[str, Any], settings: config.EvaluateConfig) -> str:
     """The table of perplexities and the planner's metrics."""
-    from planlm.report.tables import format_planner, format_rows
-
-    parts = [format_rows(result)]
-    if result.get("planner"):
-        parts.append(format_planner(result["planner"]))
-    return "\n\n".join(parts)
+    planner = result.get("planner")
+    return format_rows(result) + (f"\n\n{format_planner(planner)}" if planner else "")
 
 
 def generation(result: dict[str, Any], settings: config.GenerateConfig) -> str:
     """Prompt and continuation; with `--show-plan` each sentence and what the planner expected of it."""
-    parts = [result["prompt"] + result["text"]]
-    if settings.show_plan:
-        parts += [_planned_sentence(sentence) for sentence in result["plan"]]
-    return "\n\n".join(parts)
+    plan = [_planned_sentence(sentence) for sentence in result["plan"]] if settings.show_plan else []
+    return "\n\n".join([result["prompt"] + result["text"], *plan])
 
 
 def _planned_sentence(sentence: dict[str, Any]) -> str:
     likely = "  ".join(f"{action['action']} ({action['probability']:.1%})" for action in sentence["actions"])
-    plan = (
-        f"plan {sentence['forced']}, as asked; the planner's: {likely}"
-        if sentence["forced"] is not None
-        else f"plan {likely}"
-    )
-    return f"{plan}\n{textwrap.indent(textwrap.fill(sentence['sentence'], 100), '  ')}"
+    forced = "" if sentence["forced"] is None else f"{sentence['forced']}, as asked; the planner's: "
+    return f"plan {forced}{likely}\n{textwrap.indent(textwrap.fill(sentence['sentence'], 78), '  ')}"
 
 
 def actions(result: Any, settings: config.ActionsConfig) -> str:
     """Each action: its number, size, terms, and typical sentences."""
-    return "\n\n".join(_action(description) for description in result)
-
-
-def _action(description: Any) -> str:
-    lines = [f"action {description.action}: {description.sentences:,} sentences ({description.share:.2%})"]
-    lines.append(f"  {', '.join(description.terms)}")
-    lines += [f"  - {textwrap.shorten(example, 160, placeholder=' ...')}" for example in description.examples]
-    return "\n".join(lines)
+    return "\n\n".join(
+        "\n".join(
+            [
+                f"action {one.action}: {one.sentences:,} sentences ({one.share:.2%})",
+                f"  {', '.join(one.terms)}",
+                *(f"  - {textwrap.shorten(example, 160, placeholder=' ...')}" for example in one.examples),
+            ]
+        )
+        for one in result
+    )
 
 
 def quickstart(result: dict[str, Any], settings: config.QuickstartConfig) -> str:
     """The tables, the planner, a text with its plan, and where everything is."""
-    from planlm.report.tables import format_planner, format_rows
-
     parts = []
     for table in result["tables"]:
-        parts.append(f"== {table['title']}\n{format_rows(table)}")
-        parts.append("\n".join(_difference(row) for row in table["joint"]))
+        parts.append(f"== {textwrap.fill(table['title'], 77)}\n{format_rows(table)}")
+        joint = [[row["versus"], *difference_cells(row)] for row in table["joint"]]
+        parts.append(f"soft, joint, against the other rows:\n{align(joint, left=(0, 3))}")
     parts.append(
-        "Each row is a model trained and evaluated under its plan; `none` is the LM without one. Intervals cover the\n"
-        "choice of documents, not of the seed. A plan that changes shows where sentences begin; `fixed` does not."
+        "Each row is a model trained and evaluated under its plan; `none` is the LM\n"
+        "without one. Intervals cover the choice of documents, not of the seed. A plan\n"
+        "that changes shows where sentences begin; `fixed` does not."
     )
     generation = result["generation"]
     parts += [f"== {format_planner(result['planner'])}", "== A text with its plan", generation["prompt"]]
     for sentence in generation["plan"]:
-        terms = result["actions"].get(str(sentence["actions"][0]["action"]), [])
-        parts.append(
-            f"{_planned_sentence(sentence)}\n  (action {sentence['actions'][0]['action']}: {', '.join(terms)})"
-        )
+        action = sentence["actions"][0]["action"]
+        terms = ", ".join(result["actions"].get(str(action), []))
+        parts.append(f"{_planned_sentence(sentence)}\n  (action {action}: {terms})")
     paths = {name: ", ".join(path) if isinstance(path, list) else path for name, path in result["paths"].items()}
     parts += [f"== What was made\n{_pairs(paths)}", f"== Seconds\n{_pairs(result['seconds'])}"]
     return "\n\n".join(parts)
-
-
-def _difference(row: dict[str, Any]) -> str:
-    """How joint training compares with another row."""
-    interval = "" if row["ci95"] is None else " [{:+.4f}, {:+.4f}]".format(*row["ci95"])
-    return f"soft-joint against {row['versus']}: {row['delta']:+.4f} nats{interval}: {row['verdict']}"
 
 
 def report(result: Any, settings: config.ReportConfig) -> str:
@@ -120,8 +103,7 @@ def doctor(result: dict[str, Any], settings: config.DoctorConfig) -> str:
 
 def _pairs(result: Mapping[str, Any]) -> str:
     """One line for each entry, values below each other."""
-    width = max(map(len, result))
-    return "\n".join(f"{key:{width}}  {_value(value)}" for key, value in result.items())
+    return align([(key, _value(value)) for key, value in result.items()], left=(0, 1))
 
 
 def _value(value: Any) -> str:

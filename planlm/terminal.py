@@ -1,18 +1,32 @@
-"""The standard streams of the program: nothing shown acts on the terminal, and no lost message stops the work."""
+"""What the program shows: nothing acts on the terminal, no lost message stops the work, and libraries keep quiet."""
 
 from __future__ import annotations
 
 import contextlib
 import io
+import logging
 import os
 import re
 import sys
+import warnings
+
+from planlm.ranks import rank
 
 _ACTS = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]|(?<!^)\r(?!\n|$)")
 """Control characters, among them those that begin a terminal's commands, and those that change the order of text."""
 
 _PLAIN = str.maketrans({"\N{MINUS SIGN}": "-", "\N{EN DASH}": "-"})
 """What tables are shown with where an encoding lacks their signs."""
+
+_SWITCHES = {
+    "TRANSFORMERS_VERBOSITY": "error",
+    "DATASETS_VERBOSITY": "error",
+    "HF_HUB_VERBOSITY": "error",
+    "TORCH_LOGS": "-all",
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
+}
+"""Variables by which libraries are told to show errors alone, and no bars."""
 
 
 def visible(text: str) -> str:
@@ -27,6 +41,11 @@ def encodable(text: str, encoding: str) -> str:
     except UnicodeEncodeError:
         return text.translate(_PLAIN).encode(encoding, "backslashreplace").decode(encoding)
     return text
+
+
+def note(text: str) -> None:
+    """A line on stderr for whoever waits."""
+    print(text, file=sys.stderr, flush=True)
 
 
 def open_streams() -> None:
@@ -62,3 +81,25 @@ class _Errors(io.TextIOWrapper):
         """Flush what can be flushed; never fails."""
         with contextlib.suppress(OSError):
             super().flush()
+
+
+def silence_libraries() -> None:
+    """Keep libraries' warnings and bars off the screen unless PLANLM_VERBOSE is set; PlanLM shows its own progress.
+
+    Each by its own switch and never all at once: what PlanLM has to say ("the eager reference runs instead"), and what
+    transformers says of weights that do not fit, reach the screen. Of several processes the first one speaks.
+    """
+    if os.environ.get("PLANLM_VERBOSE"):
+        return
+    for variable, value in _SWITCHES.items():
+        os.environ.setdefault(variable, value)
+    logging.getLogger().setLevel(logging.ERROR)  # of all that set none of their own
+    logging.getLogger("planlm").setLevel(logging.WARNING if rank() == 0 else logging.ERROR)
+    weights = logging.getLogger("transformers.modeling_utils")
+    weights.setLevel(logging.WARNING)
+    weights.addFilter(_is_of_weights)
+    warnings.simplefilter("ignore")
+
+
+def _is_of_weights(record: logging.LogRecord) -> bool:
+    return record.levelno >= logging.ERROR or "LOAD REPORT" in record.getMessage()

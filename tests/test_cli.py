@@ -141,7 +141,7 @@ def test_a_wrong_file_is_named_with_its_fault(tmp_path: Path, text: str, says: s
 def test_an_unreadable_file_is_named(tmp_path: Path) -> None:
     (tmp_path / "latin").write_bytes(b"lr: \xe9")
     for name in ("absent", "latin", "."):
-        with pytest.raises(InputError, match="needs a YAML file"):
+        with pytest.raises(InputError, match="expected a YAML file of settings"):
             parse("train", *TRAIN, "--config", str(tmp_path / name))
 
 

@@ -25,14 +25,13 @@ ALLOWED = {
     "plan_inputs": set(),
     "progress": {"ranks"},
     "files": {"errors"},
-    "terminal": set(),
+    "terminal": {"ranks"},
     "flat_yaml": {"errors"},
     "ranks": {"errors"},
-    "pulse": {"ranks"},
-    "precision": {"ranks"},
-    "distribution": {"errors", "precision", "pulse", "ranks"},
-    "quiet": set(),
-    "home": set(),
+    "heartbeat": {"ranks"},
+    "precision": {"kernels", "ranks"},
+    "distribution": {"errors", "heartbeat", "precision", "ranks"},
+    "home": {"ranks", "terminal"},
     "kernels": set(),
     "pretrained": LEAVES | {"kernels"},  # where the cache is
     "text": LEAVES | {"pretrained"},
@@ -42,12 +41,12 @@ ALLOWED = {
     "evaluation": LEAVES | {"pretrained", "text", "corpus", "model"},
     "training": LEAVES | {"pretrained", "text", "corpus", "model", "evaluation"},
     "report": LEAVES | {"evaluation.significance"},
-    "quickstart": LEAVES | {"quiet", "pretrained", "text", "corpus", "model", "training", "evaluation", "report"},
+    "quickstart": LEAVES | {"pretrained", "text", "corpus", "model", "training", "evaluation", "report"},
     "doctor": LEAVES | {"kernels"},
     "arguments": {"config", "errors", "files", "flat_yaml"},
     "show": {"config", "report"},
-    "cli": {"arguments", "distribution", "config", "errors", "home", "quiet", "ranks", "show", "terminal"},
-    "__main__": {"cli"},
+    "cli": {"arguments", "distribution", "config", "errors", "home", "ranks", "show", "terminal"},
+    "__main__": {"cli", "errors", "ranks"},
     "__init__": {"model"},
 }
 
@@ -161,6 +160,15 @@ def test_auto_classes_know_the_model_in_either_order() -> None:
     ):
         code = f"{first}\n{second}\nfrom transformers import AutoModelForCausalLM\n{check}"
         subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_what_several_rooms_ask_of_the_machine_is_read_in_one_place() -> None:
+    readers = {"RANK": "ranks", "WORLD_SIZE": "ranks", "LOCAL_RANK": "ranks", "PLANLM_CACHE": "kernels.environment"}
+    for module, path in MODULES.items():
+        text = path.read_text()
+        for variable in re.findall(r"(?:environ(?:\.get\(|\[)|getenv\()\s*[\"'](\w+)", text):
+            assert readers.get(variable, module) == module, f"{module} reads {variable}"
+        assert module == "precision" or "/proc/cpuinfo" not in text, f"{module} looks at the processor itself"
 
 
 def test_packages_are_listed() -> None:

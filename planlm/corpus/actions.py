@@ -13,6 +13,7 @@ import pyarrow as pa
 
 from planlm.config import ActionsConfig
 from planlm.corpus.store import PreparedCorpus
+from planlm.corpus.writing import joined
 from planlm.errors import InputError
 from planlm.progress import Progress
 
@@ -108,14 +109,11 @@ def _forget_rare(words: list[Counter[str]]) -> None:
 
 
 def _sentences(table: pa.Table, codebook: np.ndarray) -> Iterator[tuple[int, float, str]]:
-    """Action, squared distance to its centroid, and text of every sentence in some rows, one row at a time."""
+    """Action, squared distance to its centroid, and text of every sentence in some documents, one at a time."""
     for row in range(len(table)):
         document = table.slice(row, 1)
         text = document["text"][0].as_py()
-        actions = document["actions"].combine_chunks().flatten().to_numpy()
-        spans = document["sentence_spans"].combine_chunks().flatten().flatten().to_numpy().reshape(-1, 2)
-        embeddings = document["embeddings"].combine_chunks().flatten().flatten().to_numpy()
-        embeddings = embeddings.reshape(len(actions), codebook.shape[1])
+        actions, spans, embeddings = (joined(document[name]) for name in ("actions", "sentence_spans", "embeddings"))
         for start in range(0, len(actions), TOGETHER):
             block = slice(start, start + TOGETHER)
             distances = np.square(embeddings[block].astype(np.float32) - codebook[actions[block]]).sum(axis=1)

@@ -1,12 +1,13 @@
 """From a split of a prepared corpus to batches: what the model sees of a corpus.
 
-B rows of W positions for the LM, R rows of n places for the planner, D documents, S segments (sentences as far as a
-window shows them), A dimensions of an embedding.
+B sequences of W positions for the LM, R sequences of n positions for the planner, D documents, S segments (sentences as
+far as a window shows them), A dimensions of an embedding.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ from torch import Tensor
 
 from planlm.corpus.mapped import MappedFiles
 from planlm.corpus.packing import fill, packs
+from planlm.corpus.writing import joined
 from planlm.plan_inputs import PlanInputs
 
 IGNORED = -100
@@ -45,8 +47,8 @@ def few_sizes(size: int) -> int:
 class PlanBatch:
     """Windows of documents with what their plans are made from.
 
-    A row holds one window or, packed, several behind each other. The plan at position t is that of the sentence which
-    holds token t+1, also where that token is beyond the window.
+    A sequence holds one window or, packed, several behind each other. The plan at position t is that of the sentence
+    which holds token t+1, also where that token is beyond the window.
 
     Attributes:
         input_ids: [B, W] int64, padded with 0 on the right.
@@ -211,12 +213,12 @@ class PlanLoader(_Loader[PlanBatch]):
 
     Args:
         dataset: a split of a prepared corpus.
-        window: W, inputs per row.
-        batch_size: B, rows per batch; the last batch may have fewer.
+        window: W, inputs per sequence.
+        batch_size: B, sequences per batch; the last batch may have fewer.
         seed: of the order.
-        shuffle: rows in random order, new in every epoch, or in that of the documents.
+        shuffle: sequences in random order, new in every epoch, or in that of the documents.
         stride: see `windows`.
-        pack: put several short windows into one row, other ones in every epoch; needs `shuffle`.
+        pack: put several short windows into one sequence, other ones in every epoch; needs `shuffle`.
     """
 
     def __init__(
@@ -231,15 +233,15 @@ class PlanLoader(_Loader[PlanBatch]):
         pack: bool = False,
     ) -> None:
         if pack and not shuffle:
-            raise ValueError("pack: expected shuffle=True, as every epoch draws which windows share a row")
+            raise ValueError("pack: expected shuffle=True, as every epoch draws which windows share a sequence")
         self.windows = windows(dataset, window, stride)
         self._packs = packs(self.windows.length, window) if pack else None
-        num_rows = len(self.windows) if self._packs is None else sum(count for count, _ in self._packs)
-        super().__init__(num_rows, batch_size, seed, shuffle)
+        num_sequences = len(self.windows) if self._packs is None else sum(count for count, _ in self._packs)
+        super().__init__(num_sequences, batch_size, seed, shuffle)
         self._documents = _Documents(dataset, ("input_ids", "sentence_tokens", "actions", "embeddings"))
         self._window = window
-        self._members = np.arange(num_rows)  # windows, row after row
-        self._first = np.arange(num_rows + 1)  # of each row in `_members`
+        self._members = np.arange(num_sequences)  # windows, sequence after sequence
+        self._first = np.arange(num_sequences + 1)  # of each sequence in `_members`
 
     def _order(self, random: np.random.Generator) -> np.ndarray:
         if self._packs is not None:
@@ -247,45 +249,44 @@ class PlanLoader(_Loader[PlanBatch]):
         return super()._order(random)
 
     def _collate(self, items: np.ndarray) -> PlanBatch:
-        members = [self._members[self._first[row] : self._first[row + 1]] for row in items]
-        unique, rows = np.unique(self.windows.document[np.concatenate(members)], return_inverse=True)
-        row_of = iter(rows.tolist())
+        members = [self._members[self._first[item] : self._first[item + 1]] for item in items]
+        unique, numbers = np.unique(self.windows.document[np.concatenate(members)], return_inverse=True)
+        document_of = iter(numbers.tolist())
         contents = [self._documents[int(document)] for document in unique]
         ends = [np.cumsum(content["sentence_tokens"]) for content in contents]
         input_ids = np.zeros((len(items), self._window), dtype=np.int64)  # [B, W]
         position_ids = np.tile(np.arange(self._window), (len(items), 1))
         labels = np.full_like(input_ids, IGNORED)
         segment_ids, documents = np.full_like(input_ids, -1), np.full_like(input_ids, -1)
-        segments: list[np.ndarray] = []  # one [s, 2] a window: row of the document, number of the sentence
+        segments: list[np.ndarray] = []  # one [s, 2] a window: number of the document, of the sentence
         num_segments = 0
         for at, packed in enumerate(members):
             begin = 0
-            for item in packed:
-                row = next(row_of)
-                start, length = self.windows.start[item], self.windows.length[item]
+            for window in packed:
+                own = next(document_of)
+                start, length = self.windows.start[window], self.windows.length[window]
                 end = begin + length
-                tokens = contents[row]["input_ids"][start : start + length + 1]
+                tokens = contents[own]["input_ids"][start : start + length + 1]
                 input_ids[at, begin:end] = tokens[:-1]
                 position_ids[at, begin:] -= position_ids[at, begin]
-                scored = self.windows.unscored[item]
-                labels[at, begin + scored : end] = tokens[1 + scored :]
-                documents[at, begin:end] = unique[row]
+                scored = begin + self.windows.unscored[window]
+                labels[at, scored:end] = tokens[1 + scored - begin :]
+                documents[at, begin:end] = unique[own]
                 # Position t shows token start + t and predicts the one after it, whose sentence is the one that counts.
-                sentences = np.searchsorted(ends[row], np.arange(start + 1, start + length + 1), side="right")
+                sentences = np.searchsorted(ends[own], np.arange(start + 1, start + length + 1), side="right")
                 shown, within = np.unique(sentences, return_inverse=True)
                 segment_ids[at, begin:end] = num_segments + within
-                segments.append(np.stack([np.full_like(shown, row), shown], axis=1))
+                segments.append(np.stack([np.full_like(shown, own), shown], axis=1))
                 num_segments += len(shown)
                 begin = end
         document, number = np.concatenate(segments).T  # [num_segments] each
         needed = np.zeros(len(unique), dtype=np.int64)
         np.maximum.at(needed, document, number + 1)
-        placed = _Places(needed)
+        layout = _Layout(needed)
         segment_rows = np.zeros((few_sizes(num_segments), 2), dtype=np.int64)
-        segment_rows[:num_segments] = np.stack([placed.rows[document], placed.begins[document] + number], axis=1)
+        segment_rows[:num_segments] = np.stack(np.divmod(layout.begins[document] + number, layout.shape[1]), axis=1)
         actions = np.full(len(segment_rows), -1)
-        for at, (row, sentence) in enumerate(zip(document, number, strict=True)):
-            actions[at] = contents[row]["actions"][sentence]
+        actions[:num_segments] = [contents[own]["actions"][at] for own, at in zip(document, number, strict=True)]
         return PlanBatch(
             input_ids=torch.from_numpy(input_ids),
             position_ids=torch.from_numpy(position_ids),
@@ -293,8 +294,8 @@ class PlanLoader(_Loader[PlanBatch]):
             plan=PlanInputs(
                 segment_ids=torch.from_numpy(segment_ids),
                 segment_rows=torch.from_numpy(segment_rows),
-                sentence_embeddings=placed.embeddings([content["embeddings"] for content in contents]),
-                sentence_positions=placed.positions(),
+                sentence_embeddings=layout.embeddings([content["embeddings"] for content in contents]),
+                sentence_positions=layout.positions(),
                 actions=torch.from_numpy(actions),
             ),
             documents=torch.from_numpy(documents),
@@ -317,11 +318,11 @@ class SentenceLoader(_Loader[SentenceBatch]):
 
     def _collate(self, items: np.ndarray) -> SentenceBatch:
         contents = [self._documents[int(document)] for document in items]
-        placed = _Places(np.array([len(content["actions"]) for content in contents]))
+        layout = _Layout(np.array([len(content["actions"]) for content in contents]))
         return SentenceBatch(
-            sentence_embeddings=placed.embeddings([content["embeddings"] for content in contents]),
-            sentence_positions=placed.positions(),
-            actions=placed.fill(IGNORED, [content["actions"] for content in contents]),
+            sentence_embeddings=layout.embeddings([content["embeddings"] for content in contents]),
+            sentence_positions=layout.positions(),
+            actions=layout.actions([content["actions"] for content in contents]),
         )
 
 
@@ -338,15 +339,55 @@ class _Documents:
         if self._read % RELEASED_AFTER == 0:
             self._files.release()
         table = self._rows[document]
-        return {name: _array(table[name].chunk(0)) for name in table.column_names}
+        return {name: joined(table[name]) for name in table.column_names}
 
 
-def _array(column: Any) -> np.ndarray:
-    """The one list in an Arrow column, as an array without a copy; a list of fixed-size lists gets two dimensions."""
-    values = column.flatten()
-    if hasattr(values.type, "list_size"):
-        return values.flatten().to_numpy().reshape(len(values), values.type.list_size)
-    return values.to_numpy()
+class _Layout:
+    """Where the sentences of a batch's documents stand in the planner's R sequences of n positions.
+
+    As many full sequences, a power of two, as the longest document leaves; how long they are is one of few sizes too.
+
+    Args:
+        lengths: [D] sentences of each document, at least 1.
+
+    Attributes:
+        shape: (R, n).
+        begins: [D], position of each document's first sentence in all sequences, one behind the other.
+    """
+
+    def __init__(self, lengths: np.ndarray) -> None:
+        count = 1 << (int(lengths.sum() // lengths.max()).bit_length() - 1)
+        width = few_sizes(-(-int(lengths.sum()) // count))
+        while sum(alike for alike, _ in packs(lengths, width)) > count:
+            width = few_sizes(width + 1)
+        members, first = fill(packs(lengths, width), lengths, np.random.default_rng(0))
+        self.shape = (count, width)
+        self.begins = np.empty_like(lengths)
+        for number, (begin, end) in enumerate(itertools.pairwise(first)):
+            inside = members[begin:end]
+            self.begins[inside] = number * width + np.cumsum(lengths[inside]) - lengths[inside]
+        self._lengths = lengths
+        self._numbers = np.concatenate([np.arange(length) for length in lengths])  # of each sentence in its document
+        self._at = np.repeat(self.begins, lengths) + self._numbers
+
+    def positions(self) -> Tensor:
+        """[R, n] int64, number of each sentence in its document; 0 on padding."""
+        return self._placed(self._at, self._numbers, 0)
+
+    def embeddings(self, embeddings: list[np.ndarray]) -> Tensor:
+        """[R, n, A] float32, at each position the embedding of the sentence before; 0 where there is none."""
+        before = [one[: length - 1] for one, length in zip(embeddings, self._lengths, strict=True)]
+        return self._placed(self._at[self._numbers > 0], np.concatenate(before, dtype=np.float32), 0)
+
+    def actions(self, actions: list[np.ndarray]) -> Tensor:
+        """[R, n] int64, action of each sentence; -100 on padding."""
+        return self._placed(self._at, np.concatenate(actions, dtype=np.int64), IGNORED)
+
+    def _placed(self, at: np.ndarray, values: np.ndarray, padding: int) -> Tensor:
+        shape = values.shape[1:]
+        placed = np.full((self.shape[0] * self.shape[1], *shape), padding, dtype=values.dtype)
+        placed[at] = values
+        return torch.from_numpy(placed.reshape(*self.shape, *shape))
 
 
 def _lengths(dataset: datasets.Dataset, column: str) -> np.ndarray:
@@ -354,51 +395,6 @@ def _lengths(dataset: datasets.Dataset, column: str) -> np.ndarray:
     rows = dataset.with_format("arrow", columns=[column])
     lengths = [pyarrow.compute.list_value_length(table[column]).to_numpy() for table in rows.iter(1000)]
     return np.concatenate([np.zeros(0, dtype=np.int64), *lengths])
-
-
-class _Places:
-    """Where the documents of a batch stand in the planner's rows.
-
-    As many full rows, a power of two, as the longest of them leaves; how long they are is one of few sizes too.
-
-    Args:
-        lengths: [D] sentences of each document, at least 1.
-
-    Attributes:
-        rows, begins: [D], row of each document and place of its first sentence there.
-    """
-
-    def __init__(self, lengths: np.ndarray) -> None:
-        num_rows = 1 << (int(lengths.sum() // lengths.max()).bit_length() - 1)
-        width = few_sizes(-(-int(lengths.sum()) // num_rows))
-        while sum(count for count, _ in packs(lengths, width)) > num_rows:
-            width = few_sizes(width + 1)
-        members, first = fill(packs(lengths, width), lengths, np.random.default_rng(0))
-        self._lengths = lengths
-        self._shape = (num_rows, width)
-        self.rows, self.begins = np.empty_like(lengths), np.empty_like(lengths)
-        for row in range(len(first) - 1):
-            inside = members[first[row] : first[row + 1]]
-            self.rows[inside] = row
-            self.begins[inside] = np.cumsum(lengths[inside]) - lengths[inside]
-
-    def positions(self) -> Tensor:
-        """[R, n] int64, number of each sentence in its document; 0 on padding."""
-        return self.fill(0, [np.arange(length) for length in self._lengths])
-
-    def embeddings(self, embeddings: list[np.ndarray]) -> Tensor:
-        """[R, n, A] float32, at each place the embedding of the sentence before; 0 where there is none."""
-        placed = np.zeros((*self._shape, embeddings[0].shape[1]), dtype=np.float32)
-        for rows, row, begin, length in zip(embeddings, self.rows, self.begins, self._lengths, strict=True):
-            placed[row, begin + 1 : begin + length] = rows[: length - 1]
-        return torch.from_numpy(placed)
-
-    def fill(self, padding: int, values: list[np.ndarray]) -> Tensor:
-        """[R, n] int64, one value for each sentence of each document."""
-        placed = np.full(self._shape, padding, dtype=np.int64)
-        for own, row, begin, length in zip(values, self.rows, self.begins, self._lengths, strict=True):
-            placed[row, begin : begin + length] = own
-        return torch.from_numpy(placed)
 
 
 def _to(batch: Any, device: torch.device | str) -> Any:

@@ -24,12 +24,12 @@ class Part:
     Attributes:
         path: the file as a path from here; for a data set the argument as it was given.
         name: what ids are made from where rows have none.
-        place: names of the folders above `name`, outermost first, which set it apart from others of the same name.
+        above: names of the folders above `name`, outermost first, which set it apart from others of the same name.
     """
 
     path: str
     name: str
-    place: tuple[str, ...]
+    above: tuple[str, ...]
 
 
 @dataclass
@@ -67,7 +67,7 @@ def find_inputs(arguments: tuple[str, ...] | list[str]) -> list[Input]:
     inputs = [_data_set(name) if name.startswith(HUB) else _path(name) for name in arguments]
     first: dict[str, str] = {}
     for part in (part for found in inputs for part in found.parts):
-        real = "/".join((*part.place, part.name)) if part.path.startswith(HUB) else os.path.realpath(part.path)
+        real = "/".join((*part.above, part.name)) if part.path.startswith(HUB) else os.path.realpath(part.path)
         if real in first:
             raise InputError(f"{part.path}: the same as {first[real]}; name it once, so that no document is read twice")
         first[real] = part.path
@@ -76,51 +76,57 @@ def find_inputs(arguments: tuple[str, ...] | list[str]) -> list[Input]:
 
 
 def _tell_apart(inputs: list[Input]) -> None:
-    """Put as much of their place before the names of inputs that share one as makes every name unique."""
+    """Put as many of the folders above before the names of inputs that share one as make every name unique."""
     plain = [[part.name for part in found.parts] for found in inputs]
     depth = [0] * len(inputs)
     while True:
         owners: dict[str, set[int]] = defaultdict(set)
         for number, found in enumerate(inputs):
             for part, name in zip(found.parts, plain[number], strict=True):
-                part.name = "/".join((*part.place[len(part.place) - depth[number] :], name))
+                part.name = "/".join((*part.above[len(part.above) - depth[number] :], name))
                 owners[part.name].add(number)
         clashing = {number for sharing in owners.values() if len(sharing) > 1 for number in sharing}
         if not clashing:
             return
         for number in clashing:
-            depth[number] = min(depth[number] + 1, max(len(part.place) for part in inputs[number].parts))
+            depth[number] = min(depth[number] + 1, max(len(part.above) for part in inputs[number].parts))
+
+
+def address(argument: str) -> tuple[str, str | None, str]:
+    """Repository, configuration and split of `hf:name[:config][@split]`."""
+    name, _, split = argument.removeprefix(HUB).partition("@")
+    repository, _, config = name.partition(":")
+    if not repository:
+        raise InputError(f"{argument}: names no data set; expected hf:name[:config][@split]")
+    return repository, config or None, split or "train"
 
 
 def _data_set(argument: str) -> Input:
-    """`hf:name[:config][@split]`; a local folder is known by its own name, however it is spelled."""
-    repository, _, split = argument.removeprefix(HUB).partition("@")
-    repository, _, config = repository.partition(":")
-    place: tuple[str, ...] = (HUB,)
+    """A local folder is known by its own name, however it is spelled."""
+    repository, config, split = address(argument)
+    above: tuple[str, ...] = (HUB,)
     if os.path.isdir(repository):
         folder = Path(repository).resolve()
-        repository, place = folder.name, (HUB, *folder.parent.parts[1:])
-    name = repository + (f":{config}" if config else "") + (f"@{split}" if split and split != "train" else "")
-    return Input(argument, [Part(argument, name, place)])
+        repository, above = folder.name, (HUB, *folder.parent.parts[1:])
+    name = repository + (f":{config}" if config else "") + (f"@{split}" if split != "train" else "")
+    return Input(argument, [Part(argument, name, above)])
 
 
 def _path(argument: str) -> Input:
-    mode = _mode(argument)
-    if not stat.S_ISDIR(mode):
-        if not stat.S_ISREG(mode):
-            raise _irregular(argument)
+    if not stat.S_ISDIR(_mode(argument)):
+        _check_regular(argument)
         if kind_of(argument) is None:
             raise InputError(f"{argument}: unknown kind of file; expected a folder, or one that ends in {KINDS}")
-        return Input(argument, [Part(argument, os.path.basename(argument), _place(os.path.dirname(argument)))])
+        return Input(argument, [Part(argument, os.path.basename(argument), _above(os.path.dirname(argument)))])
     files, skipped = _walk(argument)
     if not files:
         aside = f"; there are {', '.join(skipped[:5])}" if skipped else ""
         raise InputError(f"{argument}: no file in this folder ends in {KINDS}{aside}")
-    place = _place(argument)
-    return Input(argument, [Part(os.path.join(argument, *file), "/".join(file), place) for file in files], skipped)
+    above = _above(argument)
+    return Input(argument, [Part(os.path.join(argument, *file), "/".join(file), above) for file in files], skipped)
 
 
-def _place(folder: str) -> tuple[str, ...]:
+def _above(folder: str) -> tuple[str, ...]:
     return Path(folder).resolve().parts[1:]
 
 
@@ -128,8 +134,7 @@ def _walk(folder: str) -> tuple[list[tuple[str, ...]], list[str]]:
     """Files to read below `folder`, as the parts of their paths there, and what is left aside."""
     files, skipped = [], []
     for parent, folders, names in os.walk(folder, onerror=_unreadable, followlinks=True):
-        above = os.path.relpath(parent, folder)
-        inside = () if above == "." else tuple(above.split(os.sep))
+        inside = Path(parent).relative_to(folder).parts
         for name in folders:
             path = os.path.join(parent, name)
             real = os.path.realpath(path)
@@ -139,16 +144,22 @@ def _walk(folder: str) -> tuple[list[tuple[str, ...]], list[str]]:
                 raise InputError(f"{path}: a link to a folder that it is in; remove it")
         folders[:] = [name for name in folders if not name.startswith(".")]
         for name in names:
-            path = os.path.join(parent, name)
             if name.startswith(".") or kind_of(name) is None:
                 skipped.append("/".join((*inside, name)))
-            elif not is_utf8(path):
-                raise InputError(f"{path!a}: the file's name is not valid UTF-8; rename it")
-            elif not stat.S_ISREG(_mode(path)):
-                raise _irregular(path)
             else:
+                _check_regular(os.path.join(parent, name))
                 files.append((*inside, name))
     return sorted(files), sorted(os.fsencode(name).decode("utf-8", "backslashreplace") for name in skipped)
+
+
+def _check_regular(path: str) -> None:
+    if not is_utf8(path):
+        raise InputError(f"{path!a}: the file's name is not valid UTF-8; rename it")
+    if not stat.S_ISREG(_mode(path)):
+        raise InputError(
+            f"{path}: no regular file (a pipe or device?); write its contents to a file first, since inputs are read "
+            "twice"
+        )
 
 
 def _mode(path: str) -> int:
@@ -162,12 +173,6 @@ def _mode(path: str) -> int:
     except (OSError, ValueError) as error:  # ValueError: a null byte in the name
         reason = getattr(error, "strerror", None) or str(error)
         raise InputError(f"{path!r:.200}: cannot be read ({reason})") from None
-
-
-def _irregular(path: str) -> InputError:
-    return InputError(
-        f"{path}: no regular file (a pipe or device?); write its contents to a file first, since inputs are read twice"
-    )
 
 
 def _unreadable(error: OSError) -> None:

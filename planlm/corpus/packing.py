@@ -1,4 +1,4 @@
-"""Several short windows in one row: which lengths go together, and which windows that are in an epoch."""
+"""Several short windows in one sequence: which lengths go together, and which windows that are in an epoch."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections import defaultdict
 import numpy as np
 
 Packs = list[tuple[int, tuple[int, ...]]]
-"""(number of rows, lengths of the windows in each of them)."""
+"""(number of sequences, lengths of the windows in each of them)."""
 
 
 def packs(lengths: np.ndarray, window: int) -> Packs:
@@ -17,47 +17,47 @@ def packs(lengths: np.ndarray, window: int) -> Packs:
 
     Args:
         lengths: [n] of the windows, 1 to `window`.
-        window: W, positions of a row.
+        window: W, positions of a sequence.
 
     Returns:
-        Rows that hold every window once.
+        Sequences that hold every window once.
     """
     histogram = np.bincount(lengths, minlength=window + 1)
-    rows: dict[int, Packs] = defaultdict(list)  # by the positions that are free in them
+    open_: dict[int, Packs] = defaultdict(list)  # by the positions that are free in them
     for length in range(window, 0, -1):
         left = int(histogram[length])
         while left:
-            free = min((free for free, found in rows.items() if free >= length and found), default=None)
+            free = min((free for free, found in open_.items() if free >= length and found), default=None)
             if free is None:
                 each = min(left, window // length)
-                rows[window - each * length].append((left // each, (length,) * each))
+                open_[window - each * length].append((left // each, (length,) * each))
                 left %= each
             else:
-                count, members = rows[free].pop()
+                count, members = open_[free].pop()
                 used = min(count, left)
                 if count > used:
-                    rows[free].append((count - used, members))
-                rows[free - length].append((used, (*members, length)))
+                    open_[free].append((count - used, members))
+                open_[free - length].append((used, (*members, length)))
                 left -= used
-    return [pack for free in sorted(rows) for pack in rows[free]]
+    return [pack for free in sorted(open_) for pack in open_[free]]
 
 
-def fill(rows: Packs, lengths: np.ndarray, random: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-    """Draw the windows of every row: any of the right length.
+def fill(packs: Packs, lengths: np.ndarray, random: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    """Draw the windows of every sequence: any of the right length.
 
     Returns:
-        (numbers of the windows, row after row and in random order within a row; where each row begins in them, and the
-        end of the last).
+        (numbers of the windows, sequence after sequence and in random order within one; where each sequence begins in
+        them, and the end of the last).
     """
     order = random.permutation(len(lengths))
     order = order[np.argsort(lengths[order], kind="stable")]  # by length, random among equals
     next_of = np.searchsorted(lengths[order], np.arange(lengths.max(initial=0) + 2))
-    row_of = np.empty(len(lengths), dtype=np.int64)  # of each entry of `order`
+    sequence_of = np.empty(len(lengths), dtype=np.int64)  # of each entry of `order`
     first = 0
-    for count, members in rows:
+    for count, members in packs:
         for length in members:
-            row_of[next_of[length] : next_of[length] + count] = np.arange(first, first + count)
+            sequence_of[next_of[length] : next_of[length] + count] = np.arange(first, first + count)
             next_of[length] += count
         first += count
-    by_row = np.lexsort((random.permutation(len(lengths)), row_of))
-    return order[by_row], np.searchsorted(row_of[by_row], np.arange(first + 1))
+    by_sequence = np.lexsort((random.permutation(len(lengths)), sequence_of))
+    return order[by_sequence], np.searchsorted(sequence_of[by_sequence], np.arange(first + 1))

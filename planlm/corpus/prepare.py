@@ -10,17 +10,13 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import importlib.metadata
-import json
 import os
 import shutil
-import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import save
 from transformers import PreTrainedTokenizerFast
 
 from planlm.config import PrepareConfig
@@ -29,14 +25,15 @@ from planlm.corpus.readers import Fields
 from planlm.corpus.shards import EncodedShards, encode_shards
 from planlm.corpus.sources import Documents
 from planlm.corpus.splits import assign_splits
-from planlm.corpus.store import CODEBOOK, FORMAT_VERSION, MANIFEST, SPLITS, Manifest, PreparedCorpus, write_manifest
-from planlm.corpus.writing import storage_errors, write_json
+from planlm.corpus.store import MANIFEST, SPLITS, CorpusWriter, Manifest, PreparedCorpus
+from planlm.corpus.writing import storage_errors
 from planlm.distribution import any_rank, barrier, on_rank_zero
 from planlm.errors import InputError
-from planlm.files import check_own, locked, replacing
+from planlm.files import check_own, locked, read_json, write_json
 from planlm.precision import compute_dtype, device
 from planlm.pretrained.names import Kind, absolute, resolve
 from planlm.pretrained.tokenizer import load_tokenizer, tokenizer_fingerprint
+from planlm.terminal import note
 from planlm.text.alignment import start_tokens
 from planlm.text.encoder import encoder_fingerprint
 
@@ -86,7 +83,7 @@ def prepare(config: PrepareConfig) -> PreparedCorpus:
         "sources": [dataclasses.asdict(source) for source in documents.scan()],
     }
     for line in documents.left_aside():
-        _note(line)
+        note(line)
     with storage_errors(out), contextlib.ExitStack() as held:
         # Whether shards are to be made; the first process asks, holds the folder and finishes the corpus.
         is_new = on_rank_zero(lambda: _begin(out, arguments, held))
@@ -116,10 +113,48 @@ def _check_place(out: Path) -> None:
 def _begin(out: Path, arguments: dict[str, Any], held: contextlib.ExitStack) -> bool:
     """Claim `out` for as long as `held` is; False where it holds the corpus asked for already."""
     if (out / MANIFEST).exists():
-        _check_finished(out, arguments)
+        corpus = PreparedCorpus.load(out)
+        found = {"settings": corpus.manifest.settings, "sources": corpus.manifest.sources}
+        if differences := _differences(found, arguments, ENCODING + ASSEMBLY):
+            raise InputError(f"{out}: holds another prepared corpus ({differences}); give another --out")
+        shutil.rmtree(out / PARTIAL, ignore_errors=True)  # left where a call was killed after writing the manifest
+        note(f"{out} is prepared already, from the same documents and with the same settings")
         return False
-    held.enter_context(_partial(out, arguments))
+    partial = out / PARTIAL
+    partial.mkdir(parents=True, exist_ok=True)
+    try:
+        held.enter_context(locked(partial / "lock"))
+    except BlockingIOError:
+        raise InputError(f"{out}: another `planlm prepare` is at work there; wait, or give another --out") from None
+    held.callback(lambda: None if _has_shards(out) else _discard(out))
+    if (partial / RECORD).exists():
+        differences = _recorded_differences(partial / RECORD, arguments)
+        if differences and _has_shards(out):
+            raise InputError(
+                f"{out}: holds an unfinished preparation of another kind ({differences}); go on with its settings, "
+                "delete it, or give another --out"
+            )
+        note(f"going on with the preparation in {out}")
+    write_json(partial / RECORD, arguments)
     return True
+
+
+def _recorded_differences(record: Path, arguments: dict[str, Any]) -> str:
+    """From what a preparation was asked for; none where that is damaged, since shards say what they were made from."""
+    with contextlib.suppress(InputError, LookupError, TypeError, AttributeError):
+        return _differences(read_json(record), arguments, ENCODING)
+    return ""
+
+
+def _has_shards(out: Path) -> bool:
+    return any((out / PARTIAL).glob("shard-*.arrow"))
+
+
+def _discard(out: Path) -> None:
+    """Remove a preparation with nothing in it to go on with."""
+    shutil.rmtree(out / PARTIAL, ignore_errors=True)
+    with contextlib.suppress(OSError):
+        out.rmdir()
 
 
 def _finish(
@@ -137,10 +172,10 @@ def _finish(
     except InputError:  # three documents at most are kept: nothing to go on with after the settings are mended
         _discard(out)
         raise
-    codebook = _codebook(out, shards, splits == SPLITS.index("train"), config)
-    totals = shards.write_corpus(out, splits, codebook)
+    codebook = _codebook(shards, splits == SPLITS.index("train"), config)
+    writer = CorpusWriter(out, codebook)
+    shards.write_corpus(writer, splits)
     manifest = Manifest(
-        format_version=FORMAT_VERSION,
         num_actions=codebook.shape[0],
         action_dim=codebook.shape[1],
         encoder=config.encoder,
@@ -148,14 +183,13 @@ def _finish(
         tokenizer_fingerprint=arguments["settings"]["tokenizer_fingerprint"],
         vocabulary=len(tokenizer),
         has_start_token=bool(start_tokens(tokenizer)),
-        splits=totals,
         left_out=total - len(shards.hashes),
         seed=config.seed,
         sources=arguments["sources"],
         settings=arguments["settings"],
         versions=_versions(),
     )
-    write_manifest(out, manifest)
+    writer.finish(manifest)
     shutil.rmtree(out / PARTIAL)
 
 
@@ -191,66 +225,6 @@ def _differences(found: dict[str, Any], asked: dict[str, Any], settings: tuple[s
     return ", ".join(differences)
 
 
-def _check_finished(out: Path, arguments: dict[str, Any]) -> None:
-    """Refuse the corpus that is in `out` already if it is not the one asked for."""
-    corpus = PreparedCorpus.load(out)
-    found = {"settings": corpus.manifest.settings, "sources": corpus.manifest.sources}
-    if differences := _differences(found, arguments, ENCODING + ASSEMBLY):
-        raise InputError(f"{out}: holds another prepared corpus ({differences}); give another --out")
-    shutil.rmtree(out / PARTIAL, ignore_errors=True)  # left where a call was killed after writing the manifest
-    _note(f"{out} is prepared already, from the same documents and with the same settings")
-
-
-@contextlib.contextmanager
-def _partial(out: Path, arguments: dict[str, Any]) -> Iterator[None]:
-    """The folder OUT/partial, checked to belong to `arguments` and held against other calls."""
-    partial = out / PARTIAL
-    record = partial / RECORD
-    partial.mkdir(parents=True, exist_ok=True)
-    with contextlib.ExitStack() as held:
-        try:
-            held.enter_context(locked(partial / "lock"))
-        except BlockingIOError:
-            raise InputError(f"{out}: another `planlm prepare` is at work there; wait, or give another --out") from None
-        if record.exists():
-            found = _read(record)
-            differences = found and _differences(found, arguments, ENCODING)
-            if differences and _shards(partial):
-                raise InputError(
-                    f"{out}: holds an unfinished preparation of another kind ({differences}); go on with its settings, "
-                    "delete it, or give another --out"
-                )
-            _note(f"going on with the preparation in {out}")
-        write_json(record, arguments)
-        try:
-            yield
-        except BaseException:
-            if not _shards(partial):
-                _discard(out)
-            raise
-
-
-def _read(record: Path) -> dict[str, Any] | None:
-    """What a preparation was asked for; None where that is damaged, since shards say what they were made from too."""
-    try:
-        found = json.loads(record.read_bytes())
-        _differences(found, found, ENCODING)
-    except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
-        return None
-    return found
-
-
-def _shards(partial: Path) -> list[Path]:
-    return list(partial.glob("shard-*.arrow"))
-
-
-def _discard(out: Path) -> None:
-    """Remove a preparation with nothing in it to go on with."""
-    shutil.rmtree(out / PARTIAL, ignore_errors=True)
-    with contextlib.suppress(OSError):
-        out.rmdir()
-
-
 def _splits(shards: EncodedShards, total: int, config: PrepareConfig) -> np.ndarray:
     """The split of every document that is kept."""
     kept = len(shards.hashes)
@@ -260,24 +234,22 @@ def _splits(shards: EncodedShards, total: int, config: PrepareConfig) -> np.ndar
             "--min-sentences lower, or check --text-field"
         )
     if kept < total:
-        _note(f"left out {total - kept:,} of {total:,} documents with fewer than {config.min_sentences} sentences")
+        note(f"left out {total - kept:,} of {total:,} documents with fewer than {config.min_sentences} sentences")
     return assign_splits(shards.hashes, config.validation_fraction, config.test_fraction)
 
 
-def _codebook(out: Path, shards: EncodedShards, training: np.ndarray, config: PrepareConfig) -> np.ndarray:
-    """Fit the codebook on training sentences and store it."""
+def _codebook(shards: EncodedShards, training: np.ndarray, config: PrepareConfig) -> np.ndarray:
+    """Fit the codebook on training sentences."""
     num_sentences = int(shards.num_sentences[training].sum())
     num_actions = config.actions or max(2, min(DEFAULT_ACTIONS, num_sentences // SENTENCES_PER_ACTION))
     sample = shards.sample_embeddings(training, num_actions * SAMPLE_PER_ACTION, config.seed)
-    _note(f"fitting {num_actions} actions on {len(sample):,} training sentences")
+    note(f"fitting {num_actions} actions on {len(sample):,} training sentences")
     codebook = fit_codebook(sample, num_actions, iterations=config.kmeans_iterations, seed=config.seed)
     if num_sentences < num_actions * SENTENCES_PER_ACTION:
-        _note(
+        note(
             f"few training sentences for {num_actions} actions: {num_sentences}, {SENTENCES_PER_ACTION} an action are "
             f"advisable; --actions {max(2, num_sentences // SENTENCES_PER_ACTION)} would keep to that"
         )
-    with replacing(out / CODEBOOK) as file:
-        file.write(save({"codebook": torch.from_numpy(codebook)}))
     return codebook
 
 
@@ -287,7 +259,3 @@ def _versions() -> dict[str, str]:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             versions[package] = importlib.metadata.version(package)
     return versions
-
-
-def _note(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)

@@ -7,6 +7,7 @@ import codecs
 import contextlib
 import gzip
 import io
+import itertools
 import json
 import lzma
 import math
@@ -20,7 +21,7 @@ from typing import IO, Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from planlm.corpus.inputs import HUB, Part, kind_of
+from planlm.corpus.inputs import HUB, Part, address, kind_of
 from planlm.errors import InputError
 from planlm.pretrained.names import hub_within_reach
 
@@ -137,20 +138,20 @@ def _decoding(where: str) -> Iterator[None]:
         raise InputError(f"{where}: cannot be read ({'it is cut off' if cut_off else reason})") from error
 
 
-def _decoded(data: bytes, where: str, part: Part) -> str:
-    """`data` as text; `where` names it in the message, without the line where there are several."""
+def _decoded(data: bytes, where: str, line: int | None = None) -> str:
+    """`data` as text; `where` and the line that it is, or else the line of the fault, name it in the message."""
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        line = f":{data.count(10, 0, error.start) + 1}" if where == part.path else ""
-        raise InputError(f"{where}{line}: not UTF-8 (byte {data[error.start]:#04x}); convert the file") from None
+        line = line or data.count(10, 0, error.start) + 1
+        raise InputError(f"{where}:{line}: not UTF-8 (byte {data[error.start]:#04x}); convert the file") from None
 
 
 def _read_text(stream: IO[bytes], part: Part) -> Iterator[Document]:
     data = stream.read()
     if b"\0" in data:
         raise InputError(f"{part.path}: a binary file, not text (byte 0 at position {data.index(0)})")
-    text = _decoded(data, part.path, part)
+    text = _decoded(data, part.path)
     if text.strip():
         yield Document(part.name, text, part.path)
 
@@ -161,21 +162,19 @@ def _begins_array(stream: IO[bytes]) -> bool:
 
 
 def _read_array(stream: IO[bytes], part: Part, fields: Fields) -> Iterator[Document]:
-    rows = _parsed(_decoded(stream.read(), part.path, part), part.path)
+    rows = _parsed(_decoded(stream.read(), part.path), part.path)
     for number, row in enumerate(rows, 1):
         yield _document(row, fields, f"{part.name}:{number}", f"{part.path}, element {number}")
 
 
 def _read_lines(stream: IO[bytes], part: Part, fields: Fields) -> Iterator[Document]:
-    number = 0
-    while True:
-        number += 1
+    for number in itertools.count(1):
         where = f"{part.path}:{number}"
         with _decoding(where):
             line = stream.readline()
         if not line:
             return
-        text = _decoded(line, where, part)
+        text = _decoded(line, part.path, number)
         if text.strip(" \t\r\n"):
             yield _document(_parsed(text, where), fields, f"{part.name}:{number}", where)
 
@@ -211,14 +210,13 @@ def _read_hub(part: Part, fields: Fields) -> Iterator[Document]:
     """Rows of `hf:name[:config][@split]`, streamed, without running any code of the data set's."""
     import datasets
 
-    repository, _, split = part.path.removeprefix(HUB).partition("@")
-    repository, _, config = repository.partition(":")
+    repository, config, split = address(part.path)
     if not Path(repository).exists() and not hub_within_reach():
         raise InputError(f"{part.path}: no such folder here, and the Hugging Face hub cannot be reached")
     try:
         if os.path.isdir(repository):
-            _refuse_foreign_files(datasets.load_dataset_builder(repository, config or None), repository, part.path)
-        rows = datasets.load_dataset(repository, config or None, split=split or "train", streaming=True)
+            _refuse_foreign_files(datasets.load_dataset_builder(repository, config), repository, part.path)
+        rows = datasets.load_dataset(repository, config, split=split, streaming=True)
         for number, row in enumerate(rows, 1):
             yield _document(row, fields, f"{part.name}:{number}", f"{part.path}, row {number}")
     except InputError:
@@ -253,15 +251,10 @@ def _document(row: Any, fields: Fields, row_id: str, where: str) -> Document:
     document_id = row.get(fields.id)
     if document_id is None:
         document_id = row_id
-    elif not _is_id(document_id):
+    is_plain = isinstance(document_id, str | int | float) and not isinstance(document_id, bool)
+    if not is_plain or (isinstance(document_id, float) and not math.isfinite(document_id)):
         raise InputError(f"{where}: field {fields.id!r} is no id but {document_id!r:.40}; name another with --id-field")
     return Document(_valid(str(document_id)), _valid(text), where)
-
-
-def _is_id(value: Any) -> bool:
-    if isinstance(value, float):
-        return math.isfinite(value)
-    return isinstance(value, str | int) and not isinstance(value, bool)
 
 
 def _valid(text: str) -> str:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import itertools
 import json
-import shutil
-import sys
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -19,12 +17,13 @@ from planlm.config import PrepareConfig
 from planlm.corpus.codebook import assign_actions
 from planlm.corpus.readers import Document
 from planlm.corpus.sources import Documents, id_hash
-from planlm.corpus.store import SPLIT_NAMES, SPLITS, document_features
-from planlm.corpus.writing import lists, read_arrow, seal, write_arrow, write_json, write_sealed, write_split_files
+from planlm.corpus.store import SPLITS, CorpusWriter
+from planlm.corpus.writing import joined, lists, read_arrow, seal, write_sealed
 from planlm.distribution import rank, world_size
 from planlm.errors import InputError, MachineError
 from planlm.pretrained.tokenizer import load_tokenizer
 from planlm.progress import Progress
+from planlm.terminal import note
 from planlm.text.alignment import tokenize
 from planlm.text.encoder import SentenceEncoder
 from planlm.text.sentences import split_sentences
@@ -84,7 +83,7 @@ def _is_done(path: Path, identity: str) -> bool:
         return True
     aside = path.with_suffix(".damaged")
     path.replace(aside)
-    print(f"{path}: damaged; kept as {aside.name} and made anew", file=sys.stderr, flush=True)
+    note(f"{path}: damaged; kept as {aside.name} and made anew")
     return False
 
 
@@ -110,7 +109,7 @@ def _encoded(
     advance: Callable[[int], None],
 ) -> pa.Table:
     kept: list[Document] = []
-    spans, ids, counts = [np.zeros((0, 2), np.int32)], [np.zeros(0, np.int32)], [np.zeros(0, np.int32)]
+    spans, ids, tokens = [np.zeros((0, 2), np.int32)], [np.zeros(0, np.int32)], [np.zeros(0, np.int32)]
     for document in shard:
         found = split_sentences(document.text)
         if len(found) >= max(1, min_sentences):
@@ -118,22 +117,21 @@ def _encoded(
             kept.append(document)
             spans.append(np.array(found, dtype=np.int32))
             ids.append(document_ids)
-            counts.append(sentence_tokens.astype(np.int32))
-    num_sentences = np.array([len(found) for found in spans[1:]], dtype=np.int64)
-    ends = np.cumsum(num_sentences)
-    rows = np.empty((int(num_sentences.sum()), encoder.dim), dtype=np.float16)  # [sentences of the shard, A]
+            tokens.append(sentence_tokens.astype(np.int32))
+    counts = np.array([len(found) for found in spans[1:]], dtype=np.int64)  # [documents], sentences
+    ends = np.cumsum(counts)
+    embeddings = np.empty((int(counts.sum()), encoder.dim), dtype=np.float16)  # [sentences, A]
     sentences = (
         document.text[start:end] for document, found in zip(kept, spans[1:], strict=True) for start, end in found
     )
     done = 0
-    for start in range(0, len(rows), ENCODED_TOGETHER):
-        batch = list(itertools.islice(sentences, ENCODED_TOGETHER))
-        rows[start : start + len(batch)] = encoder.encode(batch)
-        if not np.isfinite(rows[start : start + len(batch)]).all():
-            raise InputError(
-                f"{encoder.name}: its embeddings are not finite in float16; use another encoder or precision"
-            )
-        ready = int(np.searchsorted(ends, start + len(batch), side="right"))
+    for start in range(0, len(embeddings), ENCODED_TOGETHER):
+        block = embeddings[start : start + ENCODED_TOGETHER]
+        block[:] = encoder.encode(list(itertools.islice(sentences, ENCODED_TOGETHER)))
+        if not np.isfinite(block).all():
+            reason = "its embeddings are not finite in float16; use another encoder or precision"
+            raise InputError(f"{encoder.name}: {reason}")
+        ready = int(np.searchsorted(ends, start + len(block), side="right"))
         advance(ready - done)
         done = ready
     advance(len(shard) - done)  # those that are left out
@@ -141,10 +139,10 @@ def _encoded(
         {
             "id": pa.array([document.id for document in kept], pa.string()),
             "text": pa.array([document.text for document in kept], pa.string()),
-            "input_ids": lists(np.concatenate(ids), np.array([len(row) for row in ids[1:]], dtype=np.int64)),
-            "sentence_spans": lists(np.concatenate(spans), num_sentences),
-            "sentence_tokens": lists(np.concatenate(counts), num_sentences),
-            "embeddings": lists(rows, num_sentences),
+            "input_ids": lists(np.concatenate(ids), np.array([len(own) for own in ids[1:]], dtype=np.int64)),
+            "sentence_spans": lists(np.concatenate(spans), counts),
+            "sentence_tokens": lists(np.concatenate(tokens), counts),
+            "embeddings": lists(embeddings, counts),
         }
     )
 
@@ -186,63 +184,35 @@ class EncodedShards:
         sample = np.empty((len(eligible), self.action_dim), dtype=np.float32)
         first = at = 0
         for path in self._paths:
-            rows = _embeddings(read_arrow(path, ["embeddings"]))
-            mine = eligible[(eligible >= first) & (eligible < first + len(rows))] - first
-            sample[at : at + len(mine)] = rows[mine]
-            first, at = first + len(rows), at + len(mine)
+            embeddings = joined(read_arrow(path, ["embeddings"])["embeddings"])
+            mine = eligible[(eligible >= first) & (eligible < first + len(embeddings))] - first
+            sample[at : at + len(mine)] = embeddings[mine]
+            first, at = first + len(embeddings), at + len(mine)
         return sample
 
-    def write_corpus(self, out: Path, splits: np.ndarray, codebook: np.ndarray) -> dict[str, dict[str, int]]:
-        """Second pass: give every sentence its action and write the splits' files.
+    def write_corpus(self, writer: CorpusWriter, splits: np.ndarray) -> None:
+        """Second pass: give every sentence its action and write the documents.
 
         Args:
-            out: folder of the corpus.
+            writer: knows the codebook.
             splits: split of every document, as numbers of `SPLITS`.
-            codebook: float32 [K, A].
-
-        Returns:
-            Documents, sentences and tokens of every split.
         """
-        features = document_features(self.action_dim)
-        files: dict[str, list[str]] = {name: [] for name in SPLITS}
-        totals = {name: {"documents": 0, "sentences": 0, "tokens": 0} for name in SPLITS}
-        for name in SPLITS:  # what an interrupted call with other shares may have left
-            shutil.rmtree(out / name, ignore_errors=True)
         first = 0
         with Progress("Assigning actions", len(splits), "documents") as progress:
             for number, path in enumerate(self._paths):
                 if seal(path) is None:
                     raise MachineError(f"{path}: damaged since it was written; run the same command again")
                 table = read_arrow(path)
-                counts = self.num_sentences[first : first + len(table)]
-                rows = _embeddings(table)
+                embeddings = joined(table["embeddings"])
                 actions = [
-                    assign_actions(rows[start : start + ASSIGNED_TOGETHER], codebook)[0]
-                    for start in range(0, max(1, len(rows)), ASSIGNED_TOGETHER)
+                    assign_actions(embeddings[start : start + ASSIGNED_TOGETHER], writer.codebook)[0]
+                    for start in range(0, max(1, len(embeddings)), ASSIGNED_TOGETHER)
                 ]
+                counts = self.num_sentences[first : first + len(table)]
                 table = table.append_column("actions", lists(np.concatenate(actions), counts))
-                table = table.cast(features.arrow_schema)
                 for split, name in enumerate(SPLITS):
                     own = np.flatnonzero(splits[first : first + len(table)] == split)
-                    if not len(own):
-                        continue
-                    (out / name).mkdir(exist_ok=True)
-                    files[name].append(f"data-{number:05d}.arrow")
-                    part = table if len(own) == len(table) else table.take(own)
-                    write_arrow(out / name / files[name][-1], part)
-                    totals[name]["documents"] += len(own)
-                    totals[name]["sentences"] += int(counts[own].sum())
-                    totals[name]["tokens"] += len(part["input_ids"].combine_chunks().flatten())
+                    if len(own):
+                        writer.add(name, number, table if len(own) == len(table) else table.take(own))
                 first += len(table)
                 progress.advance(len(table))
-        present = [name for name in SPLITS if files[name]]
-        for name in present:
-            write_split_files(out / name, name, files[name], features)
-        write_json(out / SPLIT_NAMES, {"splits": present})
-        return totals
-
-
-def _embeddings(table: pa.Table) -> np.ndarray:
-    """All sentences' embeddings of a table, float16 [sentences, A], without a copy."""
-    values = table["embeddings"].combine_chunks().flatten()
-    return values.flatten().to_numpy().reshape(len(values), values.type.list_size)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import shutil
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
@@ -19,15 +20,17 @@ from typing import Any, get_origin, get_type_hints
 
 import datasets
 import numpy as np
+import pyarrow as pa
 import torch
 import xxhash
 from datasets import Features, List, Value
+from safetensors.torch import save
 from torch import Tensor
 
 from planlm.corpus.verify import verify_folder, verify_split
-from planlm.corpus.writing import checksum
+from planlm.corpus.writing import checksum, joined, write_arrow
 from planlm.errors import InputError
-from planlm.files import replacing
+from planlm.files import replacing, write_json, write_text
 
 FORMAT_VERSION = 2
 SPLITS = ("train", "validation", "test")
@@ -49,7 +52,7 @@ def document_features(action_dim: int) -> Features:
     )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Manifest:
     """What `corpus.json` says.
 
@@ -71,7 +74,7 @@ class Manifest:
         files: size in bytes and XXH3 checksum of every other file of the corpus.
     """
 
-    format_version: int
+    format_version: int = FORMAT_VERSION
     num_actions: int
     action_dim: int
     encoder: str
@@ -79,7 +82,7 @@ class Manifest:
     tokenizer_fingerprint: str
     vocabulary: int
     has_start_token: bool
-    splits: dict[str, dict[str, int]]
+    splits: dict[str, dict[str, int]] = field(default_factory=dict)
     left_out: int
     seed: int
     sources: list[dict[str, Any]]
@@ -114,13 +117,68 @@ class Manifest:
         return manifest
 
 
+class CorpusWriter:
+    """Writes a corpus: its codebook at once, then documents, a file of them at a time, and its manifest last.
+
+    Args:
+        folder: where to; made if need be. Documents that an earlier writer left there go.
+        codebook: float32 [K, A].
+
+    Attributes:
+        codebook: as given.
+        schema: Arrow's, of tables of documents.
+        splits: documents, sentences and tokens that were added, by split.
+    """
+
+    def __init__(self, folder: Path, codebook: np.ndarray) -> None:
+        self._folder, self.codebook = folder, codebook
+        self._features = document_features(codebook.shape[1])
+        self.schema: pa.Schema = self._features.arrow_schema
+        self.splits = {name: {"documents": 0, "sentences": 0, "tokens": 0} for name in SPLITS}
+        folder.mkdir(parents=True, exist_ok=True)
+        for name in SPLITS:
+            shutil.rmtree(folder / name, ignore_errors=True)
+        with replacing(folder / CODEBOOK) as file:
+            file.write(save({"codebook": torch.from_numpy(codebook)}))
+
+    def add(self, split: str, number: int, documents: pa.Table) -> None:
+        """Write some documents of a split, at least one, to its file with this number; numbers rise."""
+        (self._folder / split).mkdir(exist_ok=True)
+        write_arrow(self._folder / split / f"data-{number:05d}.arrow", documents.cast(self.schema))
+        counts = self.splits[split]
+        counts["documents"] += len(documents)
+        counts["sentences"] += len(joined(documents["actions"]))
+        counts["tokens"] += len(joined(documents["input_ids"]))
+
+    def finish(self, manifest: Manifest) -> None:
+        """Write what `datasets.load_from_disk` opens the splits by, and the manifest with the splits that there are."""
+        present = [name for name, counts in self.splits.items() if counts["documents"]]
+        for name in present:
+            folder = self._folder / name
+            files = sorted(file.name for file in folder.glob("*.arrow"))
+            contents = "".join(checksum(folder / file) for file in files)
+            write_json(folder / "dataset_info.json", {"features": self._features.to_dict()})
+            state: dict[str, Any] = {
+                "_data_files": [{"filename": file} for file in files],
+                # A cache key of datasets'; from the contents, since a random one would change the corpus' bytes.
+                "_fingerprint": xxhash.xxh3_64_hexdigest(contents.encode()),
+                "_format_columns": None,
+                "_format_kwargs": {},
+                "_format_type": None,
+                "_output_all_columns": False,
+                "_split": name,
+            }
+            write_json(folder / "state.json", state)
+        write_json(self._folder / SPLIT_NAMES, {"splits": present})
+        write_manifest(self._folder, replace(manifest, splits=self.splits))
+
+
 def write_manifest(folder: Path, manifest: Manifest) -> None:
     """Finish the corpus in `folder`: write its manifest, with the checksums of all that is there."""
     paths = [folder / CODEBOOK, folder / SPLIT_NAMES]
     paths += [file for split in manifest.splits for file in sorted((folder / split).glob("*"))]
     files = {path.relative_to(folder).as_posix(): (path.stat().st_size, checksum(path)) for path in paths}
-    with replacing(folder / MANIFEST) as file:
-        file.write(replace(manifest, files=files).to_json().encode())
+    write_text(folder / MANIFEST, replace(manifest, files=files).to_json())
 
 
 class PreparedCorpus:
@@ -189,8 +247,7 @@ class PreparedCorpus:
         counts = np.zeros(self.manifest.num_actions, dtype=np.int64)
         rows = self.split("train").with_format("arrow", columns=["actions"])
         for table in rows.iter(1000):
-            actions = np.concatenate([chunk.flatten().to_numpy() for chunk in table["actions"].chunks])
-            counts += np.bincount(actions, minlength=len(counts))
+            counts += np.bincount(joined(table["actions"]), minlength=len(counts))
         return torch.from_numpy(counts)
 
 

@@ -20,7 +20,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from planlm.corpus.writing import checksum, read_arrow
+from planlm.corpus.writing import checksum, joined, read_arrow
 from planlm.progress import Progress
 
 if TYPE_CHECKING:
@@ -126,7 +126,7 @@ def _problem(batch: pa.RecordBatch, num_actions: int, vocabulary: int) -> str | 
         return "an action is out of range"
     if len(ids) and (ids.min() < 0 or ids.max() >= vocabulary):
         return "a token is out of range"
-    spans = flat["sentence_spans"].flatten().to_numpy().reshape(-1, 2)
+    spans = joined(columns["sentence_spans"])
     limit = np.repeat(pc.utf8_length(columns["text"]).to_numpy(zero_copy_only=False), count)
     before = np.concatenate([[0], spans[:-1, 1]])
     before[first] = 0

@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO, Any
 
 import numpy as np
 import pyarrow as pa
 import xxhash
-from datasets import Features
 
 from planlm.errors import InputError, MachineError
 from planlm.files import replacing
@@ -36,24 +33,28 @@ def storage_errors(folder: Path) -> Iterator[None]:
         raise MachineError(f"{folder}: {error}; run the same command again") from error
 
 
-def write_json(path: Path, content: Any) -> None:
-    """One JSON value, the same bytes for the same value."""
-    with replacing(path) as file:
-        file.write((json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode())
-
-
-def lists(joined: np.ndarray, lengths: np.ndarray) -> pa.Array:
+def lists(contents: np.ndarray, lengths: np.ndarray) -> pa.Array:
     """An Arrow column of lists, or of lists of fixed-size lists, without a copy.
 
     Args:
-        joined: what all lists hold, one behind the other, [sum of lengths] or [sum of lengths, width].
+        contents: what all lists hold, one behind the other, [sum of lengths] or [sum of lengths, width].
         lengths: [lists].
     """
     offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
-    values = pa.array(joined.reshape(-1))
-    if joined.ndim == 2:
-        values = pa.FixedSizeListArray.from_arrays(values, joined.shape[1])
+    values = pa.array(contents.reshape(-1))
+    if contents.ndim == 2:
+        values = pa.FixedSizeListArray.from_arrays(values, contents.shape[1])
     return pa.ListArray.from_arrays(offsets, values)
+
+
+def joined(column: pa.ChunkedArray | pa.ListArray) -> np.ndarray:
+    """What the lists of an Arrow column hold, one behind the other: undoes `lists`, a single chunk without a copy."""
+    if isinstance(column, pa.ChunkedArray):
+        column = column.chunk(0) if column.num_chunks == 1 else column.combine_chunks()
+    values = column.flatten()
+    if not pa.types.is_fixed_size_list(values.type):
+        return values.to_numpy()
+    return values.flatten().to_numpy().reshape(len(values), values.type.list_size)
 
 
 def write_arrow(path: Path, table: pa.Table) -> None:
@@ -64,42 +65,20 @@ def write_arrow(path: Path, table: pa.Table) -> None:
 
 def write_sealed(path: Path, table: pa.Table, identity: str) -> None:
     """An Arrow stream that says what it was made from and, behind its end, where no reader looks, its own checksum."""
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_stream(sink, table.schema.with_metadata({_IDENTITY: identity})) as writer:
+        writer.write_table(table)
     with replacing(path) as file:
-        digesting = _Digesting(file)
-        with pa.ipc.new_stream(digesting, table.schema.with_metadata({_IDENTITY: identity})) as writer:
-            writer.write_table(table)
-        file.write(digesting.digest.digest())
+        file.write(sink.getvalue())
+        file.write(xxhash.xxh3_128_digest(sink.getvalue()))
 
 
 def seal(path: Path) -> str | None:
     """The identity with which a sealed file was written, or None where its bytes are not what was written."""
-    digest = xxhash.xxh3_128()
-    left = path.stat().st_size - digest.digest_size
-    with open(path, "rb") as file:
-        while left > 0 and (block := file.read(min(left, 1 << 20))):
-            digest.update(block)
-            left -= len(block)
-        if file.read() != digest.digest():
-            return None
-    with pa.memory_map(str(path)) as source:
-        return (pa.ipc.open_stream(source).schema.metadata or {}).get(_IDENTITY, b"").decode()
-
-
-class _Digesting:
-    """A file to write for Arrow, with a checksum of what went through."""
-
-    closed = False
-
-    def __init__(self, file: IO[bytes]) -> None:
-        self._file = file
-        self.digest = xxhash.xxh3_128()
-
-    def write(self, block: Any) -> int:
-        self.digest.update(block)
-        return self._file.write(block)
-
-    def flush(self) -> None:
-        self._file.flush()
+    data = memoryview(path.read_bytes())
+    if xxhash.xxh3_128_digest(data[:-16]) != data[-16:]:
+        return None
+    return (pa.ipc.open_stream(data[:-16]).schema.metadata or {}).get(_IDENTITY, b"").decode()
 
 
 def read_arrow(path: Path, columns: list[str] | None = None) -> pa.Table:
@@ -116,20 +95,3 @@ def checksum(path: Path) -> str:
         while block := file.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()
-
-
-def write_split_files(folder: Path, name: str, files: list[str], features: Features) -> None:
-    """The two JSON files with which `datasets.load_from_disk` opens the Arrow `files` in `folder`."""
-    write_json(folder / "dataset_info.json", {"features": features.to_dict()})
-    contents = "".join(checksum(folder / file) for file in files)
-    state: dict[str, Any] = {
-        "_data_files": [{"filename": file} for file in files],
-        # A cache key of datasets'; derived from the contents, since a random one would change the corpus' bytes.
-        "_fingerprint": xxhash.xxh3_64_hexdigest(contents.encode()),
-        "_format_columns": None,
-        "_format_kwargs": {},
-        "_format_type": None,
-        "_output_all_columns": False,
-        "_split": name,
-    }
-    write_json(folder / "state.json", state)

@@ -29,10 +29,18 @@ from planlm.config import (
     QuickstartConfig,
     ReportConfig,
 )
+from planlm.corpus.actions import describe_actions
+from planlm.corpus.prepare import prepare
+from planlm.corpus.store import FORMAT_VERSION, MANIFEST
 from planlm.errors import InputError, MachineError
-from planlm.files import check_own, read_json, write_text
+from planlm.files import check_own, read_json, write_json, write_text
+from planlm.model.generation import generate
 from planlm.quickstart.leads import leads
 from planlm.quickstart.table import KEPT, Table, collect
+from planlm.report.page import write_report
+from planlm.report.plots import perplexity_figure, save_png
+from planlm.terminal import note
+from planlm.training.pretrain_planner import pretrain_planner
 
 ACTIONS = 256
 MIN_SENTENCES = 5
@@ -49,6 +57,9 @@ SMALL_TRAINING = {
     "steps": 200, "batch_size": 16, "window": WINDOW, "conditioned_layers": 2, "lr": 2e-2, "codebook_lr": 2e-3,
     "planner_lr": 5e-4,
 }  # fmt: skip
+
+SMOL = "smollm2"
+"""Folder of SmolLM2's runs."""
 
 PROMPT = "The Indian elephant is one of three living subspecies of the Asian elephant. It is native to mainland Asia."
 
@@ -77,35 +88,29 @@ def quickstart(config: QuickstartConfig) -> dict[str, Any]:
         _side_by_side(tables, out)
     results = [collect(table) for table in tables]
     with clock.stage("generation and report"):
-        generation = _generation(Path(tables[0].out) / KEPT, config.seed)
-        planned = {action["action"] for sentence in generation["plan"] for action in sentence["actions"][:1]}
-        described = _describe(out / "corpus", sorted(planned))
-        plots = _plots(results, out)
-        pages = _reports(tables, out)
+        generation, actions = _generation(out, config.seed)
+        paths = _pages(results, tables, out)
     result = {
         "tables": results,
         "planner": planner,
         "generation": generation,
-        "actions": described,
+        "actions": actions,
         "seconds": clock.seconds,
         "paths": {
             "corpus": str(out / "corpus"),
             "planner": str(out / "planner"),
             "model": str(Path(tables[0].out) / KEPT),
             "small model": str(Path(tables[1].out) / KEPT),
-            "plots": [str(plot) for plot in plots],
-            "reports": [str(page) for page in pages],
+            **paths,
             "results": str(out / "quickstart.json"),
         },
     }
-    write_text(out / "quickstart.json", json.dumps(result, indent=1, ensure_ascii=False) + "\n")
+    write_json(out / "quickstart.json", result)
     return result
 
 
 def _open(out: Path, config: QuickstartConfig) -> None:
     """Make the folder; refuse one that holds something else, or a quickstart with another seed or version."""
-    from planlm.corpus.store import FORMAT_VERSION, MANIFEST
-
     check_own(out)
     record = out / "settings.json"
     settings = {"seed": config.seed, "version": __version__}
@@ -118,7 +123,7 @@ def _open(out: Path, config: QuickstartConfig) -> None:
     elif out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise InputError(f"{out}: holds other files; choose another --out")
     out.mkdir(parents=True, exist_ok=True)
-    write_text(record, json.dumps(settings) + "\n")
+    write_json(record, settings)
 
 
 class _Clock:
@@ -131,19 +136,17 @@ class _Clock:
     @contextlib.contextmanager
     def stage(self, name: str) -> Iterator[None]:
         """Announce a stage and add what it takes, however it ends."""
-        _say(f"== {name}")
+        note(f"== {name}")
         started = time.monotonic()
         try:
             yield
         finally:
             self.seconds[name] = round(self.seconds.get(name, 0.0) + time.monotonic() - started, 1)
-            write_text(self.path, json.dumps(self.seconds, indent=1) + "\n")
+            write_json(self.path, self.seconds)
 
 
 def _corpus(out: Path, seed: int) -> None:
     """Prepare the corpus of the longer leads; the shorter ones, on which the small LM is trained, go to a file."""
-    from planlm.corpus.prepare import prepare
-
     source, others = out / "leads.jsonl", out / "short-leads.json"
     if not source.is_file():
         rows = (json.dumps({"id": title, "text": text}, ensure_ascii=False) for title, text in leads().items())
@@ -163,13 +166,11 @@ def _corpus(out: Path, seed: int) -> None:
     if not others.is_file():
         prepared = {title for split in corpus.manifest.splits for title in corpus.split(split)["id"]}
         texts = [text for title, text in leads().items() if title not in prepared]
-        write_text(others, json.dumps(texts, ensure_ascii=False))
+        write_json(others, texts)
 
 
 def _planner(out: Path, seed: int) -> dict[str, Any]:
     """Pre-train the planner, unless its metrics are there."""
-    from planlm.training.pretrain_planner import pretrain_planner
-
     metrics = out / "planner" / "planner_metrics.json"
     if metrics.is_file():
         return read_json(metrics)
@@ -177,31 +178,31 @@ def _planner(out: Path, seed: int) -> dict[str, Any]:
 
 
 def _tables(out: Path, seed: int) -> list[Table]:
-    shared: dict[str, Any] = {"planner": str(out / "planner"), "source": str(out / "corpus"), "seed": seed}
-    return [
-        Table(
-            name="SmolLM2",
-            title="SmolLM2-135M-Instruct, pre-trained, frozen",
-            corpus=str(out / "corpus"),
-            out=str(out / "smollm2"),
-            lm=DEFAULT_LM,
-            texts=None,
-            training=SMOL_TRAINING,
-            max_documents=80,
-            **shared,
-        ),
-        Table(
-            name="small LM",
-            title="small LM: a GPT-2 of 4.5 million parameters, trained here for a few minutes, then frozen",
-            corpus=str(out / "small-corpus"),
-            out=str(out / "small"),
-            lm=str(out / "small-lm"),
-            texts=str(out / "short-leads.json"),
-            training=SMALL_TRAINING,
-            max_documents=None,
-            **shared,
-        ),
-    ]
+    smol = Table(
+        name="SmolLM2",
+        title="SmolLM2-135M-Instruct, pre-trained, frozen",
+        corpus=str(out / "corpus"),
+        planner=str(out / "planner"),
+        out=str(out / SMOL),
+        lm=DEFAULT_LM,
+        texts=None,
+        source=str(out / "corpus"),
+        training=SMOL_TRAINING,
+        max_documents=80,
+        seed=seed,
+    )
+    small = dataclasses.replace(
+        smol,
+        name="small LM",
+        title="small LM: a GPT-2 of 4.5 million parameters, trained here for a few minutes, then frozen",
+        corpus=str(out / "small-corpus"),
+        out=str(out / "small"),
+        lm=str(out / "small-lm"),
+        texts=str(out / "short-leads.json"),
+        training=SMALL_TRAINING,
+        max_documents=None,
+    )
+    return [smol, small]
 
 
 def _side_by_side(tables: Sequence[Table], out: Path) -> None:
@@ -220,7 +221,7 @@ def _side_by_side(tables: Sequence[Table], out: Path) -> None:
     try:
         for table in tables:
             settings = out / f"{Path(table.out).name}.json"
-            write_text(settings, json.dumps(dataclasses.asdict(table), indent=1) + "\n")
+            write_json(settings, dataclasses.asdict(table))
             process = subprocess.Popen(
                 [sys.executable, "-m", "planlm.quickstart.table", str(settings)],
                 env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
@@ -228,17 +229,14 @@ def _side_by_side(tables: Sequence[Table], out: Path) -> None:
             processes.append(process)
             readers.append(threading.Thread(target=_forward, args=(process, table.name, last), daemon=True))
             readers[-1].start()
-        while any(process.poll() is None for process in processes):
-            if any(process.poll() for process in processes):
-                break
+        while any(process.poll() is None for process in processes) and not any(process.poll() for process in processes):
             time.sleep(0.2)
     finally:
         for process in processes:
             if process.poll() is None:
                 process.terminate()
-        for process in processes:
+        for process, reader in zip(processes, readers, strict=False):
             process.wait()
-        for reader in readers:
             reader.join()
     for table, process in zip(tables, processes, strict=True):
         if process.returncode > 0:
@@ -254,43 +252,26 @@ def _forward(process: subprocess.Popen[str], name: str, last: dict[str, str]) ->
     for line in process.stdout:
         if line.strip():
             last[name] = line.strip()
-            _say(f"{name:>8} | {line.rstrip()}")
+            note(f"{name:>8} | {line.rstrip()}")
 
 
-def _generation(run: Path, seed: int) -> dict[str, Any]:
-    """Continue the prompt with SmolLM2 under soft plans."""
-    from planlm.model.generation import generate
-
-    return generate(GenerateConfig(run=str(run), prompt=PROMPT, max_new_tokens=90, show_plan=True, seed=seed))
-
-
-def _describe(corpus: Path, actions: list[int]) -> dict[str, list[str]]:
-    """Distinctive terms of the given actions."""
-    from planlm.corpus.actions import describe_actions
-
-    described = {one.action: one.terms for one in describe_actions(ActionsConfig(corpus=str(corpus)))}
-    return {str(action): list(described[action]) for action in actions}
+def _generation(out: Path, seed: int) -> tuple[dict[str, Any], dict[str, list[str]]]:
+    """The prompt continued by SmolLM2 under soft plans, and the distinctive terms of the actions planned in it."""
+    run = str(out / SMOL / KEPT)
+    generation = generate(GenerateConfig(run=run, prompt=PROMPT, max_new_tokens=90, show_plan=True, seed=seed))
+    planned = {action["action"] for sentence in generation["plan"] for action in sentence["actions"][:1]}
+    described = describe_actions(ActionsConfig(corpus=str(out / "corpus")))
+    return generation, {str(one.action): one.terms for one in described if one.action in planned}
 
 
-def _plots(results: list[dict[str, Any]], out: Path) -> list[Path]:
-    from planlm.report.plots import perplexity_figure, save_png
-
-    paths = [out / "perplexity-smollm2.png", out / "perplexity-small.png"]
-    for result, path in zip(results, paths, strict=True):
-        save_png(perplexity_figure(result), path)
-    return paths
-
-
-def _reports(tables: list[Table], out: Path) -> list[Path]:
-    """A page for each LM: perplexities under different tokenizers do not belong into one table."""
-    from planlm.report.page import write_report
-
-    pages = []
-    for table, name in zip(tables, ("report-smollm2.html", "report-small.html"), strict=True):
+def _pages(results: list[dict[str, Any]], tables: list[Table], out: Path) -> dict[str, list[str]]:
+    """A plot and a page for each LM: perplexities under different tokenizers do not belong into one table."""
+    paths: dict[str, list[str]] = {"plots": [], "reports": []}
+    for result, table in zip(results, tables, strict=True):
+        name = Path(table.out).name
+        save_png(perplexity_figure(result), out / f"perplexity-{name}.png")
         runs = (str(out / "planner"), *map(str, table.runs()))
-        pages.append(write_report(ReportConfig(runs=runs, out=str(out / name))))
-    return pages
-
-
-def _say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
+        page = write_report(ReportConfig(runs=runs, out=str(out / f"report-{name}.html")))
+        paths["plots"].append(str(out / f"perplexity-{name}.png"))
+        paths["reports"].append(str(page))
+    return paths

@@ -7,20 +7,18 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
+import pyarrow as pa
 import torch
 import torch.nn.functional as F
-from safetensors.torch import save
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
-from planlm.corpus.store import CODEBOOK, MANIFEST, SPLIT_NAMES, PreparedCorpus, write_manifest
-from planlm.files import replacing, replacing_folder, write_text
+from planlm.corpus.store import MANIFEST, CorpusWriter, PreparedCorpus
+from planlm.files import replacing_folder
 from planlm.precision import autocast, device
 from planlm.pretrained.tokenizer import load_tokenizer, tokenizer_fingerprint
 from planlm.progress import track
@@ -133,28 +131,21 @@ def retokenize(corpus: PreparedCorpus, tokenizer_name: str, out: Path) -> Prepar
     if (out / MANIFEST).is_file():
         return PreparedCorpus.load(out)
     tokenizer = load_tokenizer(tokenizer_name)
-
-    def with_tokens(row: dict[str, Any]) -> dict[str, list[int]]:
-        spans = [(start, end) for start, end in row["sentence_spans"]]
-        input_ids, sentence_tokens = tokenize(tokenizer, row["text"], spans)
-        return {"input_ids": input_ids.tolist(), "sentence_tokens": sentence_tokens.tolist()}
-
-    shutil.rmtree(out, ignore_errors=True)
-    splits = {}
-    for name, counts in corpus.manifest.splits.items():
-        documents = corpus.split(name).map(with_tokens, keep_in_memory=True)
-        documents.save_to_disk(out / name)
-        splits[name] = counts | {"tokens": sum(map(len, documents["input_ids"]))}
-    write_text(out / SPLIT_NAMES, f'{{"splits": {list(splits)}}}\n'.replace("'", '"'))
-    with replacing(out / CODEBOOK) as file:
-        file.write(save({"codebook": corpus.codebook}))
+    writer = CorpusWriter(out, corpus.codebook.numpy())
+    for name in (name for name, counts in corpus.manifest.splits.items() if counts["documents"]):
+        for number, table in enumerate(corpus.split(name).with_format("arrow").iter(1000)):
+            documents = zip(table["text"].to_pylist(), table["sentence_spans"].to_pylist(), strict=True)
+            columns = zip(*(tokenize(tokenizer, text, spans) for text, spans in documents), strict=True)
+            for column, values in zip(("input_ids", "sentence_tokens"), columns, strict=True):
+                at = table.schema.get_field_index(column)
+                table = table.set_column(at, writer.schema.field(at), pa.array(values, writer.schema.field(at).type))
+            writer.add(name, number, table)
     manifest = dataclasses.replace(
         corpus.manifest,
         tokenizer=tokenizer_name,
         tokenizer_fingerprint=tokenizer_fingerprint(tokenizer),
         vocabulary=len(tokenizer),
         has_start_token=bool(start_tokens(tokenizer)),
-        splits=splits,
     )
-    write_manifest(out, manifest)
+    writer.finish(manifest)
     return PreparedCorpus.load(out)

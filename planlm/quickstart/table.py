@@ -17,10 +17,14 @@ from typing import Any
 import numpy as np
 
 from planlm.config import EvaluateConfig, TrainConfig
+from planlm.corpus.store import PreparedCorpus
 from planlm.errors import InputError, MachineError
+from planlm.evaluation.evaluate import evaluate
 from planlm.evaluation.significance import DocumentScores, compare_rows
-from planlm.quiet import silence_libraries
+from planlm.quickstart.small_lm import SmallLM, pretrain_lm, retokenize
 from planlm.report.results import EVALUATION
+from planlm.terminal import note, silence_libraries
+from planlm.training.train import train
 
 SPLIT = "test"
 ROWS: dict[str, dict[str, Any]] = {
@@ -74,32 +78,24 @@ class Table:
 
 def make_rows(table: Table) -> None:
     """Train and evaluate every row, each under the plan it was trained with; `none` comes with the first."""
-    from planlm.evaluation.evaluate import evaluate
-    from planlm.training.train import train
-
     if table.texts is not None:
-        _make_small_lm(table)
+        texts = json.loads(Path(table.texts).read_text(encoding="utf-8"))
+        pretrain_lm(texts, Path(table.lm), table.seed, SmallLM())
+        retokenize(PreparedCorpus.load(table.source), table.lm, Path(table.corpus))
     for number, (run, settings) in enumerate(zip(table.runs(), ROWS.values(), strict=True), start=1):
         if (run / EVALUATION).exists():
             continue
-        print(f"row {number} of {len(ROWS)}: {run.name}", file=sys.stderr, flush=True)
+        note(f"row {number} of {len(ROWS)}: {run.name}")
         selection = settings["selection"]
+        alike: dict[str, Any] = {"corpus": table.corpus, "seed": table.seed}
         train(
             TrainConfig(
-                corpus=table.corpus,
-                lm=table.lm,
-                planner=table.planner,
-                out=str(run),
-                seed=table.seed,
-                resume=True,
-                **table.training,
-                **settings,
+                lm=table.lm, planner=table.planner, out=str(run), resume=True, **alike, **table.training, **settings
             )
         )
         evaluate(
             EvaluateConfig(
                 run=str(run),
-                corpus=table.corpus,
                 split=SPLIT,
                 plans=f"none,{selection}" if number == 1 else selection,
                 versus=selection,
@@ -107,22 +103,12 @@ def make_rows(table: Table) -> None:
                 max_documents=table.max_documents,
                 batch_size=16,
                 precision="auto",
-                seed=table.seed,
+                **alike,
             )
         )
         shutil.rmtree(run / "checkpoints", ignore_errors=True)
         if run.name != KEPT:
             shutil.rmtree(run / "model", ignore_errors=True)
-
-
-def _make_small_lm(table: Table) -> None:
-    """Train the small LM on the texts, and put the corpus into its tokens."""
-    from planlm.corpus.store import PreparedCorpus
-    from planlm.quickstart.small_lm import SmallLM, pretrain_lm, retokenize
-
-    assert table.texts is not None
-    pretrain_lm(json.loads(Path(table.texts).read_text(encoding="utf-8")), Path(table.lm), table.seed, SmallLM())
-    retokenize(PreparedCorpus.load(table.source), table.lm, Path(table.corpus))
 
 
 def collect(table: Table) -> dict[str, Any]:
@@ -166,7 +152,7 @@ def main(path: str) -> int:
     try:
         make_rows(table)
     except (InputError, MachineError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        note(f"error: {error}")
         return 2 if isinstance(error, InputError) else 1
     except KeyboardInterrupt:
         return 1

@@ -44,11 +44,11 @@ def render(runs: list[Run]) -> str:
     """The page's text. Everything that comes from a run is escaped; only our own plots are not."""
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
     template = environment.from_string(resources.files(__package__).joinpath("page.html").read_text(encoding="utf-8"))
-    comparisons = []
-    for split in SPLITS:
-        result = compare_runs(runs, split)
-        if result is not None:
-            comparisons.append({"result": result, "plot": _svg(perplexity_figure(result), f"compare-{split}")})
+    comparisons = [
+        {"result": result, "plot": _svg(perplexity_figure(result), f"compare-{result['split']}")}
+        for result in (compare_runs(runs, split) for split in SPLITS)
+        if result is not None
+    ]
     curves = curves_figure({run.name: run.metrics for run in runs})
     return template.render(
         runs=[_describe_run(run, number) for number, run in enumerate(runs)],
@@ -67,28 +67,16 @@ def _svg(figure: Any, prefix: str) -> Markup:
 
 def _describe_run(run: Run, number: int) -> dict[str, Any]:
     """What the template shows of a run."""
-    evaluations = [
-        {
-            "result": run.evaluation[split],
-            "plot": _svg(perplexity_figure(run.evaluation[split]), f"run{number + 1}-{split}"),
-            "planner": run.evaluation[split].get("planner"),
-        }
-        for split in SPLITS
-        if split in run.evaluation
-    ]
     folder = shlex.quote(str(run.path))
     corpus = shlex.quote(str(run.config.get("corpus", "CORPUS")))
-    return {
-        "name": run.name,
-        "path": str(run.path),
+    return vars(run) | {
         "series": number % len(SERIES),
-        "config": run.config,
         "headline": _headline(run),
-        "metrics": run.metrics,
         "summary": _summary(run) if run.metrics else [],
-        "evaluations": evaluations,
-        "planner": run.planner,
-        "generation": run.generation,
+        "evaluations": [
+            {"result": result, "plot": _svg(perplexity_figure(result), f"run{number + 1}-{split}")}
+            for split, result in sorted(run.evaluation.items(), key=lambda item: SPLITS.index(item[0]))
+        ],
         "evaluate_command": f"planlm evaluate {folder} --corpus {corpus}",
         "generate_command": f"planlm generate {folder} --prompt 'The town' --show-plan",
     }

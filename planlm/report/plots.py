@@ -6,11 +6,14 @@ SVG colours of text and lines are written as CSS variables, so that a plot follo
 from __future__ import annotations
 
 import io
+import itertools
 import math
 import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from planlm.errors import InputError
 from planlm.files import replacing
@@ -108,23 +111,22 @@ def curves_figure(runs: dict[str, Sequence[dict[str, Any]]]) -> Figure | None:
     Returns:
         The figure, or None where there is nothing to draw.
     """
-    panels = [(key, title) for key, title in CURVES if any(_series(lines, key)[0] for lines in runs.values())]
+    panels = [(key, title) for key, title in CURVES if any(len(_series(lines, key)[0]) for lines in runs.values())]
     if not panels:
         return None
     with mpl.rc_context(_STYLE):
         num_rows = math.ceil(len(panels) / 2)
         figure = Figure(figsize=(8.4, 2.6 * num_rows), layout=ConstrainedLayoutEngine(hspace=0.1))
-        for place, (key, title) in enumerate(panels, start=1):
-            axes = figure.add_subplot(num_rows, 2, place)
-            for number, lines in enumerate(runs.values()):
+        for number, (key, title) in enumerate(panels, start=1):
+            axes = figure.add_subplot(num_rows, 2, number)
+            for color, lines in zip(itertools.cycle(SERIES), runs.values(), strict=False):
                 steps, values = _series(lines, key)
-                color = SERIES[number % len(SERIES)]
                 axes.plot(steps, values, color=color, linewidth=0.8, alpha=0.3)
                 axes.plot(steps, _running_mean(values), color=color, linewidth=1.6)
             axes.set_title(title)
             axes.grid(linewidth=0.8)
             axes.locator_params(nbins=6)
-            if place > len(panels) - 2:
+            if number > len(panels) - 2:
                 axes.set_xlabel("step")
     return figure
 
@@ -210,18 +212,16 @@ def _limits(rows: list[dict[str, Any]]) -> tuple[float, float, dict[str, float]]
     return low, high, {beyond: high if outlier["perplexity"] > reference else low}
 
 
-def _series(lines: Sequence[dict[str, Any]], key: str) -> tuple[list[float], list[float]]:
+def _series(lines: Sequence[dict[str, Any]], key: str) -> tuple[np.ndarray, np.ndarray]:
     """Steps and values of a quantity, where it was logged and finite."""
-    points = [(line["step"], line[key]) for line in lines if isinstance(line.get(key), int | float)]
-    points = [(step, value) for step, value in points if math.isfinite(value)]
-    return [step for step, _ in points], [value for _, value in points]
+    logged = [(line["step"], line[key]) for line in lines if isinstance(line.get(key), int | float)]
+    steps, values = np.array(logged, dtype=np.float64).reshape(-1, 2).T
+    return steps[np.isfinite(values)], values[np.isfinite(values)]
 
 
-def _running_mean(values: list[float]) -> list[float]:
+def _running_mean(values: np.ndarray) -> np.ndarray:
     """Mean of the values around each, over a twentieth of the whole on either side."""
-    reach = len(values) // 20
-    means = []
-    for place in range(len(values)):
-        near = values[max(0, place - reach) : place + reach + 1]
-        means.append(sum(near) / len(near))
-    return means
+    reach, at = len(values) // 20, np.arange(len(values))
+    begin, end = np.maximum(0, at - reach), np.minimum(len(values), at + reach + 1)
+    sums = np.concatenate([[0.0], np.cumsum(values)])
+    return (sums[end] - sums[begin]) / (end - begin)

@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import yaml
 
 from planlm.errors import InputError
 from planlm.evaluation.significance import DocumentScores, compare_rows
 from planlm.files import read_json
+from planlm.flat_yaml import read_flat
 from planlm.report.shapes import misfit
 from planlm.report.tables import PLANNER_METRICS
 
@@ -78,10 +78,10 @@ def load_runs(paths: Sequence[str]) -> list[Run]:
     """
     folders = [Path(path) for path in paths]
     names = [folder.resolve().name for folder in folders]
-    for place, folder in enumerate(folders):
-        if names.count(folder.resolve().name) > 1:
-            names[place] = str(folder)
-    return [_load_run(name, folder) for name, folder in zip(names, folders, strict=True)]
+    return [
+        _load_run(name if names.count(name) == 1 else str(folder), folder)
+        for name, folder in zip(names, folders, strict=True)
+    ]
 
 
 def compare_runs(runs: Sequence[Run], split: str) -> dict[str, Any] | None:
@@ -140,7 +140,7 @@ def _load_run(name: str, folder: Path) -> Run:
     return Run(
         name=name,
         path=folder,
-        config=_read_yaml(folder / CONFIG),
+        config=_read_config(folder / CONFIG),
         metrics=_read_lines(folder / METRICS),
         planner=_read_object(folder / PLANNER, _PLANNER | {"split": str}),
         evaluation=_read_evaluation(folder / EVALUATION),
@@ -149,7 +149,7 @@ def _load_run(name: str, folder: Path) -> Run:
 
 
 def _read_evaluation(path: Path) -> dict[str, Any]:
-    content = read_json(path) if path.exists() else {}
+    content = read_json(path) if _there(path) else {}
     for split, result in content.items():
         fault = misfit(result, _RESULT) or _contradiction(split, result)
         if fault is not None:
@@ -170,7 +170,7 @@ def _contradiction(split: str, result: dict[str, Any]) -> str | None:
         return f"rows: expected every plan once, and {result['versus']!r} as the only reference"
     for row in rows:
         if row["perplexity"] <= 0 or any(abs(nats) > LARGEST_NLL for nats in (row["delta"], *(row["ci95"] or ()))):
-            return f"rows: {row['plan']!r} has figures that cannot be"
+            return f"rows: {row['plan']!r} has metrics that cannot be"
         if row["ci95"] is not None and len(row["ci95"]) != 2:
             return f"rows: {row['plan']!r} has an interval without two ends"
     if not sum(tokens):
@@ -181,44 +181,32 @@ def _contradiction(split: str, result: dict[str, Any]) -> str | None:
     return None
 
 
-def _check_file(path: Path) -> None:
-    if not path.is_file():  # a pipe would be waited for
+def _there(path: Path) -> bool:
+    """Whether there is such a file. Raises InputError for a folder, and for a pipe, which would be waited for."""
+    if path.exists() and not path.is_file():
         raise InputError(f"{path}: not a file; delete it")
+    return path.exists()
 
 
 def _read_object(path: Path, shape: Any) -> dict[str, Any]:
     """The object in a JSON file, checked against its shape; empty where there is no file."""
-    if not path.exists():
-        return {}
-    content = read_json(path)
+    content = read_json(path) if _there(path) else {}
     if content and (fault := misfit(content, shape)) is not None:
         raise InputError(f"{path}: {fault}; delete it and make it again")
     return content
 
 
-def _read_yaml(path: Path) -> dict[str, Any]:
-    if not path.exists():
-        return {}
-    _check_file(path)
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        reason = "nested too deeply" if isinstance(error, RecursionError) else " ".join(str(error).split())
-        raise InputError(f"{path}: not valid YAML ({reason})") from None
-    if not isinstance(content, dict):
-        raise InputError(f"{path}: expected keys and values, got {type(content).__name__}")
+def _read_config(path: Path) -> dict[str, Any]:
+    content = read_flat(path) if _there(path) else {}
     for key, value in content.items():
-        if isinstance(value, dict | list | set | tuple):  # shown, a few lines of these can become gigabytes
-            raise InputError(f"{path}: {key}: expected one value, got {type(value).__name__}")
-        if isinstance(value, int) and abs(value) >= 2**63:
-            raise InputError(f"{path}: {key}: a number too large")
+        if isinstance(value, list):  # shown, a few lines of these can become gigabytes
+            raise InputError(f"{path}: {key}: expected one value, got a list")
     return content
 
 
 def _read_lines(path: Path) -> list[dict[str, Any]]:
-    if not path.exists():
+    if not _there(path):
         return []
-    _check_file(path)
     lines = path.read_text(encoding="utf-8", errors="replace").removesuffix("\n").split("\n")
     objects: list[dict[str, Any]] = []
     for number, line in enumerate(lines, start=1):

@@ -21,7 +21,7 @@ def misfit(value: Any, shape: Any, where: str = "") -> str | None:
         shape: `str`; `int`, a whole number from 0 to 2^53; `float`, any finite number; None; `[shape]`, a list of such;
             a dict of shapes by key, in which "key?" may be missing and "*" stands for every key; a tuple of
             alternatives, the last of which is what an error speaks of.
-        where: the value's place, for the error.
+        where: the path to the value, for the error.
     """
     if isinstance(shape, tuple):
         faults = [misfit(value, one, where) for one in shape]
@@ -42,7 +42,7 @@ def misfit(value: Any, shape: Any, where: str = "") -> str | None:
                     return f"{where + ': ' if where else ''}no {key!r}"
     else:
         return None
-    return next((fault for place, item, part in inner if (fault := misfit(item, part, place)) is not None), None)
+    return next((fault for at, item, part in inner if (fault := misfit(item, part, at)) is not None), None)
 
 
 def _is(value: Any, kind: Any) -> bool:

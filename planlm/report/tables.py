@@ -1,7 +1,8 @@
-"""Results as text: aligned tables for a terminal."""
+"""Results as text: aligned tables for a terminal of 80 columns."""
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Sequence
 from typing import Any
 
@@ -18,6 +19,11 @@ PLANNER_METRICS = (
 )
 """Keys of the planner's metrics with what they are called in front of readers."""
 
+ROW_HEADINGS = ("plan", "perplexity", "difference", "95 % interval", "verdict")
+
+SHORT = {"no measurable difference": "not measurable", "no interval: fewer than 6 documents": "few documents"}
+"""Verdicts that are too long for a column."""
+
 
 def describe(result: dict[str, Any]) -> str:
     """What a table of perplexities shows: split, size, window, reference; two sentences, a line each."""
@@ -29,17 +35,17 @@ def describe(result: dict[str, Any]) -> str:
 
 
 def row_cells(row: dict[str, Any]) -> list[str]:
-    """The cells of one row: plan, perplexity, difference, interval, tokens, documents, verdict."""
-    is_reference = row["verdict"] == "reference"
+    """The cells of one row: plan, perplexity, difference, interval, verdict."""
+    return [row["plan"], perplexity(row), *difference_cells(row)]
+
+
+def difference_cells(row: dict[str, Any]) -> list[str]:
+    """What a row shows of its difference to another: nats, interval, verdict."""
     interval = row["ci95"]
     return [
-        row["plan"],
-        perplexity(row),
-        "0" if is_reference else f"{row['delta']:+.4f}".replace("-", "−"),
+        "0" if row["verdict"] == "reference" else f"{row['delta']:+.4f}".replace("-", "−"),
         "–" if interval is None else "[{:+.4f}, {:+.4f}]".format(*interval).replace("-", "−"),
-        f"{row['tokens']:,}",
-        f"{row['documents']:,}",
-        row["verdict"],
+        SHORT.get(row["verdict"], row["verdict"]),
     ]
 
 
@@ -48,38 +54,35 @@ def perplexity(row: dict[str, Any]) -> str:
     return f"{row['perplexity']:.2f}" if row["perplexity"] < 1e7 else f"{row['perplexity']:.2e}"
 
 
-ROW_HEADINGS = ("plan", "perplexity", "difference", "95 % interval", "tokens", "documents", "verdict")
-
-
 def format_rows(result: dict[str, Any]) -> str:
-    """The table of perplexities, with two lines above it that say what it shows.
+    """The table of perplexities, below what it shows.
 
     Args:
         result: `split`, `window`, `stride`, `tokens`, `documents`, `versus` and `rows` as `compare_rows` makes them.
     """
-    cells = [row_cells(row) for row in result["rows"]]
-    return f"{describe(result)}\n\n{_align([ROW_HEADINGS, *cells], left=(0, 6))}"
+    about = "\n".join(textwrap.fill(line, 80) for line in describe(result).splitlines())
+    return f"{about}\n\n{align([ROW_HEADINGS, *map(row_cells, result['rows'])], left=(0, 4))}"
 
 
 def format_planner(planner: dict[str, Any]) -> str:
     """The planner's metrics, one a line."""
     title = f"Planner: next action of {planner['num_actions']:,}, over {_count(planner['sentences'], 'sentence')}"
     cells = [(label, f"{planner[key]:.4f}") for key, label in PLANNER_METRICS if key in planner]
-    return f"{title}\n\n{_align(cells, left=(0,))}"
+    return f"{title}\n\n{align(cells, left=(0,))}"
 
 
 def _count(number: int, noun: str) -> str:
     return f"{number:,} {noun}" + ("" if number == 1 else "s")
 
 
-def _align(rows: Sequence[Sequence[str]], left: tuple[int, ...]) -> str:
-    """Columns padded to their widest cell; `left` lists the columns of words, the others hold figures."""
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    lines = []
-    for row in rows:
-        padded = (
+def align(rows: Sequence[Sequence[str]], left: tuple[int, ...]) -> str:
+    """Columns padded to their widest cell; `left` lists the columns of words, the others hold numbers."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = (
+        "  ".join(
             cell.ljust(width) if column in left else cell.rjust(width)
             for column, (cell, width) in enumerate(zip(row, widths, strict=True))
         )
-        lines.append("  ".join(padded).rstrip())
-    return "\n".join(lines)
+        for row in rows
+    )
+    return "\n".join(line.rstrip() for line in lines)

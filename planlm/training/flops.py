@@ -1,10 +1,7 @@
-"""Floating-point operations of a step, and how many a second the machine makes."""
+"""Floating-point operations of a step."""
 
 from __future__ import annotations
 
-import time
-
-import torch
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
@@ -34,29 +31,3 @@ def lm_flops(lm: PreTrainedModel, num_tokens: int, window: int, *, trained: bool
     passes_of_weights = 1 + share + (1 if trained else 0)
     of_head = 2 * head.weight.numel() * (3 if trained else 2)
     return num_tokens * (2 * weights * passes_of_weights + attention * (1 + 2 * share) + of_head)
-
-
-def matrix_product_rate(dtype: torch.dtype, where: torch.device, size: int | None = None) -> float:
-    """FLOP/s of a square matrix product: the best of a few, in under a second.
-
-    Args:
-        dtype: of the matrices.
-        where: the device.
-        size: rows of the matrices; by default 8,192 on CUDA and 2,048 elsewhere, large enough for the best.
-    """
-    size = size or (8192 if where.type == "cuda" else 2048)
-    left, right = torch.randn(2, size, size, device=where).to(dtype).unbind()
-    out = torch.empty_like(left)  # or fresh pages would be timed as well
-    best = float("inf")
-    for _ in range(6):
-        _synchronize(where)
-        start = time.perf_counter()
-        torch.mm(left, right, out=out)
-        _synchronize(where)
-        best = min(best, time.perf_counter() - start)
-    return 2 * size**3 / best
-
-
-def _synchronize(where: torch.device) -> None:
-    if where.type == "cuda":
-        torch.cuda.synchronize(where)

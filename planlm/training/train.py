@@ -19,10 +19,10 @@ from planlm.model.lora import lora_parameters, merged
 from planlm.model.loss import usable_loss
 from planlm.model.modeling import PlanLMForCausalLM, PlanLMOutput
 from planlm.model.planner import Planner
-from planlm.precision import autocast, compute_dtype, device
+from planlm.precision import autocast, compute_dtype, device, matrix_product_rate
 from planlm.pretrained.tokenizer import load_tokenizer, tokenizer_fingerprint
 from planlm.selections import SELECTIONS
-from planlm.training.flops import lm_flops, matrix_product_rate
+from planlm.training.flops import lm_flops
 from planlm.training.groups import ParameterGroup
 from planlm.training.identity import check_encoder, identify
 from planlm.training.loop import Task, check_batch_size, fit, num_steps

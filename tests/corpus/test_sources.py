@@ -265,6 +265,12 @@ def test_numbers_of_any_size_are_ids(tmp_path: Path) -> None:
     assert pairs(read(tmp_path / "d.jsonl")) == [(str(10**30), "a"), ("-0.5", "b\0")]
 
 
+@pytest.mark.parametrize("name", ["hf:", "hf:@train", "hf::en"])
+def test_a_data_set_without_a_name_is_one_line(name: str) -> None:
+    with pytest.raises(InputError, match=f"^{name}: names no data set; expected hf:name"):
+        read(name)
+
+
 def test_hub_out_of_reach_is_one_line_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")  # nothing listens there
     with pytest.raises(InputError, match=r"hf:some/set:en@train: .*hub cannot be reached"):

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import datasets
 import numpy as np
 import pytest
 
@@ -56,6 +57,8 @@ def test_small_lm_is_the_same_every_time_and_its_corpus_keeps_sentences_and_acti
         assert tokenizer.decode(after["input_ids"]) == after["text"]
         assert sum(after["sentence_tokens"]) == len(after["input_ids"])
     assert corpus.manifest.splits["test"]["tokens"] == sum(map(len, corpus.split("test")["input_ids"]))
+    assert set(datasets.load_from_disk(str(corpus.path))) == set(source.manifest.splits)
+    assert retokenize(source, str(tmp_path / "a"), tmp_path / "corpus").manifest == corpus.manifest
 
 
 def write_run(folder: Path, plan: str, nll: float, tokens: int) -> None:

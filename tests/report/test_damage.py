@@ -114,14 +114,21 @@ def test_what_is_not_a_number_is_as_if_it_had_not_been_logged(make_run, report):
 @pytest.mark.parametrize(
     "text",
     [
-        "[" * 5000, "a: &a [x, x]\nb: [*a, *a]\n", "a: {b: 1}", "a: 2026-99-99", "a: 1" + "0" * 5000,
-        "a: 0x" + "f" * 5000, "? [a]\n: 1", "\x00", "a: !!python/object:os.system x", "- a",
+        "[" * 5000, "a: &a [x, x]\nb: [*a, *a]\n", "a: {b: 1}", "a: [b]", "? [a]\n: 1", "\x00",
+        "a: !!python/object:os.system x", "- a", "a: 1\na: 2", "a: " + "x" * (1 << 20),
     ],
 )  # fmt: skip
 def test_a_configuration_that_is_none_is_named(make_run, report, text):
     run = make_run("run", lines=1)
     (run / "config.yaml").write_text(text)
-    assert report(run).startswith(f"{run / 'config.yaml'}: ")
+    assert report(run).startswith(f"{run / 'config.yaml'}:")
+
+
+@pytest.mark.parametrize("text", ["2026-99-99", "1" + "0" * 5000, "0x" + "f" * 5000])
+def test_what_yaml_makes_odd_things_of_is_shown_as_it_stands(make_run, report, text):
+    run = make_run("run", lines=1)
+    (run / "config.yaml").write_text(f"a: {text}")
+    assert f"<td>{text}</td>" in report(run)
 
 
 @pytest.mark.parametrize("file", ["config.yaml", "metrics.jsonl", "evaluation.json", "generation.json"])
@@ -137,7 +144,7 @@ def test_bytes_that_are_no_text_are_named(make_run, report):
     for file in ("config.yaml", "evaluation.json"):
         run = make_run(f"run-{file}", lines=1)
         (run / file).write_bytes(b"\xff\xfe")
-        assert report(run).startswith(f"{run / file}: not valid")
+        assert report(run).startswith(f"{run / file}: not ")
 
 
 @pytest.mark.parametrize("name", ["$$", r"$\frac{", "_hidden", "a&b<c>", "x" * 120, "\x1b[31m", "a\nb", "漢字"])

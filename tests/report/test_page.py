@@ -179,8 +179,8 @@ def test_runs_of_the_same_name_are_told_apart(make_run):
     [
         ("evaluation.json", "{", "not valid JSON"),
         ("evaluation.json", "[1]", "expected a JSON object, got list"),
-        ("config.yaml", "a: [", "not valid YAML"),
-        ("config.yaml", "just text", "expected keys and values"),
+        ("config.yaml", "a: [", "not YAML"),
+        ("config.yaml", "just text", "expected lines of the form `setting: value`"),
         ("metrics.jsonl", '{"step": 1}\n{\n{"step": 3}\n', "metrics.jsonl:2: not valid JSON"),
     ],
 )

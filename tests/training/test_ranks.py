@@ -230,8 +230,8 @@ def test_who_is_left_alone_calls_it_no_bug(still: dict[str, str], tmp_path: Path
 
 IMPATIENT = """
 import sys
-from planlm import pulse
-pulse.EVERY, pulse.PATIENCE = 0.2, 3.0
+from planlm import heartbeat
+heartbeat.EVERY, heartbeat.PATIENCE = 0.2, 3.0
 from planlm.cli import main
 sys.exit(main(sys.argv[1:]))
 """

@@ -26,10 +26,10 @@ PATIENCE = 300.0
 _LEFT = "left"
 
 
-class Pulse:
+class Heartbeat:
     """Says that this process lives and watches over the next one; use as a context manager.
 
-    A process whose main thread alone is stuck still has a pulse: that is for the collectives' own time limit.
+    A process whose main thread alone is stuck still has a heartbeat: that is for the collectives' own time limit.
 
     Args:
         host, port: where the processes met.
@@ -39,15 +39,15 @@ class Pulse:
         self._store = dist.TCPStore(  # type: ignore[attr-defined]
             host, port, is_master=False, wait_for_workers=False, timeout=timedelta(seconds=PATIENCE)
         )
-        self._mine, self._next = (f"planlm/pulse/{number % world_size()}" for number in (rank(), rank() + 1))
+        self._mine, self._next = (f"planlm/heartbeat/{number % world_size()}" for number in (rank(), rank() + 1))
         self._whom = f"process {(rank() + 1) % world_size()} of {world_size()}"
         self._heard = time.monotonic()
         self._end = threading.Event()
         self._threads = [
-            threading.Thread(target=work, name="planlm-pulse", daemon=True) for work in (self._speak, self._watch)
+            threading.Thread(target=work, name="planlm-heartbeat", daemon=True) for work in (self._speak, self._watch)
         ]
 
-    def __enter__(self) -> Pulse:
+    def __enter__(self) -> Heartbeat:
         for thread in self._threads:
             thread.start()
         return self
