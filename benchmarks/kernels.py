@@ -26,7 +26,7 @@ from benchmarks.memory import peak_memory
 from planlm.arguments import Parser
 from planlm.errors import InputError
 from planlm.kernels import cpp
-from planlm.report.tables import _align as align
+from planlm.report.tables import align
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -34,7 +34,7 @@ from benchmarks.kernels import KernelRow
 from planlm.errors import InputError
 from planlm.files import write_text
 from planlm.kernels import use_backend
-from planlm.report.tables import _align as align
+from planlm.report.tables import align
 
 if TYPE_CHECKING:
     from planlm.kernels.triton_tiles import Launch
