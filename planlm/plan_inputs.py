@@ -3,14 +3,23 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Self
 
 import torch
 from torch import Tensor
 
 
+class Movable:
+    """A dataclass of tensors, and of other such dataclasses."""
+
+    def to(self, device: torch.device | str) -> Self:
+        """The same on `device`."""
+        moved = {name: value.to(device) if hasattr(value, "to") else value for name, value in vars(self).items()}
+        return type(self)(**moved)
+
+
 @dataclass(frozen=True)
-class PlanInputs:
+class PlanInputs(Movable):
     """Segments of the windows, the sentences that they show, and what the planner sees of those.
 
     Sizes: B windows of W positions for the LM, R sequences of n positions for the planner, S segments (sentences as far
@@ -35,10 +44,3 @@ class PlanInputs:
     actions: Tensor | None = None
     oracle_weight: float | Tensor = 0.0
     want_oracle_nll: bool = False
-
-    def to(self, device: torch.device | str) -> PlanInputs:
-        """The same inputs on `device`."""
-        moved: dict[str, Any] = {
-            name: value.to(device) if isinstance(value, Tensor) else value for name, value in vars(self).items()
-        }
-        return PlanInputs(**moved)

@@ -22,7 +22,7 @@ from torch import Tensor
 from planlm.corpus.mapped import MappedFiles
 from planlm.corpus.packing import fill, packs
 from planlm.corpus.writing import joined
-from planlm.plan_inputs import PlanInputs
+from planlm.plan_inputs import Movable, PlanInputs
 
 IGNORED = -100
 """Label of a position that is not scored, as in torch's and transformers' cross-entropies."""
@@ -44,7 +44,7 @@ def few_sizes(size: int) -> int:
 
 
 @dataclass(frozen=True)
-class PlanBatch:
+class PlanBatch(Movable):
     """Windows of documents with what their plans are made from.
 
     A sequence holds one window or, packed, several behind each other. The plan at position t is that of the sentence
@@ -52,8 +52,8 @@ class PlanBatch:
 
     Attributes:
         input_ids: [B, W] int64, padded with 0 on the right.
-        position_ids: [B, W] int64, from 0 in every window. Where one begins within a row, transformers' attention sees
-            a new sequence that does not attend to what stands before it.
+        position_ids: [B, W] int64, from 0 in every window. Where one begins within a sequence, transformers' attention
+            sees a new one that does not attend to what stands before it.
         labels: [B, W] int64, already shifted: the token after each input; -100 is not scored.
         plan: what the model plans from; each document once, as far as a segment needs it. Segments at the end that no
             position has bring S to one of few sizes; they have no action.
@@ -72,10 +72,6 @@ class PlanBatch:
         assert self.plan.actions is not None
         return self.plan.actions
 
-    def to(self, device: torch.device | str) -> PlanBatch:
-        """The same batch on `device`."""
-        return _to(self, device)
-
     def unscored(self) -> PlanBatch:
         """The same batch, of which nothing counts."""
         plan = dataclasses.replace(self.plan, actions=torch.full_like(self.actions, -1))
@@ -83,12 +79,12 @@ class PlanBatch:
 
 
 @dataclass(frozen=True)
-class SentenceBatch:
+class SentenceBatch(Movable):
     """Whole documents for the planner.
 
     Attributes:
-        sentence_embeddings: [R, n, A] float32, at each place the embedding of the sentence before, 0 where there is
-            none.
+        sentence_embeddings: [R, n, A] float32, at each position the embedding of the sentence before, 0 where there
+            is none.
         sentence_positions: [R, n] int64, number of the sentence in its document; 0 on padding.
         actions: [R, n] int64, of the sentences; -100 on padding.
     """
@@ -96,10 +92,6 @@ class SentenceBatch:
     sentence_embeddings: Tensor
     sentence_positions: Tensor
     actions: Tensor
-
-    def to(self, device: torch.device | str) -> SentenceBatch:
-        """The same batch on `device`."""
-        return _to(self, device)
 
     def unscored(self) -> SentenceBatch:
         """The same batch, of which nothing counts."""
@@ -395,9 +387,3 @@ def _lengths(dataset: datasets.Dataset, column: str) -> np.ndarray:
     rows = dataset.with_format("arrow", columns=[column])
     lengths = [pyarrow.compute.list_value_length(table[column]).to_numpy() for table in rows.iter(1000)]
     return np.concatenate([np.zeros(0, dtype=np.int64), *lengths])
-
-
-def _to(batch: Any, device: torch.device | str) -> Any:
-    """A dataclass of tensors, and of such dataclasses, on `device`."""
-    moved = {field.name: getattr(batch, field.name).to(device) for field in dataclasses.fields(batch)}
-    return dataclasses.replace(batch, **moved)

@@ -14,7 +14,7 @@ from planlm.errors import InputError
 from planlm.evaluation.perplexity import MAX_WINDOW, score_documents
 from planlm.evaluation.planner_metrics import planner_metrics
 from planlm.evaluation.significance import DocumentScores, compare_rows
-from planlm.files import beside_result, read_json, write_text
+from planlm.files import beside_result, read_json, write_json
 from planlm.model.configuration import PlanLMConfig
 from planlm.model.loading import load_model
 from planlm.model.modeling import PlanLMForCausalLM
@@ -91,7 +91,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
             kept = {"tokens": scores[versus].tokens.tolist(), "nll": nll}
             results = earlier | {config.split: result | {"scores": kept}}
             with beside_result(run / RESULTS):
-                write_text(run / RESULTS, json.dumps(results, indent=1) + "\n", within=run)
+                write_json(run / RESULTS, results, within=run)
         return result
 
     return on_rank_zero(finish) or {}

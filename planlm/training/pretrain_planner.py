@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
 import torch
@@ -14,7 +13,7 @@ from planlm.corpus.store import PreparedCorpus
 from planlm.distribution import all_reduce_sum, on_rank_zero, rank, world_size
 from planlm.errors import InputError
 from planlm.evaluation.planner_metrics import planner_metrics
-from planlm.files import beside_result, replacing_folder, write_text
+from planlm.files import beside_result, replacing_folder, write_json
 from planlm.model.planner import Planner
 from planlm.precision import device
 from planlm.training.groups import ParameterGroup
@@ -86,7 +85,7 @@ def _finish(planner: Planner, corpus: PreparedCorpus, run: Run) -> dict[str, Any
             planner.cpu().save(folder)
         result = {"run": str(run.path), "planner": str(run.path / "planner"), "split": "validation", **metrics}
         with beside_result(run.path / "planner_metrics.json"):
-            write_text(run.path / "planner_metrics.json", json.dumps(result, indent=1) + "\n")
+            write_json(run.path / "planner_metrics.json", result)
         return result
 
     return on_rank_zero(finish) or {}

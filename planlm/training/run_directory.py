@@ -18,7 +18,7 @@ import yaml
 from planlm.config import PlannerConfig, TrainConfig
 from planlm.distribution import on_rank_zero, rank
 from planlm.errors import InputError
-from planlm.files import appending, check_own, locked, write_text
+from planlm.files import appending, check_own, locked, write_json, write_text
 from planlm.flat_yaml import read_flat
 
 FREE_TO_CHANGE = {
@@ -101,7 +101,7 @@ class Run:
         if _check_settings(self.path, config):  # again, now that nobody else can begin a run here
             self._check_identity(config)
         # config.yaml makes it a run, so it comes last.
-        write_text(self.path / "identity.json", json.dumps(self.identity, indent=1) + "\n", self.path)
+        write_json(self.path / "identity.json", self.identity, self.path)
         write_text(self.path / "config.yaml", yaml.safe_dump(asdict(config), sort_keys=False), self.path)
 
     def _check_identity(self, config: PlannerConfig | TrainConfig) -> None:
