@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import shutil
 import subprocess
@@ -14,7 +13,6 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 import planlm  # noqa: F401  registers the Auto classes
@@ -25,8 +23,8 @@ from planlm.model.generation import generate
 from planlm.model.loading import load_lm, load_model
 from planlm.pretrained.tokenizer import load_tokenizer
 from tests.conftest import make_tokenizer
+from tests.damage import Weights, change, configure, pickle_weights, truncate
 
-Weights = dict[str, Tensor]
 K, A = 7, 16
 
 
@@ -50,15 +48,6 @@ def model(joint: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(joint, tmp_path / "model"))
 
 
-def change(folder: Path, changed: Callable[[Weights], Weights], file: str = "model.safetensors") -> None:
-    weights = load_file(folder / file)
-    save_file(changed(weights), folder / file, metadata={"format": "pt"})
-
-
-def configure(folder: Path, file: str = "config.json", **values: object) -> None:
-    (folder / file).write_text(json.dumps(json.loads((folder / file).read_text()) | values))
-
-
 def without(part: str) -> Callable[[Weights], Weights]:
     return lambda weights: {key: tensor for key, tensor in weights.items() if not key.startswith(part)}
 
@@ -75,11 +64,6 @@ def rounded(part: str) -> Callable[[Weights], Weights]:
     return lambda weights: {key: it.char() if key.startswith(part) else it for key, it in weights.items()}
 
 
-def pickle_weights(folder: Path) -> None:
-    torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
-    (folder / "model.safetensors").unlink()
-
-
 def shard(folder: Path) -> None:
     whole = AutoModelForCausalLM.from_pretrained(folder)
     (folder / "model.safetensors").unlink()
@@ -89,11 +73,6 @@ def shard(folder: Path) -> None:
 def lose_a_shard(folder: Path) -> None:
     shard(folder)
     sorted(folder.glob("model-*.safetensors"))[1].unlink()
-
-
-def truncate(folder: Path) -> None:
-    file = folder / "model.safetensors"
-    file.write_bytes(file.read_bytes()[:-10])
 
 
 def without_prefix(weights: Weights) -> Weights:

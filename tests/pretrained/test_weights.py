@@ -12,16 +12,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
-from torch import Tensor
 from transformers import BertConfig, BertModel, modeling_utils
 
 from planlm.errors import InputError
 from planlm.pretrained.weights import checked_encoder
 from planlm.text.encoder import SentenceEncoder
 from tests.conftest import make_tokenizer
+from tests.damage import Weights, change, configure, pickle_weights, truncate
 
-Weights = dict[str, Tensor]
 DENSE = "2_Dense"
 
 
@@ -46,25 +44,6 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def folder(made: Path, tmp_path: Path) -> Path:
     """A copy to damage."""
     return Path(shutil.copytree(made, tmp_path / "encoder"))
-
-
-def change(folder: Path, changed: Callable[[Weights], Weights]) -> None:
-    weights = load_file(folder / "model.safetensors")
-    save_file(changed(weights), folder / "model.safetensors", metadata={"format": "pt"})
-
-
-def configure(folder: Path, file: str = "config.json", **values: object) -> None:
-    (folder / file).write_text(json.dumps(json.loads((folder / file).read_text()) | values))
-
-
-def pickle_weights(folder: Path) -> None:
-    torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
-    (folder / "model.safetensors").unlink()
-
-
-def truncate(folder: Path) -> None:
-    file = folder / "model.safetensors"
-    file.write_bytes(file.read_bytes()[:-10])
 
 
 DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
