@@ -49,7 +49,8 @@ def generation(result: dict[str, Any], settings: config.GenerateConfig) -> str:
 
 
 def _planned_sentence(sentence: dict[str, Any]) -> str:
-    likely = "  ".join(f"{action['action']} ({action['probability']:.1%})" for action in sentence["actions"])
+    actions = [f"{action['action']} ({action['probability']:.1%})" for action in sentence["actions"]]
+    likely = "  ".join(actions) or "(this selection asks no planner)"
     forced = "" if sentence["forced"] is None else f"{sentence['forced']}, as asked; the planner's: "
     return f"plan {forced}{likely}\n{textwrap.indent(textwrap.fill(sentence['sentence'], 78), '  ')}"
 

@@ -32,9 +32,10 @@ def generate(config: GenerateConfig) -> dict[str, Any]:
     """Continue `config.prompt`.
 
     Returns:
-        `prompt`, `text` (the continuation), `selection`, and `plan`: for each sentence continued or begun its text,
-        its most probable actions with their probabilities, and the action forced on it, if any. `--audit` appends one
-        line per sentence to a file; a run directory keeps the newest result in `generation.json`, for its report.
+        `prompt`, `text` (the continuation), `selection`, and `plan`: for each sentence continued or begun its text, the
+        most probable actions of the plan it was written with, their probabilities (none where the selection does not
+        ask the planner), and the action forced on it, if any. `--audit` appends one line per sentence to a file; a run
+        directory keeps the newest result in `generation.json`, for its report.
 
     Raises:
         InputError: no model, an empty prompt for an LM without a start token, or an action that does not exist.
@@ -73,12 +74,11 @@ def generate(config: GenerateConfig) -> dict[str, Any]:
             pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
             **(sampling if config.temperature > 0 else {"do_sample": False}),
         )[0].tolist()
-    prompt_length = input_ids.shape[1]
     result = {
         "prompt": config.prompt,
-        "text": tokenizer.decode(ids[prompt_length:], skip_special_tokens=True),
+        "text": tokenizer.decode(ids[length:], skip_special_tokens=True),
         "selection": selection,
-        "plan": [] if selection == "none" else _describe(model, tracker, tuple(ids), prompt_length, forced),
+        "plan": [] if selection == "none" else _describe(model, tracker, ids, length),
     }
     _keep(config, result)
     return result
@@ -126,32 +126,23 @@ def _parse_plan(text: str | None, num_actions: int) -> list[int]:
     return actions
 
 
-@torch.no_grad()
 def _describe(
-    model: PlanLMForCausalLM, tracker: SentenceTracker, ids: tuple[int, ...], prompt_length: int, forced: list[int]
+    model: PlanLMForCausalLM, tracker: SentenceTracker, ids: list[int], prompt_length: int
 ) -> list[dict[str, Any]]:
-    """The sentence that the prompt left open and those after it, with the planner's distribution for each."""
-    state = tracker.track(ids)
-    first = tracker.track(ids[:prompt_length]).segments[-1]
-    sentences = list(state.sentences)
-    if open_text := tracker.decode(list(ids[state.open_start :])).strip():
-        sentences.append(open_text)
-    inputs = tracker.inputs(torch.tensor([ids], device=model.device))
-    everything = torch.tensor([(0, number) for number in range(inputs.sentence_embeddings.shape[1])])
-    logits = model.planner(inputs.sentence_embeddings, rows=everything.to(model.device)).float()  # [n + 1, K]
-    probabilities = (logits / model.config.plan_temperature).softmax(dim=-1)
+    """The sentence that the prompt left open and those after it, with the planner's distribution that each followed."""
+    text = tracker.track(ids)
+    first = len(tracker.track(ids[:prompt_length]).sentences)
     described = []
-    for number in range(first, len(sentences)):
-        values, actions = probabilities[number].topk(min(TOP_ACTIONS, model.config.num_actions))
-        at = number - first
-        described.append(
-            {
-                "sentence": sentences[number],
-                "actions": [
-                    {"action": action, "probability": round(value, 4)}
-                    for action, value in zip(actions.tolist(), values.tolist(), strict=True)
-                ],
-                "forced": forced[at] if at < len(forced) else None,
-            }
-        )
+    for number, sentence in enumerate([*text.sentences, tracker.decode(ids[text.open_start :]).strip()]):
+        if number < first or not sentence:
+            continue
+        actions, forced = [], tracker.forced(number - first)
+        if (logits := text.finished[number].logits) is not None:
+            probabilities = (logits.float() / model.config.plan_temperature).softmax(dim=-1)
+            values, likely = probabilities.topk(min(TOP_ACTIONS, len(probabilities)))
+            actions = [
+                {"action": action, "probability": round(value, 4)}
+                for action, value in zip(likely.tolist(), values.tolist(), strict=True)
+            ]
+        described.append({"sentence": sentence, "actions": actions, "forced": None if forced < 0 else forced})
     return described

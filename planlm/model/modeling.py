@@ -320,8 +320,8 @@ class PlanLMForCausalLM(ModelFolder, GenerationMixin):
             inputs_embeds=inputs_embeds,
             **kwargs,
         )
-        if text is not None and outputs.past_key_values is not None:
-            remember(outputs.past_key_values, text)
+        if text is not None:
+            remember(text, outputs.past_key_values, action_logits)
         return PlanLMOutput(
             **self._score(outputs.last_hidden_state, labels, **losses, keep=logits_to_keep),
             past_key_values=outputs.past_key_values,

@@ -13,14 +13,14 @@ import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from planlm.errors import InputError
-from planlm.model.tracking import SentenceTracker, TextInputs
+from planlm.model.tracking import SentenceTracker
 from planlm.plan_inputs import PlanInputs
 
 if TYPE_CHECKING:
@@ -109,25 +109,24 @@ def text_of(
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]
 def plan_inputs(text: Text, width: int, dim: int) -> PlanInputs:
-    """Plan inputs of the last `width` positions of a text; actions that its tracker forces are oracles of weight 1."""
+    """Plan inputs of the last `width` positions of a text whose sentence embeddings have `dim` dimensions."""
     length = min(width, text.ids.shape[1])
     if text.tracker is None:
         inputs = _one_sentence(text, length, dim)
     else:
         inputs = text.tracker.inputs(text.ids, text.real, length, text.positions)
     # Positions that are no tokens of the text, as peft's trained prompts, stand before it.
-    segment_ids = nn.functional.pad(inputs.segment_ids, (width - length, 0), value=-1)
-    weight = 0.0 if inputs.forced is None else (inputs.forced >= 0).float()
-    return PlanInputs(
-        segment_ids, inputs.segment_rows, inputs.sentence_embeddings, actions=inputs.forced, oracle_weight=weight
-    )
+    return replace(inputs, segment_ids=nn.functional.pad(inputs.segment_ids, (width - length, 0), value=-1))
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]
-def remember(cache: Any, text: Text) -> None:
-    """Leave the text with the cache that holds its keys."""
-    keys = _keys(cache)
-    cache.planlm_memory = _Memory(text, keys, _length(cache), _version(keys))
+def remember(text: Text, cache: Any, action_logits: Tensor | None) -> None:
+    """Leave a text with the cache that holds its keys, if any, and the planner's logits with what tracks it."""
+    if text.tracker is not None and action_logits is not None:
+        text.tracker.record(action_logits)
+    if cache is not None:
+        keys = _keys(cache)
+        cache.planlm_memory = _Memory(text, keys, _length(cache), _version(keys))
 
 
 @contextmanager
@@ -190,9 +189,7 @@ def generation_inputs(
         input_ids = torch.cat((before, input_ids), dim=1)
     elif past and next_sequence_length is None:
         text = _continued(cache, past, input_ids, mask)
-        if running.tracker is not None:
-            text = Text(text.ids, text.real, running.tracker)
-        return {"selection": running.selection, "plan": text}
+        return {"selection": running.selection, "plan": replace(text, tracker=running.tracker or text.tracker)}
     real = _real(mask, input_ids, 0) & (input_ids >= 0)
     if running.prompt is not None and running.tracker is not None:
         prompt, running.prompt = running.prompt, None
@@ -264,13 +261,13 @@ def _new_tracker(model: PlanLMForCausalLM) -> SentenceTracker | None:
     return SentenceTracker(model.tokenizer, model.encoder) if model.has_encoder else None
 
 
-def _one_sentence(text: Text, length: int, dim: int) -> TextInputs:
-    rows = torch.arange(len(text.ids), device=text.ids.device)
-    segment_ids = rows[:, None].where(text.real, -1)[:, text.ids.shape[1] - length :]
-    return TextInputs(
-        segment_ids,
-        torch.stack((rows, torch.zeros_like(rows)), dim=1),
-        torch.zeros(len(rows), 1, dim, device=rows.device),
+def _one_sentence(text: Text, length: int, dim: int) -> PlanInputs:
+    """Plan inputs of texts of which each is one sentence."""
+    numbers = torch.arange(len(text.ids), device=text.ids.device)
+    return PlanInputs(
+        segment_ids=numbers[:, None].where(text.real, -1)[:, text.ids.shape[1] - length :],
+        segment_rows=torch.stack((numbers, torch.zeros_like(numbers)), dim=1),
+        sentence_embeddings=torch.zeros(len(numbers), 1, dim, device=numbers.device),
     )
 
 

@@ -6,37 +6,43 @@ the plans behind a KV cache stay those that were used. What is found depends on 
 samples and candidates of assisted decoding may be reordered and dropped at will, and cached and uncached generation
 see the same plans.
 
-Sizes: B texts (rows), W positions, S plan segments, n sentences, A dimensions of a sentence embedding.
+Sizes: B sequences of W positions, S plan segments, n sentences, A dimensions of a sentence embedding, K actions.
 """
 
 from __future__ import annotations
 
 import copy
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from planlm.plan_inputs import PlanInputs
 from planlm.text.alignment import tokenize
 from planlm.text.encoder import SentenceEncoder
-from planlm.text.sentences import ends_sentence, split_sentences
+from planlm.text.sentences import ends_sentence, may_end_sentence, split_sentences
+
+_LAST = 16
+"""Tokens at the end of a text in which nearly every mark that ends a sentence is seen whole."""
 
 
-class TextInputs(NamedTuple):
-    """The model's plan inputs of some texts.
+@dataclass(slots=True)
+class Sentence:
+    """A finished sentence in the tree of a prompt's continuations.
 
     Attributes:
-        segment_ids: int64 `[B, W]`, -1 where there is no text.
-        segment_rows: int64 `[S, 2]`, see `PlanLMForCausalLM.plan`.
-        sentence_embeddings: float32 `[texts, n, A]`, a text a row, as `Planner` has them.
-        forced: int64 `[S]` actions to follow, -1 for the planner's choice; None where none are forced.
+        before: index of the one before it.
+        text: its text.
+        embedding: float32 `[A]`.
+        logits: `[K]`, the planner's for the sentence after it, as they were used; None where it was not asked.
     """
 
-    segment_ids: Tensor
-    segment_rows: Tensor
-    sentence_embeddings: Tensor
-    forced: Tensor | None = None
+    before: int
+    text: str
+    embedding: np.ndarray
+    logits: Tensor | None = None
 
 
 class TrackedText(NamedTuple):
@@ -44,19 +50,24 @@ class TrackedText(NamedTuple):
 
     Attributes:
         segments: for each position, number of the sentence that holds (or will hold) the token after it.
-        sentences: text of the finished sentences.
-        embeddings: their embeddings, `[A]` each.
+        finished: the finished sentences, behind an empty one that stands before the first.
         open_start: position of the first token of the unfinished sentence.
     """
 
     segments: list[int]
-    sentences: list[str]
-    embeddings: list[np.ndarray]
+    finished: list[Sentence]
     open_start: int
+
+    @property
+    def sentences(self) -> list[str]:
+        """Text of the finished sentences."""
+        return [sentence.text for sentence in self.finished[1:]]
 
 
 class SentenceTracker:
-    """Follows token sequences and turns them into the model's plan inputs; memory is linear in the tokens seen.
+    """Follows token sequences, turns them into the model's plan inputs and keeps the plans that were used.
+
+    Memory is linear in the tokens seen.
 
     Args:
         tokenizer: the LM's tokenizer.
@@ -68,68 +79,79 @@ class SentenceTracker:
         self.tokenizer, self.encoder = tokenizer, encoder
         self.forced_actions = forced_actions or []
         self._prompts: list[_Prompt] = []
+        self._asked: list[Sentence] = []  # for each segment of the inputs given last, the sentence before it
 
     def __deepcopy__(self, memo: dict[int, Any]) -> SentenceTracker:
         """A copy with the same tokenizer and encoder: a cache is copied for a branch of its text, not they."""
         clone = copy.copy(self)
         memo[id(self)] = clone
-        clone._prompts = copy.deepcopy(self._prompts, memo)
+        clone._prompts, clone._asked = copy.deepcopy((self._prompts, self._asked), memo)
         return clone
 
     def start(self, input_ids: Tensor, real: Tensor | None = None, positions: Tensor | None = None) -> None:
         """Take these texts, given as in `inputs`, for prompts; what was followed before is forgotten."""
         self._prompts = [_Prompt(self, ids) for _, _, ids in _texts(input_ids, real, positions)]
 
-    def track(self, ids: tuple[int, ...]) -> TrackedText:
+    def track(self, ids: list[int]) -> TrackedText:
         """Sentences of the token prefix `ids`, which continues a prompt that was seen or else is one."""
-        tokens = list(ids)
-        return self._prompt(tokens, 0, 1).text(tokens)
+        return self._prompt(ids, 0, 1).follow(ids)
 
     def inputs(
         self, input_ids: Tensor, real: Tensor | None = None, length: int | None = None, positions: Tensor | None = None
-    ) -> TextInputs:
+    ) -> PlanInputs:
         """Plan inputs of the last `length` positions (default: all) of texts from their beginning on.
 
         Args:
             input_ids: `[B, W]`.
             real: `[B, W]`, False where there is no text, as on padding; default True everywhere.
             length: positions to give segments for.
-            positions: `[B, W]`, where one row holds several texts behind each other: one begins where these do not go
-                on by one.
+            positions: `[B, W]`, where a sequence holds several texts behind each other: one begins where these do not
+                go on by one.
+
+        Returns:
+            Each text as one sequence of the planner; actions that are forced as oracles of weight 1.
         """
         if not self._prompts:
             self.start(input_ids, real, positions)
         width = input_ids.shape[1]
         first_column = 0 if length is None else width - length
         segments = torch.full(input_ids.shape, -1, dtype=torch.long)
-        rows: list[tuple[int, int]] = []
-        embeddings, forced = [], []
+        places: list[tuple[int, int]] = []
+        embeddings, forced, self._asked = [], [], []
         texts = _texts(input_ids, real, positions)
         for number, (row, columns, tokens) in enumerate(texts):
             prompt = self._prompt(tokens, number, len(texts))
-            text = prompt.text(tokens)
-            embeddings.append(text.embeddings)
+            text = prompt.follow(tokens)
+            embeddings.append([sentence.embedding for sentence in text.finished[1:]])
             shown = torch.tensor(text.segments, dtype=torch.long)[columns >= first_column]
             if not len(shown):
                 continue
             first, last = int(shown[0]), int(shown[-1])
-            segments[row, columns[columns >= first_column]] = shown - first + len(rows)
-            rows += [(number, sentence) for sentence in range(first, last + 1)]
-            forced += [self._forced(sentence - prompt.open_sentence) for sentence in range(first, last + 1)]
+            segments[row, columns[columns >= first_column]] = shown - first + len(places)
+            places += [(number, sentence) for sentence in range(first, last + 1)]
+            forced += [self.forced(sentence - prompt.open_sentence) for sentence in range(first, last + 1)]
+            self._asked += text.finished[first : last + 1]
         device = input_ids.device
-        return TextInputs(
-            segments[:, first_column:].to(device),
-            torch.tensor(rows, dtype=torch.long, device=device).reshape(-1, 2),
-            _padded(embeddings, self.encoder.dim).to(device),
-            torch.tensor(forced, dtype=torch.long, device=device) if self.forced_actions else None,
+        actions = torch.tensor(forced, dtype=torch.long, device=device) if self.forced_actions else None
+        return PlanInputs(
+            segment_ids=segments[:, first_column:].to(device),
+            segment_rows=torch.tensor(places, dtype=torch.long, device=device).reshape(-1, 2),
+            sentence_embeddings=_padded(embeddings, self.encoder.dim).to(device),
+            actions=actions,
+            oracle_weight=0.0 if actions is None else (actions >= 0).float(),
         )
 
-    def _forced(self, number: int) -> int:
-        """Action forced on the sentence `number` places behind the one that its prompt leaves open, or -1."""
+    def record(self, logits: Tensor) -> None:
+        """Keep the planner's logits `[S, K]` for the segments of the inputs given last: they are used now."""
+        for before, used in zip(self._asked, logits.detach(), strict=False):
+            before.logits = used
+
+    def forced(self, number: int) -> int:
+        """Action forced on the `number`-th sentence behind the one that its prompt leaves open, or -1."""
         return self.forced_actions[number] if 0 <= number < len(self.forced_actions) else -1
 
     def _prompt(self, tokens: list[int], number: int, count: int) -> _Prompt:
-        """The prompt of the text `number` of `count`; rows of one prompt, as beams are, stand side by side."""
+        """The prompt of the text `number` of `count`; texts of one prompt, as beams are, stand side by side."""
         at = number * len(self._prompts) // count
         found = next((prompt for prompt in (*self._prompts[at:], *self._prompts[:at]) if prompt.leads_to(tokens)), None)
         if found is None:
@@ -151,66 +173,49 @@ class _Prompt:
 
     def __init__(self, tracker: SentenceTracker, tokens: list[int]) -> None:
         self._tracker, self._tokens = tracker, tokens
-        self._before, self._sentences, self._embeddings = [-1], [""], [np.empty(0)]  # sentence 0: there is none yet
+        self._sentences = [Sentence(-1, "", np.empty(0))]  # stands before the first one
         self._segments, sentences, open_start = _cut(tracker, tokens)
-        if sentences:
-            for sentence, embedding in zip(sentences, tracker.encoder.encode(sentences), strict=True):
-                self._finish(len(self._before) - 1, sentence, embedding)
+        for sentence, embedding in zip(sentences, tracker.encoder.encode(sentences), strict=True):
+            self._sentences.append(Sentence(len(self._sentences) - 1, sentence, embedding))
         self._children: dict[tuple[int, int], int] = {}
-        self._last = [len(self._before) - 1]  # of each node: number of the last finished sentence in the lists above,
-        self._count, self._open = [len(sentences)], [open_start]  # sentences finished, first token of the open one
-        self.open_sentence = self._count[self._follow(tokens)]
+        # Of each node: index of the last finished sentence, how many there are, and where the open one begins.
+        self._nodes = [(len(sentences), len(sentences), open_start)]
+        self.open_sentence = len(self.follow(tokens).finished) - 1
 
     def leads_to(self, tokens: list[int]) -> bool:
         """Whether `tokens` continue this prompt or are a part of it."""
         length = min(len(tokens), len(self._tokens))
         return self._tokens[:length] == tokens[:length] and (length > 0 or not self._tokens)
 
-    def text(self, tokens: list[int]) -> TrackedText:
+    def follow(self, tokens: list[int]) -> TrackedText:
         """Sentences of `tokens`, which `leads_to` took."""
-        followed: list[int] = []
-        node = self._follow(tokens, followed)
-        chain, sentence = [], self._last[node]
-        while sentence > 0:
-            chain.append(sentence)
-            sentence = self._before[sentence]
-        chain.reverse()
-        return TrackedText(
-            (self._segments + followed)[: len(tokens)],
-            [self._sentences[sentence] for sentence in chain],
-            [self._embeddings[sentence] for sentence in chain],
-            self._open[node],
-        )
-
-    def _follow(self, tokens: list[int], segments: list[int] | None = None) -> int:
-        """The node that `tokens` end at, made if it is not there; appends the segment of each token on the way."""
-        node = 0
-        for end in range(len(self._segments) + 1, len(tokens) + 1):
-            key = (node, tokens[end - 1])
+        node, segments = 0, self._segments[: len(tokens)]
+        for end in range(len(self._segments), len(tokens)):
+            key = (node, tokens[end])
             if key not in self._children:
-                self._children[key] = self._extend(node, tokens[:end])
+                self._nodes.append(self._extended(node, tokens, end + 1))
+                self._children[key] = len(self._nodes) - 1
             node = self._children[key]
-            if segments is not None:
-                segments.append(self._count[node])
-        return node
+            segments.append(self._nodes[node][1])
+        last, _, open_start = self._nodes[node]
+        finished = []
+        while last >= 0:
+            finished.append(self._sentences[last])
+            last = self._sentences[last].before
+        return TrackedText(segments, finished[::-1], open_start)
 
-    def _extend(self, node: int, tokens: list[int]) -> int:
-        """A node for one token more; the decision whether that ends the open sentence."""
-        last, count, begin = self._last[node], self._count[node], self._open[node]
-        open_text = self._tracker.decode(tokens[begin:])
-        if open_text.strip() and not open_text.endswith("\ufffd") and ends_sentence(open_text):
-            sentence = open_text.strip()
-            last = self._finish(last, sentence, self._tracker.encoder.encode([sentence])[0])
-            count, begin = count + 1, len(tokens)
-        for values, value in ((self._last, last), (self._count, count), (self._open, begin)):
-            values.append(value)
-        return len(self._last) - 1
-
-    def _finish(self, before: int, sentence: str, embedding: np.ndarray) -> int:
-        self._before.append(before)
-        self._sentences.append(sentence)
-        self._embeddings.append(embedding)
-        return len(self._before) - 1
+    def _extended(self, node: int, tokens: list[int], end: int) -> tuple[int, int, int]:
+        """The node of `tokens[:end]`, one token behind `node`: the decision whether that ends the open sentence."""
+        last, count, begin = self._nodes[node]
+        decode = self._tracker.decode
+        # Most tokens end no sentence, and the last ones tell, so that a long sentence is not read at every token.
+        if end - begin > _LAST and not may_end_sentence(decode(tokens[end - _LAST : end])):
+            return last, count, begin
+        text = decode(tokens[begin:end])
+        if not text.strip() or text.endswith("\ufffd") or not ends_sentence(text):
+            return last, count, begin
+        self._sentences.append(Sentence(last, text.strip(), self._tracker.encoder.encode([text.strip()])[0]))
+        return len(self._sentences) - 1, count + 1, end
 
 
 def _cut(tracker: SentenceTracker, tokens: list[int]) -> tuple[list[int], list[str], int]:
@@ -244,7 +249,7 @@ def _cut(tracker: SentenceTracker, tokens: list[int]) -> tuple[list[int], list[s
 
 
 def _texts(input_ids: Tensor, real: Tensor | None, positions: Tensor | None) -> list[tuple[int, Tensor, list[int]]]:
-    """Row, columns and tokens of each text; a row has one at least, though it may be empty."""
+    """Sequence, columns and tokens of each text; a sequence has one at least, though it may be empty."""
     ids, found = input_ids.cpu(), []
     keep = torch.ones(ids.shape, dtype=torch.bool) if real is None else real.cpu()
     for row in range(len(ids)):
@@ -255,7 +260,7 @@ def _texts(input_ids: Tensor, real: Tensor | None, positions: Tensor | None) -> 
 
 
 def _padded(embeddings: list[list[np.ndarray]], dim: int) -> Tensor:
-    """`[texts, n, A]`: at each place the embedding of the sentence before, 0 where there is none."""
+    """`[texts, n, A]`: at each position the embedding of the sentence before, 0 where there is none."""
     longest = max(map(len, embeddings), default=0)
     padded = torch.zeros(len(embeddings), longest + 1, dim)
     for row, own in enumerate(embeddings):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -59,7 +60,7 @@ def test_cached_and_uncached_generation_agree(model: PlanLMForCausalLM, sampling
             logits_processor=[Prose(model)], eos_token_id=-1, **sampling,
         )  # fmt: skip
         runs.append(out[0].tolist())
-        sentences = tracker.track(tuple(runs[-1])).sentences
+        sentences = tracker.track(runs[-1]).sentences
     assert runs[0] == runs[1]
     assert len(sentences) > 3, "the run must have planned sentences of its own"
 
@@ -82,13 +83,13 @@ def test_left_padding_changes_nothing(model: PlanLMForCausalLM) -> None:
 def test_prompt_is_cut_as_preparation_cuts_it_and_growth_keeps_decisions(model: PlanLMForCausalLM) -> None:
     tracker = SentenceTracker(model.tokenizer, model.encoder)
     text = "Dr. Smith came in! Was he late? Nobody knew"
-    ids = tuple(model.tokenizer(text).input_ids)
+    ids = model.tokenizer(text).input_ids
     state = tracker.track(ids)
     assert state.sentences == ["Dr. Smith came in!", "Was he late?"]
     assert state.segments[-1] == 2
     boundary = len(model.tokenizer("Dr. Smith came in!").input_ids)
     assert state.segments[boundary - 2 : boundary] == [0, 1], "the last token of a sentence carries the next plan"
-    more = tuple(model.tokenizer(text + ". And").input_ids)
+    more = model.tokenizer(text + ". And").input_ids
     assert more[: len(ids)] == ids
     for end in range(len(ids) + 1, len(more) + 1):
         grown = tracker.track(more[:end])
@@ -104,11 +105,9 @@ def test_forced_action_is_followed(model: PlanLMForCausalLM) -> None:
     text = Text(ids, torch.ones_like(ids, dtype=torch.bool), tracker)
     forced = model(ids, plan=text).logits[0, -1]
     plain = SentenceTracker(model.tokenizer, model.encoder).inputs(ids)
-    actions = torch.tensor([4 if sentence == 2 else 0 for _, sentence in plain[1].tolist()])
-    last = model(
-        ids, segment_ids=plain[0], segment_rows=plain[1], sentence_embeddings=plain[2], actions=actions,
-        oracle_weight=(plain[1][:, 1] == 2).float(),
-    ).logits[0, -1]  # fmt: skip
+    is_open = plain.segment_rows[:, 1] == 2
+    oracle = dataclasses.replace(plain, actions=4 * is_open.long(), oracle_weight=is_open.float())
+    last = model(ids, plan=oracle).logits[0, -1]
     assert torch.equal(forced, last)
     assert not torch.equal(forced, model(ids).logits[0, -1])
 
@@ -128,6 +127,50 @@ def test_command_reports_each_sentence_with_its_plan(
     lines = [json.loads(line) for line in audit.read_text().splitlines()]
     assert lines == result["plan"] * 2
     json.dumps(result)
+
+
+@pytest.mark.parametrize("model", FAMILIES, indirect=True)
+@pytest.mark.parametrize("temperature", [0, 1.5])
+@pytest.mark.parametrize("settings", [{}, {"guidance_scale": 2.0}, {"use_cache": False}, {"num_beams": 3}])
+@pytest.mark.parametrize("selection", ["soft", "hard", "uniform"])
+def test_the_plan_that_is_reported_is_the_plan_that_was_used(
+    model: PlanLMForCausalLM,
+    temperature: float,
+    settings: dict[str, object],
+    selection: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The planner runs for the steps of the text alone, never for the report."""
+    monkeypatch.setattr(generation, "load_model", lambda run: model)
+    for name, value in settings.items():
+        setattr(model.generation_config, name, value)
+    calls: list[int] = []
+    model.planner.register_forward_hook(lambda *_: calls.append(1))
+    plain, made, calls_then = model.generate, [], []
+
+    def watched(*args: object, **kwargs: object) -> torch.Tensor:
+        made.append(plain(*args, logits_processor=[Prose(model)], eos_token_id=-1, **kwargs))
+        calls_then.append(len(calls))
+        return made[0]
+
+    monkeypatch.setattr(model, "generate", watched)
+    config = GenerateConfig(
+        run="run", prompt=PROMPT, max_new_tokens=30, plan="3", temperature=temperature, selection=selection
+    )
+    plan = generation.generate(config)["plan"]
+    assert len(plan) > 3 and [sentence["forced"] for sentence in plan[:2]] == [3, None]
+    assert len(calls) == calls_then[0], "the planner ran once more"
+    if selection == "uniform":
+        assert not calls and not any(sentence["actions"] for sentence in plan)
+        return
+    tracker = SentenceTracker(model.tokenizer, model.encoder)
+    tracker.start(torch.tensor([model.tokenizer(PROMPT).input_ids]))
+    inputs = tracker.inputs(made[0][:1])
+    logits = model.planner(inputs.sentence_embeddings, rows=inputs.segment_rows)[2 : 2 + len(plan)]
+    for sentence, expected in zip(plan, logits.softmax(dim=-1), strict=True):
+        for action in sentence["actions"]:
+            assert action["probability"] == pytest.approx(expected[action["action"]].item(), abs=2e-4)
+    assert len({str(sentence["actions"]) for sentence in plan}) == len(plan), "sentences share a plan"
 
 
 @pytest.mark.parametrize("model", ["gpt2"], indirect=True)

@@ -208,6 +208,22 @@ def test_the_trackers_memory_grows_with_the_text_alone(model: PlanLMForCausalLM)
     assert used[1] < 3 * used[0] and used[1] < 4_000_000
 
 
+def test_an_unfinished_sentence_is_not_read_at_every_token(model: PlanLMForCausalLM) -> None:
+    """Counted, not timed: the tokens that are decoded while a sentence without an end grows."""
+    tracker = SentenceTracker(model.tokenizer, model.encoder)
+    decode, read = tracker.decode, []
+    tracker.decode = lambda ids: (read.append(len(ids)), decode(ids))[1]  # type: ignore[func-returns-value, method-assign]
+    words = model.tokenizer(" cat sat on the mat", add_special_tokens=False).input_ids
+    work = []
+    for length in (500, 2000):
+        tokens = (words * length)[:length]
+        tracker.start(torch.tensor([tokens[:5]]))
+        read.clear()
+        assert tracker.track(tokens).sentences == []
+        work.append(sum(read))
+    assert work[1] < 6 * work[0], work  # four times the text: quadratic work would be sixteen times
+
+
 def test_labels_that_are_no_tokens_are_refused(model: PlanLMForCausalLM, ids: Tensor) -> None:
     labels = ids.clone()
     labels[0, 3] = -5
