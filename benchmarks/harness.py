@@ -106,12 +106,24 @@ def add_file(parser: Parser, flag: str, text: str, suffixes: Sequence[str] = ())
     parser.add_argument(f"--{flag}", type=path, metavar="FILE", help=text)
 
 
+def add_number(parser: Parser, flag: str, default: float, least: float, text: str) -> None:
+    """A flag for a number of the default's type."""
+    kind = type(default)
+
+    def number(given: str) -> float:
+        value = kind(given)
+        if not least <= value < math.inf:
+            raise argparse.ArgumentTypeError(f"got {given}, needs a number from {least:g} on")
+        return value
+
+    parser.add_argument(f"--{flag}", type=number, default=default, metavar="N", help=f"{text}; default {default}")
+
+
 def add_flags(parser: Parser, providers: Collection[str], repetitions: int) -> None:
     """The flags of benchmarks that measure time: dtypes, providers, repetitions, and where the rows go."""
     add_names(parser, "dtypes", DTYPES)
     add_names(parser, "providers", providers)
-    text = "of each provider, at most; default %(default)s"
-    parser.add_argument("--repetitions", type=int, default=repetitions, help=text)
+    add_number(parser, "repetitions", repetitions, 2, "of each provider, at most")
     add_file(parser, "out", "write the rows, one JSON object a line")
 
 
@@ -125,20 +137,10 @@ def note(text: str) -> None:
 
 @dataclass(frozen=True)
 class Budget:
-    """When to stop repeating a provider: after `repetitions`, or earlier when it has run for `seconds`.
-
-    Raises:
-        InputError: names the flag, what it got and what it needs.
-    """
+    """When to stop repeating a provider: after `repetitions`, or earlier when it has run for `seconds`."""
 
     repetitions: int = 200
     seconds: float = 10.0
-
-    def __post_init__(self) -> None:
-        if self.repetitions < 2:
-            raise InputError(f"--repetitions: got {self.repetitions}, needs at least 2 for a spread")
-        if not 0 < self.seconds < math.inf:
-            raise InputError(f"--seconds: got {self.seconds:g}, needs a number above 0")
 
     def spent(self, times: Sequence[float]) -> bool:
         """Whether these times are enough."""

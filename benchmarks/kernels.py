@@ -24,7 +24,6 @@ from benchmarks.correctness import check
 from benchmarks.harness import Budget, note, spread
 from benchmarks.memory import peak_memory
 from planlm.arguments import Parser
-from planlm.errors import InputError
 from planlm.kernels import cpp
 from planlm.report.tables import align
 
@@ -102,12 +101,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add_arguments(parser)
     text = "keep: glibc's malloc keeps freed memory; both: two runs, one after the other"
     parser.add_argument("--malloc", choices=("default", "keep", "both"), default="default", help=text)
-    text = "measure each case in so many, and take medians; default %(default)s"
-    parser.add_argument("--processes", type=int, default=1, help=text)
+    harness.add_number(parser, "processes", 1, 1, "measure each case in so many, and take medians")
     parser.add_argument("--bars", action="store_true", help="judge by the thresholds; 1 is the status where one fails")
     options = parser.parse_args(arguments)
-    if options.processes < 1:
-        raise InputError(f"--processes: got {options.processes}, needs at least 1")
     rows = measure_all(options, harness.CPU)
     return harness.print_verdicts(judged(rows, THRESHOLDS)) if options.bars else 0
 
@@ -116,8 +112,7 @@ def add_arguments(parser: Parser) -> None:
     """Flags that this benchmark shares with `benchmarks.gpu`."""
     harness.add_names(parser, "shapes", SHAPES)
     harness.add_flags(parser, blocks.PROVIDERS, Budget.repetitions)
-    text = "of repetitions of each provider, but three at least; default %(default)s"
-    parser.add_argument("--seconds", type=float, default=Budget.seconds, help=text)
+    harness.add_number(parser, "seconds", Budget.seconds, 1e-9, "of repetitions of each provider, but three at least")
     harness.add_file(parser, "plot", "draw time over lower bound", suffixes=(".png", ".pdf", ".svg"))
     parser.add_argument("--compare", type=Path, metavar="FILE", help="compare with rows of an earlier commit")
 
@@ -130,7 +125,7 @@ def measure_all(options: argparse.Namespace, device: torch.device) -> list[Kerne
     223 ms after others, PlanLM 232 and 224 ms.
 
     Raises:
-        InputError: names the flag, what it got and what it needs.
+        InputError: no rows to compare with, or no glibc to keep memory with.
         WrongResultError: a provider computes something else; nothing of that case has been timed.
     """
     budget = Budget(options.repetitions, options.seconds)

@@ -14,7 +14,6 @@ from collections.abc import Sequence
 from benchmarks import harness
 from benchmarks.step import MODELS, WINDOWS, Case, planlm_joint
 from planlm import speedups
-from planlm.errors import InputError
 from planlm.progress import process_memory
 
 DOCUMENTS = 3
@@ -36,10 +35,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = harness.parser_of("speedups", __doc__)
     for flag, known in (("models", MODELS), ("windows", WINDOWS), ("lm", ("full", "freeze"))):
         harness.add_names(parser, flag, known)
-    parser.add_argument("--processes", type=int, default=3, help="of each setting; medians of them count")
+    harness.add_number(parser, "processes", 3, 1, "of each setting; medians of them count")
     options = parser.parse_args(arguments)
-    if options.processes < 1:
-        raise InputError(f"--processes: got {options.processes}, needs at least 1")
     print("| case | piece | step, off : on | memory, off : on |\n|---|---|---|---|")
     for model, window, lm in itertools.product(options.models, options.windows, options.lm):
         case = Case(model, *WINDOWS[window], "bf16", lm)

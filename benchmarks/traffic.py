@@ -51,6 +51,20 @@ ALLOCATIONS = ("empty", "new_empty", "empty_like", "empty_strided", "new_empty_s
 FILLS = ("zeros", "zeros_like", "new_zeros", "zero_", "fill_", "ones_like", "full", "full_like", "new_full")
 """Operators that only write."""
 
+PRODUCTS = {
+    "mixture_fwd_kernel": (("num_sentences", "size", "num_actions", "logits", "codebook", "means"),),
+    "projection_fwd_kernel": (("num_sentences", "plan_size", "size", "mixture", "weight", "projected"),),
+    "projection_bwd_kernel": (
+        ("num_sentences", "size", "plan_size", "grad_projected", "weight", "grad_mixture"),
+        ("plan_size", "size", "num_sentences", "grad_projected", "mixture", "grad_weight"),
+    ),
+    "mixture_bwd_kernel": (
+        ("num_actions", "size", "num_sentences", "logits", "grad_mixture", "grad_codebook"),
+        ("num_sentences", "num_actions", "size", "grad_mixture", "codebook", "grad_logits"),
+    ),
+}
+"""Of the products in Triton's kernels, the arguments that are their sizes m, n and d, operands and result."""
+
 THRESHOLDS = {"compulsory": 1.5, "strong eager": 0.7, "token-level": 0.1}
 """Limits of PlanLM's bytes over others'."""
 
@@ -88,7 +102,7 @@ class Counter(TorchDispatchMode):
 
     def of_triton(self, launch: Launch) -> bool:
         """Note a launch of the Triton backend and do not run it."""
-        products = _products(launch)
+        products = list(_products(launch))
         moved = sum(map(_bytes, (*launch.reads, *launch.writes)))
         tile_reads = sum(
             left.itemsize * m * d * -(-n // launch.tiles.columns) + right.itemsize * d * n * -(-m // launch.tiles.rows)
@@ -279,28 +293,12 @@ def _of_operator(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any], r
             yield Kernel(name, reads + writes, flops)
 
 
-def _products(launch: Launch) -> list[tuple[int, int, int, Tensor, Tensor]]:
-    """A Triton launch's matrix products `[m, d] @ [d, n]` with their operands, as its tiles divide them."""
-    given = launch.arguments
-    s, a = given.get("num_rows", 0), given.get("size", 0)
-    k, d = given.get("num_columns", 0), given.get("plan_size", 0)
-    upstream, mixture, weight = given.get("grad_projected"), given.get("mixture"), given.get("weight")
-    found: list[tuple[int, int, int, Tensor | None, Tensor | None]] = []
-    match launch.kernel.__name__:
-        case "mixture_fwd_kernel":
-            found = [(s, a, k, given["logits"], given["codebook"])]
-        case "projection_fwd_kernel":
-            found = [(s, d, a, mixture, weight)]
-        case "projection_bwd_kernel":
-            found = [(s, a, d, upstream, weight)]
-            if given["grad_weight"] is not None:
-                found.append((d, a, s, upstream, mixture))
-        case "mixture_bwd_kernel":
-            if given["grad_codebook"] is not None:
-                found.append((k, a, s, given["logits"], given["grad_mixture"]))
-            if given["grad_logits"] is not None:
-                found.append((s, k, a, given["grad_mixture"], given["codebook"]))
-    return [(m, n, e, left, right) for m, n, e, left, right in found if left is not None and right is not None]
+def _products(launch: Launch) -> Iterator[tuple[int, int, int, Tensor, Tensor]]:
+    """m, n and d of a Triton launch's products `[m, d] @ [d, n]`, as its tiles divide them, with their operands."""
+    for names in PRODUCTS.get(launch.kernel.__name__, ()):
+        m, n, d, left, right, result = (launch.arguments[name] for name in names)
+        if left is not None and right is not None and result is not None:
+            yield m, n, d, left, right
 
 
 def _bytes(item: Tensor | int) -> int:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import os
 from functools import partial
+from pathlib import Path
 
 import pytest
 
-from benchmarks.harness import CPU, Budget, in_new_process, interleaved, paired
+from benchmarks.harness import CPU, Budget, Row, in_new_process, interleaved, paired, read_rows
 from planlm.errors import InputError, MachineError
 
 
@@ -33,8 +34,8 @@ def test_ratios_are_taken_round_by_round() -> None:
 
 def test_a_function_runs_in_a_process_of_its_own_and_its_errors_come_back() -> None:
     assert in_new_process(os.getpid) != os.getpid()
-    with pytest.raises(InputError, match="--repetitions: got 1"):
-        in_new_process(Budget, 1)
+    with pytest.raises(InputError, match="expected rows that --out wrote"):
+        in_new_process(read_rows, Path("missing.jsonl"), Row)
 
 
 def test_a_process_that_is_killed_is_one_line() -> None:
