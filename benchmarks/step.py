@@ -32,10 +32,10 @@ from planlm.precision import autocast, matrix_product_rate
 from planlm.progress import process_memory
 from planlm.report.tables import align
 from planlm.training.flops import lm_flops
-from planlm.training.groups import make_optimizer
+from planlm.training.groups import make_optimizer, trainable_groups
 from planlm.training.loop import Task, update
+from planlm.training.objective import Objective
 from planlm.training.parallel import Parallel
-from planlm.training.train import Objective, trainable_groups
 
 WINDOWS = {"128x32": (128, 32), "1024x4": (1024, 4)}
 """W and B."""
@@ -249,14 +249,21 @@ def _planlm(case: Case, selection: str, documents: int) -> Step:
     )
     groups = trainable_groups(model, train, steps=1)
     parallel = Parallel(model)
-    objective = Objective(parallel, train, steps=1, ratios=(0.0, 0.0))
+    objective = Objective(parallel, train, steps=1)
     for group in groups:
         for parameter in group.parameters.values():
             parameter.requires_grad_(True)
     batch = make_batch(case, documents)
-    task = Task(parallel, groups, loader=None, accumulate=1, steps=1, backward=objective.backward)  # type: ignore[arg-type]
+    task = Task(
+        model=parallel,
+        groups=groups,
+        loader=None,  # type: ignore[arg-type]
+        accumulate=1,
+        steps=1,
+        backward=objective.backward,
+    )
     optimizer = make_optimizer(groups, 0.0)
-    return lambda: update(task, optimizer, 0, [batch], train).figures["loss"]
+    return lambda: update(task, optimizer, 0, [batch], train)[0]["loss"]
 
 
 def _condition(lm: PreTrainedModel, plan_of: Callable[[int], Tensor]) -> list[int]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import difflib
+import inspect
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
@@ -67,7 +68,10 @@ def _build(config_class: type[Config], prog: str, epilog: str) -> Parser:
         formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, max_help_position=34),
     )
     groups = {True: parser.add_argument_group("required"), False: parser.add_argument_group("options")}
-    for field in sorted(dataclasses.fields(config_class), key=lambda field: field.name == "json"):
+    own = list(inspect.get_annotations(config_class))  # they come first, then what several commands share
+    fields = {field.name: field for field in dataclasses.fields(config_class)}
+    for name in sorted(fields, key=lambda name: (name == "json", own.index(name) if name in own else len(own))):
+        field = fields[name]
         _add(groups[field in _required(config_class)], field, kind_of(config_class, field.name))
     groups[False].add_argument(
         "--config", metavar="FILE", help="YAML file with any of these settings; flags win over it"

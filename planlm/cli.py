@@ -11,21 +11,19 @@ import contextlib
 import dataclasses
 import errno
 import importlib
-import json
-import math
 import os
 import signal
 import sys
-import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
-from pathlib import Path
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from planlm import __version__, arguments, config, show
 from planlm.errors import InputError, MachineError
+from planlm.files import to_json
 from planlm.home import ensure_home
 from planlm.ranks import local_rank, rank, world_size
+from planlm.signals import handling, in_main_thread
 from planlm.terminal import encodable, open_streams, silence_libraries, visible
 
 
@@ -126,12 +124,12 @@ def main(argv: list[str] | None = None) -> int:
         open_streams()
     words = sys.argv[1:] if argv is None else argv
     try:
-        with _terminable():
+        with handling(_terminate, signal.SIGTERM):
             return _run(words)
     except InputError as error:
         return _fail(2, str(error))
     except KeyboardInterrupt as interrupt:
-        if _in_main_thread():
+        if in_main_thread():
             signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second Ctrl-C must not tear the last line
         if rank() > 0:  # ended with the others, of which one says why
             return 1
@@ -173,13 +171,9 @@ def _run(argv: list[str]) -> int:
         _processes(name, command.distributed),
     ):  # stdout is the result's alone, whatever a library prints
         result = getattr(importlib.import_module(module), function)(settings)
-        if rank() > 0:  # the first of several processes has the result
+        if rank() > 0:  # rank 0 has the result
             return 0
-        text = (
-            json.dumps(_plain(command.data(result)), allow_nan=False)
-            if settings.json
-            else visible(command.show(result, settings))
-        )
+        text = to_json(command.data(result)) if settings.json else visible(command.show(result, settings))
     return _print(text + "\n")
 
 
@@ -230,27 +224,9 @@ def _top_parser() -> argparse.ArgumentParser:
     return parser
 
 
-@contextlib.contextmanager
-def _terminable() -> Iterator[None]:
+def _terminate(number: int, frame: Any) -> None:
     """Let SIGTERM unwind the stack as Ctrl-C does, so that nothing stays half-written."""
-
-    def stop(number: int, frame: Any) -> None:
-        raise KeyboardInterrupt("terminated")
-
-    if not _in_main_thread():
-        yield
-        return
-    before = signal.signal(signal.SIGTERM, stop)
-    try:
-        yield
-    finally:
-        # None: whoever embeds Python handles it, and nothing here can put that back.
-        signal.signal(signal.SIGTERM, signal.SIG_DFL if before is None else before)
-
-
-def _in_main_thread() -> bool:
-    """Python hands signals to its main thread, and lets no other ask for them."""
-    return threading.current_thread() is threading.main_thread()
+    raise KeyboardInterrupt("terminated")
 
 
 def _options(argv: list[str]) -> set[str]:
@@ -260,27 +236,29 @@ def _options(argv: list[str]) -> set[str]:
     return {"--" + name.replace("_", "-") for name in names}
 
 
-def _lost_another(error: BaseException | None) -> str | None:
-    """What has become of another process of the run where an error is that, looked for along the chain of causes."""
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    """An error and those that led to it: Rust and C++ libraries wrap the system's in exceptions of their own."""
     while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
+
+
+def _lost_another(raised: BaseException) -> str | None:
+    """What has become of another process of the run where that is the error."""
+    for error in _causes(raised):
         if type(error).__name__ in ("DistBackendError", "DistNetworkError") or "gloo/transport" in str(error):
             return "has not answered" if "Timed out" in str(error) else "has ended"
         if isinstance(error, MachineError):
-            return None
-        error = error.__cause__ or error.__context__
+            break
     return None
 
 
-def _machine_failure(error: BaseException | None, options: set[str]) -> str | None:
-    """One line for an error that is the machine's, looked for along the chain of causes; None for any other.
-
-    `options` are what its advice may name: those of the command.
-    """
-    while error is not None:
+def _machine_failure(raised: BaseException, options: set[str]) -> str | None:
+    """One line for an error that is the machine's, None for any other; `options` are those that its advice may name."""
+    for error in _causes(raised):
         text = str(error).strip()
         if isinstance(error, MachineError):
             return text
-        # Rust and C++ libraries wrap the system's error in exceptions of their own.
         is_full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
         if is_full or "No space left on device" in text or "File too large" in text:
             file = getattr(error, "filename", None)
@@ -297,7 +275,6 @@ def _machine_failure(error: BaseException | None, options: set[str]) -> str | No
         is_plain = isinstance(error, BrokenPipeError) or type(error) is OSError
         if isinstance(error, OSError) and is_plain and error.errno is not None:  # input or output failed
             return f"{error.filename or 'the system'}: {error.strerror}"
-        error = error.__cause__ or error.__context__
     return None
 
 
@@ -311,18 +288,3 @@ def _fail(status: int, message: str) -> int:
     with contextlib.suppress(BrokenPipeError):
         print(f"planlm: error: {visible(' '.join(message.split()))}", file=sys.stderr, flush=True)
     return status
-
-
-def _plain(value: Any) -> Any:
-    """A result in JSON's own types; JSON has no NaN or infinity, so they become null."""
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {field.name: _plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
-    if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
-    if isinstance(value, Path):
-        return str(value)
-    if hasattr(value, "tolist"):  # NumPy's and torch's scalars and arrays
-        return _plain(value.tolist())
-    return None if isinstance(value, float) and not math.isfinite(value) else value

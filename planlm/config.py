@@ -2,7 +2,7 @@
 
 Standard library only, and imported by every room: `planlm --help` must answer without importing torch, and library
 functions take the same objects that the command line builds. `help` texts give units and say where a default comes
-from (the papers of docs/method.md, or a figure in dev/log.md).
+from (the papers of docs/method.md, or a measurement in dev/log.md).
 """
 
 from __future__ import annotations
@@ -54,9 +54,9 @@ BATCH = count(1_000_000)
 TOKENS = count(1 << 24)  # of a window: no LM's context is longer
 SEED = Limit("0 to 2147483647", lambda value: 0 <= value < 2**31)
 SAMPLING = Limit("0, which is greedy, or at least 0.01", lambda value: value == 0 or value >= 0.01)
-SHARE = Limit("0 to 1", lambda value: 0 <= value <= 1)
+FRACTION = Limit("0 to 1", lambda value: 0 <= value <= 1)
 BELOW_ONE = Limit("at least 0 and less than 1", lambda value: 0 <= value < 1)
-SHARE_NOT_ZERO = Limit("more than 0 and at most 1", lambda value: 0 < value <= 1)
+FRACTION_NOT_ZERO = Limit("more than 0 and at most 1", lambda value: 0 < value <= 1)
 
 KINDS = {
     int: "a whole number",
@@ -188,8 +188,8 @@ class PrepareConfig(CommandConfig):
     )
     encoder: str = option(DEFAULT_ENCODER, "sentence-transformers model, by hub name or folder")
     tokenizer: str = option(DEFAULT_LM, "tokenizer of the LM to be trained, by hub name or folder")
-    validation_fraction: float = option(0.05, "share of documents in the validation split", limit=BELOW_ONE)
-    test_fraction: float = option(0.05, "share of documents in the test split", limit=BELOW_ONE)
+    validation_fraction: float = option(0.05, "fraction of documents in the validation split", limit=BELOW_ONE)
+    test_fraction: float = option(0.05, "fraction of documents in the test split", limit=BELOW_ONE)
     min_sentences: int = option(2, "shorter documents are left out (sentences)", limit=COUNT)
     max_documents: int | None = option(None, "stop after so many documents", limit=COUNT)
     shard_documents: int = option(
@@ -203,36 +203,46 @@ class PrepareConfig(CommandConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class PlannerConfig(CommandConfig):
-    """Pre-train the planner on next-action prediction."""
+class LoopConfig(CommandConfig):
+    """What every command that trains on a prepared corpus takes."""
 
     corpus: str = required("prepared corpus")
     out: str = required("run directory to write")
-    layers: int = option(2, "planner transformer layers", limit=count(256))
-    heads: int | None = option(None, "attention heads; default: one per 64 channels", limit=count(10_000))
-    dropout: float = option(0.1, "dropout in the planner", limit=BELOW_ONE)
-    epochs: float = option(4.0, "passes over the training documents", limit=EPOCHS)
+    epochs: float = option(1.0, "passes over the training split", limit=EPOCHS)
     steps: int | None = option(None, "optimiser steps; overrides --epochs", limit=COUNT)
-    batch_size: int = option(32, "documents per step (the papers'), of all processes together", limit=BATCH)
+    batch_size: int = option(32, "sequences per forward pass, of all processes together", limit=BATCH)
     lr: float = option(1e-3, "peak learning rate", limit=NOT_NEGATIVE)
-    warmup: float = option(0.05, "fraction of training with linearly rising learning rate", limit=SHARE)
+    warmup: float = option(0.05, "fraction of training with linearly rising learning rate", limit=FRACTION)
     schedule: str = option("cosine", "learning rate after the warm-up", choices=("cosine", "linear", "constant"))
-    weight_decay: float = option(0.01, "AdamW weight decay", limit=NOT_NEGATIVE)
-    max_grad_norm: float = option(1.0, "gradient norm above which gradients are scaled down", limit=POSITIVE)
+    weight_decay: float = option(0.0, "AdamW weight decay", limit=NOT_NEGATIVE)
+    max_grad_norm: float = option(
+        1.0, "gradient norm, per parameter group, above which gradients are scaled down", limit=POSITIVE
+    )
     checkpoint_every: int = option(500, "steps between checkpoints", limit=COUNT)
     keep_checkpoints: int = option(2, "checkpoints kept", limit=COUNT)
-    log_every: int = option(20, "steps between lines of metrics.jsonl", limit=COUNT)
+    log_every: int = option(10, "steps between lines of metrics.jsonl", limit=COUNT)
     tensorboard: bool = option(False, "write OUT/tensorboard too, with planlm[tensorboard] installed")
-    seed: int = option(0, "seed of initialisation, order and dropout", limit=SEED)
+    seed: int = option(0, "seed of initialisation, order and everything drawn", limit=SEED)
     resume: bool = option(False, "continue from the newest sound checkpoint in --out")
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainConfig(CommandConfig):
+class PlannerConfig(LoopConfig):
+    """Pre-train the planner on next-action prediction."""
+
+    layers: int = option(2, "planner transformer layers", limit=count(256))
+    heads: int | None = option(None, "attention heads; default: one per 64 channels", limit=count(10_000))
+    dropout: float = option(0.1, "dropout in the planner", limit=BELOW_ONE)
+    epochs: float = option(4.0, "passes over the training documents", limit=EPOCHS)
+    batch_size: int = option(32, "documents per step (the papers'), of all processes together", limit=BATCH)
+    weight_decay: float = option(0.01, "AdamW weight decay", limit=NOT_NEGATIVE)
+    log_every: int = option(20, "steps between lines of metrics.jsonl", limit=COUNT)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig(LoopConfig):
     """Fine-tune planner and LM jointly."""
 
-    corpus: str = required("prepared corpus")
-    out: str = required("run directory to write")
     lm: str | None = option(None, "causal LM, by hub name or folder; default: the LM whose tokenizer the corpus used")
     planner: str | None = option(None, "run directory of pretrain-planner; without one the planner starts untrained")
     selection: str = option("soft", "what the LM is conditioned on (docs/method.md)", choices=tuple(SELECTIONS))
@@ -256,19 +266,17 @@ class TrainConfig(CommandConfig):
     lora_alpha: float = option(32.0, "scale of the additions of --lm-mode lora, times the rank", limit=POSITIVE)
     freeze_planner: bool = option(False, "keep the planner as pre-trained")
     unfreeze_planner_at: float = option(
-        0.4, "fraction of training after which the planner joins; 0: from the start", limit=SHARE
+        0.4, "fraction of training after which the planner joins; 0: from the start", limit=FRACTION
     )
     unfreeze_codebook_at: float = option(
-        0.0, "fraction of training after which the codebook joins; 1: never", limit=SHARE
+        0.0, "fraction of training after which the codebook joins; 1: never", limit=FRACTION
     )
     planner_loss: float = option(0.0, "weight of the planner's own cross-entropy in the loss", limit=NOT_NEGATIVE)
-    oracle_mix: str = option("0", "share of oracle actions, RHO or RHO:RHO_END over training")
+    oracle_mix: str = option("0", "weight of the oracle actions, RHO or RHO:RHO_END over training")
     oracle_mode: str = option(
         "sampled", "sampled: per sentence, either; convex: always the weighted mean", choices=("sampled", "convex")
     )
     oracle_schedule: str = option("linear", "shape of RHO:RHO_END", choices=("linear", "cosine"))
-    epochs: float = option(1.0, "passes over the training tokens", limit=EPOCHS)
-    steps: int | None = option(None, "optimiser steps; overrides --epochs", limit=COUNT)
     batch_size: int = option(32, "windows per forward pass (the papers'), of all processes together", limit=BATCH)
     accumulate: int = option(1, "forward passes per optimiser step", limit=count(65_536))
     window: int = option(128, "tokens per window (the papers')", limit=TOKENS)
@@ -279,12 +287,6 @@ class TrainConfig(CommandConfig):
         None,
         "peak learning rate of the LM; default: 5e-5 in mode full, ten times as much in lora",
         limit=NOT_NEGATIVE,
-    )
-    warmup: float = option(0.05, "fraction of training with linearly rising learning rate", limit=SHARE)
-    schedule: str = option("cosine", "learning rate after the warm-up", choices=("cosine", "linear", "constant"))
-    weight_decay: float = option(0.0, "AdamW weight decay", limit=NOT_NEGATIVE)
-    max_grad_norm: float = option(
-        1.0, "gradient norm, per parameter group, above which gradients are scaled down", limit=POSITIVE
     )
     precision: str = option("auto", "auto: bf16 autocast where the processor has it", choices=("auto", "bf16", "fp32"))
     lm_dropout: float = option(
@@ -300,12 +302,6 @@ class TrainConfig(CommandConfig):
         False, "keep only each layer's input for the backward pass and compute the rest again: less memory, more time"
     )
     shard: bool = option(False, "under torchrun: divide weights and moments among the processes (FSDP2)")
-    checkpoint_every: int = option(500, "steps between checkpoints", limit=COUNT)
-    keep_checkpoints: int = option(2, "checkpoints kept", limit=COUNT)
-    log_every: int = option(10, "steps between lines of metrics.jsonl", limit=COUNT)
-    tensorboard: bool = option(False, "write OUT/tensorboard too, with planlm[tensorboard] installed")
-    seed: int = option(0, "seed of initialisation, order, noise and oracle mixing", limit=SEED)
-    resume: bool = option(False, "continue from the newest sound checkpoint in --out")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -336,7 +332,7 @@ class GenerateConfig(CommandConfig):
     prompt: str = required("text to continue")
     max_new_tokens: int = option(128, "tokens to generate", limit=BATCH)
     temperature: float = option(0.8, "sampling temperature; 0: greedy", limit=SAMPLING)
-    top_p: float = option(0.95, "nucleus of the sampling distribution", limit=SHARE_NOT_ZERO)
+    top_p: float = option(0.95, "nucleus of the sampling distribution", limit=FRACTION_NOT_ZERO)
     plan: str | None = option(
         None, "actions to follow for the next sentences, e.g. 12,7,130; afterwards the planner decides"
     )

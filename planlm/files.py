@@ -193,6 +193,17 @@ def read_json(path: Path) -> dict[str, Any]:
     return content
 
 
+def to_json(value: Any) -> str:
+    """JSON text of a result: paths, dataclasses and arrays as what they hold; null for NaN and infinity."""
+
+    def held(part: Any) -> Any:
+        if isinstance(part, os.PathLike):
+            return os.fspath(part)
+        return part.tolist() if hasattr(part, "tolist") else vars(part)
+
+    return json.dumps(json.loads(json.dumps(value, default=held), parse_constant=lambda _: None))
+
+
 def is_utf8(text: str) -> bool:
     """Whether a name or argument from the system can be written as UTF-8 (Python keeps other bytes as surrogates)."""
     return not any("\ud800" <= character <= "\udfff" for character in text)

@@ -1,8 +1,8 @@
 """A run directory's checkpoints: written beside and renamed, checksummed, safetensors and JSON only.
 
-`checkpoints/step-N/` holds `tensors.safetensors`, or a file of each process (trainable parameters, optimiser moments),
+`checkpoints/step-N/` holds `tensors.safetensors`, or a file of each rank (trainable parameters, optimiser moments),
 and `state.json` (step, position in the data); `checksums.json` is written last. All are read through
-torch.distributed.checkpoint, which fits what any number of processes wrote to any other.
+torch.distributed.checkpoint, which reads what any number of ranks wrote on any other number of them.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ FORMAT_VERSION = 2
 def save_checkpoint(folder: Path, tensors: dict[str, torch.Tensor], state: dict[str, Any], keep: int) -> None:
     """Write `folder/step-N`, N being the "step" of `state`, then delete all but the newest `keep` checkpoints.
 
-    Several processes write one file each, with what they have of divided tensors and a share of the others.
+    Several ranks write one file each, with their shards and some of the tensors that all of them have.
     """
     made = contextlib.ExitStack()
 
@@ -144,15 +144,15 @@ def _sums(path: Path) -> dict[str, str]:
 
 
 def stored_shapes(path: Path) -> dict[str, torch.Size]:
-    """Names of a checkpoint's tensors, and their shapes when whole."""
+    """Names of a checkpoint's tensors, and their full shapes."""
     stored: dict[str, Any] = _reader(path).read_metadata().state_dict_metadata
     return {name: about.size for name, about in stored.items()}
 
 
 def read_tensors(path: Path, into: dict[str, torch.Tensor]) -> None:
-    """Fill tensors, whole or divided, with those of a checkpoint, however many processes wrote it."""
+    """Fill tensors, sharded or not, with those of a checkpoint, however many ranks wrote it."""
     with torch.no_grad(), warnings.catch_warnings(), _errors_of_the_system():
-        warnings.filterwarnings("ignore", "torch.distributed is disabled")  # one process is as good as several
+        warnings.filterwarnings("ignore", "torch.distributed is disabled")  # one process needs none
         load(into, storage_reader=_reader(path))
 
 

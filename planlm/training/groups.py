@@ -1,4 +1,4 @@
-"""Parameter groups: what trains, from which step on, how fast."""
+"""Parameter groups: what trains, from which step on, how fast; and the optimiser over them."""
 
 from __future__ import annotations
 
@@ -7,6 +7,20 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
+
+from planlm.config import TrainConfig
+from planlm.model.lora import lora_parameters
+from planlm.model.modeling import PlanLMForCausalLM
+from planlm.selections import SELECTIONS
+
+BIAS_REACH = 0.5
+"""Times the square root of A: learning rate of the adapter's bias, in those of its weight.
+
+Adam moves a weight by up to a learning rate a step, and so `W m` by up to `lr * |m|_1`, which for centroids of unit
+vectors (norm about .6) is about `0.5 sqrt(A)` learning rates. At one learning rate the bias cannot keep up, and a plan
+that never changes learns what all text has in common faster than one that does: with few steps `fixed` then beats
+even `oracle` (dev/log.md).
+"""
 
 
 @dataclass(frozen=True)
@@ -26,6 +40,37 @@ class ParameterGroup:
     start: int = 0
 
 
+def trainable_groups(model: PlanLMForCausalLM, config: TrainConfig, steps: int) -> list[ParameterGroup]:
+    """Switch gradients off everywhere, then name what trains, from which step on and how fast.
+
+    The planner trains where the LM's loss reaches it or `--planner-loss` asks for it; the codebook in every
+    selection that shows it to the LM.
+    """
+    model.requires_grad_(False)
+    groups = []
+
+    def add(name: str, parameters: dict[str, nn.Parameter], lr: float, at: float = 0.0) -> None:
+        if at < 1.0:
+            groups.append(ParameterGroup(name, parameters, lr, start=round(at * steps)))
+
+    if config.selection != "none":
+        adapter = dict(model.adapter.named_parameters(prefix="adapter"))
+        bias, codebook = ({name: adapter.pop(name)} for name in ("adapter.bias", "adapter.codebook"))
+        add("adapter", adapter, config.lr)
+        add("bias", bias, config.lr * BIAS_REACH * model.config.action_dim**0.5)
+        add("codebook", codebook, config.codebook_lr, config.unfreeze_codebook_at)
+    learns = SELECTIONS[config.selection].trains_planner or config.planner_loss > 0
+    if learns and not config.freeze_planner:
+        planner = dict(model.planner.named_parameters(prefix="planner"))
+        add("planner", planner, config.planner_lr, config.unfreeze_planner_at)
+    # LoRA's best learning rate is about ten times that of all weights (Schulman et al., LoRA Without Regret, 2025).
+    if config.lm_mode == "full":
+        add("lm", dict(model.lm.named_parameters(prefix="lm")), 5e-5 if config.lm_lr is None else config.lm_lr)
+    elif config.lm_mode == "lora":
+        add("lm", lora_parameters(model.lm, prefix="lm"), 5e-4 if config.lm_lr is None else config.lm_lr)
+    return groups
+
+
 def by_name(groups: list[ParameterGroup]) -> dict[str, nn.Parameter]:
     """All that trains, by its name in the model."""
     return {name: parameter for group in groups for name, parameter in group.parameters.items()}
@@ -33,7 +78,7 @@ def by_name(groups: list[ParameterGroup]) -> dict[str, nn.Parameter]:
 
 @torch.no_grad()
 def all_finite(tensors: list[torch.Tensor]) -> bool:
-    """Whether there is no NaN and no infinity in tensors, or in this process's part of divided ones."""
+    """Whether there is no NaN and no infinity in tensors, or in this rank's shards."""
     own = [tensor.to_local() if isinstance(tensor, DTensor) else tensor for tensor in tensors]
     return not own or bool(torch.stack([tensor.detach().isfinite().all() for tensor in own]).all())
 
@@ -62,14 +107,14 @@ def optimizer_tensors(groups: list[ParameterGroup], optimizer: torch.optim.Optim
 
 
 def blank_state(groups: list[ParameterGroup], names: list[str]) -> dict[str, torch.Tensor]:
-    """Room for what `optimizer_tensors` gave under these names, on the parameters' devices and divided as they are.
+    """Zeros in the place of what `optimizer_tensors` gave under these names, on the parameters' devices, sharded alike.
 
     The number of steps too lies beside its parameter: the fused update reads it there, without asking the host.
     """
     parameters, room = by_name(groups), {}
     for path in names:
         parameter = parameters[path.rsplit("/", 1)[0]]
-        is_count = path.endswith("/step")  # one number, whole everywhere, where moments are divided
+        is_count = path.endswith("/step")  # one number, the same on every rank
         room[path] = torch.zeros(1, device=parameter.device) if is_count else torch.zeros_like(parameter).detach()
     return room
 

@@ -1,4 +1,4 @@
-"""What a run is about, by content: a corpus, an LM or a planner may move, and another one may take its place."""
+"""What a run is about, by content: a corpus, an LM or a planner may move, and another may take over its path."""
 
 from __future__ import annotations
 

@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import signal
-import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 
-from planlm.config import PlannerConfig, TrainConfig
+from planlm.config import LoopConfig
 from planlm.distribution import any_rank, on_rank_zero, rank, world_size
 from planlm.errors import InputError, MachineError
 from planlm.progress import Progress
+from planlm.signals import handling
 from planlm.training.checkpoint import check_room, newest_checkpoint, read_tensors, save_checkpoint, stored_shapes
 from planlm.training.groups import (
     ParameterGroup,
@@ -31,8 +32,8 @@ from planlm.training.groups import (
 from planlm.training.parallel import Parallel, full_tensor, seed_step
 from planlm.training.prefetch import Loader, Prefetch
 from planlm.training.run_directory import Run, differences
-from planlm.training.schedules import learning_rate_factor
-from planlm.training.throughput import Watch, summary
+from planlm.training.schedules import is_logged, learning_rate_factor
+from planlm.training.throughput import Throughput, summary
 
 MAX_SKIPPED = 10
 """Steps in a row with a non-finite gradient after which training stops: the state is beyond recovery by skipping."""
@@ -40,7 +41,7 @@ MAX_SKIPPED = 10
 _START_ANEW = "training has diverged: start again with a lower --lr (and others, where set) and another --out"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Task:
     """What the loop trains.
 
@@ -51,7 +52,7 @@ class Task:
         accumulate: batches per step.
         steps: steps in all.
         backward: given a step's number and batches, runs forward and backward over all of them and returns the
-            figures to log, "loss" and "tokens" (labels) among them, each of all processes together.
+            metrics to log, "loss" and "tokens" (labels) among them, each summed or averaged over all ranks.
         flops: floating-point operations of a step over these batches; None where they are not counted.
         rate: FLOP/s of matrix products on this machine.
     """
@@ -66,12 +67,14 @@ class Task:
     rate: float = math.inf
 
 
-def num_steps(config: PlannerConfig | TrainConfig, num_batches: int, accumulate: int = 1) -> int:
+def num_steps(config: LoopConfig, num_batches: int, accumulate: int = 1) -> int:
     """Optimiser steps of a run: `--steps`, or as many as `--epochs` takes.
 
     Raises:
-        InputError: the corpus has no batch, or fewer than one step results.
+        InputError: the corpus has no batch, fewer than one step results, or a batch has less than one item a rank.
     """
+    if config.batch_size < world_size():
+        raise InputError(f"--batch-size {config.batch_size}: {world_size()} processes share it; set at least that")
     steps = config.steps if config.steps is not None else math.ceil(config.epochs * num_batches / accumulate)
     if num_batches == 0 or steps < 1:
         raise InputError(
@@ -80,49 +83,27 @@ def num_steps(config: PlannerConfig | TrainConfig, num_batches: int, accumulate:
     return steps
 
 
-def check_batch_size(batch_size: int) -> None:
-    """Refuse batches that cannot be shared: `--batch-size` counts what all processes take together.
-
-    Raises:
-        InputError: fewer items than processes.
-    """
-    if batch_size < world_size():
-        raise InputError(f"--batch-size {batch_size}: {world_size()} processes share it; set at least that")
-
-
-@dataclass(frozen=True)
-class Update:
-    """What one step did.
-
-    Attributes:
-        figures: of `Task.backward`.
-        norms: gradient norm of each group before clipping.
-        rates: learning rate of each group.
-        taken: False where a gradient was not finite, and nothing was changed.
-    """
-
-    figures: dict[str, float]
-    norms: dict[str, float]
-    rates: dict[str, float]
-    taken: bool
-
-
 def update(
-    task: Task, optimizer: torch.optim.Optimizer, step: int, batches: list[Any], config: PlannerConfig | TrainConfig
-) -> Update:
-    """Forward, backward, clipping and the optimiser's update, once; leaves no gradients."""
+    task: Task, optimizer: torch.optim.Optimizer, step: int, batches: list[Any], config: LoopConfig
+) -> tuple[dict[str, Any], bool]:
+    """Forward, backward, clipping and the optimiser's update, once; leaves no gradients.
+
+    Returns:
+        (metrics of `Task.backward` with "grad_norm" before clipping and "lr" of each group; whether loss and gradients
+        are finite: else nothing is updated).
+    """
     seed_step(config.seed, step, rank())
-    figures = task.backward(step, batches)
+    metrics = task.backward(step, batches)
     norms = _clip(task.groups, config.max_grad_norm)
     rates = _set_rates(task, optimizer, step, config)
-    taken = math.isfinite(figures["loss"]) and all(map(math.isfinite, norms.values()))
-    if taken:
+    is_finite = math.isfinite(metrics["loss"]) and all(map(math.isfinite, norms.values()))
+    if is_finite:
         optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    return Update(figures, norms, rates, taken)
+    return {**metrics, "grad_norm": norms, "lr": rates}, is_finite
 
 
-def fit(task: Task, run: Run, config: PlannerConfig | TrainConfig) -> None:
+def fit(task: Task, run: Run, config: LoopConfig) -> None:
     """Train `task` to its last step, from the newest sound checkpoint of `run` if there is one.
 
     Raises:
@@ -136,31 +117,30 @@ def fit(task: Task, run: Run, config: PlannerConfig | TrainConfig) -> None:
         first, tokens, skipped = _restore(task, run, optimizer, progress.line)
         progress.start_at(first)
         with Prefetch(task.loader, ahead=2 * task.accumulate) as batches:
-            watch = Watch(task.flops, task.rate, first, task.steps)
+            throughput = Throughput(task.flops, task.rate, first, task.steps)
             for step in range(first, task.steps):
                 if step == first or any(step == group.start for group in task.groups):
                     for group in task.groups:
                         for parameter in group.parameters.values():
                             parameter.requires_grad_(step >= group.start)
                     task.model.rewrap()
-                with watch.waiting():
+                with throughput.waiting():
                     window = [next(batches) for _ in range(task.accumulate)]
-                result = update(task, optimizer, step, window, config)
-                skipped = 0 if result.taken else skipped + 1
+                metrics, is_finite = update(task, optimizer, step, window, config)
+                skipped = 0 if is_finite else skipped + 1
                 if skipped:
                     progress.line(f"step {step + 1}: non-finite loss or gradient, step skipped ({skipped} in a row)")
                 done = step + 1
-                seen = int(result.figures["tokens"])
-                tokens += seen
-                watch.step(seen, window)
+                num_tokens = int(metrics["tokens"])
+                tokens += num_tokens
+                throughput.step(num_tokens, window)
                 stopping = any_rank(stop.asked)
-                if done % config.log_every == 0 or done in (1, task.steps):
-                    speed = watch.figures()
-                    line = {"step": done, **result.figures, "tokens": tokens, "grad_norm": result.norms}
-                    run.log({**line, "lr": result.rates, **speed})
-                    progress.advance(note=summary(result.figures["loss"], speed))
-                else:
-                    progress.advance()
+                note = ""
+                if is_logged(step, task.steps, config.log_every):
+                    speed = throughput.metrics()
+                    run.log({"step": done, **metrics, "tokens": tokens, **speed})
+                    note = summary(metrics["loss"], speed)
+                progress.advance(note=note)
                 if skipped >= (1 if done == task.steps else MAX_SKIPPED):
                     raise MachineError(f"step {done}: {skipped} steps in a row skipped; {_START_ANEW}")
                 if done % config.checkpoint_every == 0 or done == task.steps or stopping:
@@ -180,9 +160,7 @@ def _clip(groups: list[ParameterGroup], max_norm: float) -> dict[str, float]:
     return norms
 
 
-def _set_rates(
-    task: Task, optimizer: torch.optim.Optimizer, step: int, config: PlannerConfig | TrainConfig
-) -> dict[str, float]:
+def _set_rates(task: Task, optimizer: torch.optim.Optimizer, step: int, config: LoopConfig) -> dict[str, float]:
     rates = {
         group.name: group.lr
         * learning_rate_factor(step, task.steps, start=group.start, warmup=config.warmup, schedule=config.schedule)
@@ -224,17 +202,15 @@ def _restore(
     path, state = found
     on_rank_zero(lambda: _check_owner(path, state, run))
     stored = stored_shapes(path)
-    if {name[6:]: shape for name, shape in stored.items() if name.startswith("model/")} != {
-        name: parameter.shape for name, parameter in parameters.items()
+    weights = {f"model/{name}": parameter.detach() for name, parameter in parameters.items()}
+    if {name: shape for name, shape in stored.items() if name.startswith("model/")} != {
+        name: weight.shape for name, weight in weights.items()
     }:
         raise InputError(f"{run.checkpoints}: checkpoint of another model; choose another --out")
-    moments = blank_state(task.groups, [name[10:] for name in stored if name.startswith("optimizer/")])
-    read_tensors(
-        path,
-        {f"model/{name}": parameter.detach() for name, parameter in parameters.items()}
-        | {f"optimizer/{name}": value for name, value in moments.items()},
-    )
-    if any_rank(not all_finite([*parameters.values(), *moments.values()])):
+    names = [name.removeprefix("optimizer/") for name in stored if name.startswith("optimizer/")]
+    moments = blank_state(task.groups, names)
+    read_tensors(path, weights | {f"optimizer/{name}": value for name, value in moments.items()})
+    if any_rank(not all_finite([*weights.values(), *moments.values()])):
         raise MachineError(f"{path}: weights or moments are not finite; {_START_ANEW}")
     restore_optimizer(task.groups, optimizer, moments)
     task.loader.load_state_dict(state["loader"])
@@ -252,27 +228,19 @@ def _check_owner(path: Path, state: dict[str, Any], run: Run) -> None:
         )
 
 
-class _StopSignal:
+class _StopSignal(contextlib.ExitStack):
     """Turns SIGINT and SIGTERM into a flag, so that a step is finished and saved; a later one acts at once.
 
-    Not within `TWICE` seconds: whoever signals all processes of a job, torchrun too, which passes the signal on, would
-    tear a rank out of the step that the others wait in.
+    Not within `TWICE` seconds: torchrun passes on the signal that a scheduler sends to all processes, and the second
+    would end a rank in the middle of a step whose all-reduce the others wait for.
     """
 
     TWICE = 2.0
+    asked = False
 
-    def __enter__(self) -> _StopSignal:
-        self.asked = False
-        # Python hands signals to its main thread alone, and lets no other ask for them.
-        is_main = threading.current_thread() is threading.main_thread()
-        numbers = (signal.SIGINT, signal.SIGTERM) if is_main else ()
-        self._before = {number: signal.signal(number, self._ask) for number in numbers}
+    def __enter__(self) -> Self:
+        self.enter_context(handling(self._ask, signal.SIGINT, signal.SIGTERM))
         return self
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._before.items():
-            # None: whoever embeds Python handles the signal, and nothing here can put that back.
-            signal.signal(number, signal.SIG_DFL if handler is None else handler)
 
     def _ask(self, number: int, frame: Any) -> None:
         now = time.monotonic()

@@ -1,4 +1,4 @@
-"""A model trained by several processes: replicated (DDP) or with its weights divided among them (FSDP2)."""
+"""A model trained by several ranks: replicated (DDP) or sharded (FSDP2)."""
 
 from __future__ import annotations
 
@@ -16,12 +16,11 @@ from planlm.distribution import world_size
 
 
 class Parallel:
-    """Calls the model and sees to it that every process gets the mean of all processes' gradients.
+    """Calls the model and averages its gradients over all ranks.
 
     Args:
-        model: on this process's device, the same on all of them.
-        layers: with these the weights are divided, layer by layer and the rest together; without, every process has
-            all of them.
+        model: on this rank's device, with the same weights on every rank.
+        layers: these are sharded one by one, and the rest of the model together; None: the model is replicated.
     """
 
     def __init__(self, model: nn.Module, layers: list[nn.Module] | None = None) -> None:
@@ -33,14 +32,14 @@ class Parallel:
             fully_shard(model)
 
     def rewrap(self) -> None:
-        """Take note that other parameters train from now on: what DDP exchanges is fixed when it is made."""
+        """Wrap the model anew after other parameters have begun to train: DDP fixes what it reduces when it is made."""
         trains = any(parameter.requires_grad for parameter in self.model.parameters())
         if world_size() > 1 and not isinstance(self.model, FSDPModule) and trains:
             self._call = None  # the old one's hooks go first
             self._call = DistributedDataParallel(self.model, broadcast_buffers=False, gradient_as_bucket_view=True)
 
     def __call__(self, *args: Any, last: bool = True, **kwargs: Any) -> Any:
-        """The model's forward pass. Gradients are exchanged in the backward pass of a step's last one only."""
+        """The model's forward pass; gradients are reduced in the backward pass of the step's last micro-batch only."""
         if isinstance(self._call, DistributedDataParallel):
             self._call.require_backward_grad_sync = last
         elif isinstance(self._call, FSDPModule):
@@ -48,27 +47,27 @@ class Parallel:
         return self._call(*args, **kwargs)
 
     def weights(self) -> dict[str, Tensor]:
-        """All weights, whole and on the CPU, on the first process; on the others nothing where they are divided."""
+        """All full weights, on the CPU of rank 0; the other ranks get none of a sharded model."""
         options = StateDictOptions(full_state_dict=True, cpu_offload=True)
         found: dict[str, Any] = get_model_state_dict(self.model, options=options)
-        # Each tied weight once, as it is saved from one process.
+        # Each tied weight once, as a model of one rank is saved.
         own = {name for name, _ in (*self.model.named_parameters(), *self.model.named_buffers())}
         return {name: value for name, value in found.items() if name in own}
 
     @property
     def is_sharded(self) -> bool:
-        """Whether the weights are divided."""
+        """Whether every rank has a shard of the weights only."""
         return isinstance(self.model, FSDPModule)
 
 
 def full_tensor(tensor: Tensor) -> Tensor:
-    """A tensor of which each process may have a part, or a sum that is still to be made."""
+    """The full tensor of a sharded or partial one."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def seed_step(seed: int, step: int, rank: int) -> None:
-    """Random numbers of a step: the same whenever it is run, others in every process.
+    """Seed a step: the same numbers whenever it is run, others on every rank.
 
-    So no random state has to be stored, and a run resumes on another number of processes.
+    So no random state has to be stored, and a run resumes on another number of ranks.
     """
     torch.manual_seed(int(np.random.SeedSequence((seed, step, rank)).generate_state(1, np.uint64)[0]))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import queue
 import threading
 from collections.abc import Iterator
@@ -13,9 +14,6 @@ class Loader(Protocol):
 
     epoch: int
 
-    @property
-    def num_batches(self) -> int: ...
-
     def __iter__(self) -> Iterator[Any]: ...
 
     def state_dict(self) -> dict[str, Any]: ...
@@ -26,7 +24,7 @@ class Loader(Protocol):
 class Prefetch:
     """Batches without end, epoch after epoch, from the loader's position on; use as a context manager.
 
-    A thread of its own makes them: collating is numpy and page reads, which leave the interpreter to others.
+    A thread of its own makes them: collating is numpy and page reads, which release the GIL.
 
     Args:
         loader: used by the thread alone until the end.
@@ -50,7 +48,9 @@ class Prefetch:
     def __exit__(self, *_: object) -> None:
         self._stop.set()
         while self._thread.is_alive():
-            _empty(self._ready)
+            with contextlib.suppress(queue.Empty):
+                while True:  # it may wait for room in the queue
+                    self._ready.get_nowait()
             self._thread.join(0.05)
 
     def __next__(self) -> Any:
@@ -71,12 +71,3 @@ class Prefetch:
                 self._loader.epoch += 1
         except BaseException as error:  # for whoever asks for the batch
             self._ready.put(error)
-
-
-def _empty(ready: queue.Queue[Any]) -> None:
-    """Empty a queue, so that nobody waits for room in it."""
-    while True:
-        try:
-            ready.get_nowait()
-        except queue.Empty:
-            return

@@ -18,7 +18,7 @@ from planlm.model.planner import Planner
 from planlm.precision import device
 from planlm.training.groups import ParameterGroup
 from planlm.training.identity import identify
-from planlm.training.loop import Task, check_batch_size, fit, num_steps
+from planlm.training.loop import Task, fit, num_steps
 from planlm.training.parallel import Parallel
 from planlm.training.run_directory import Run, check_out
 
@@ -34,7 +34,6 @@ def pretrain_planner(config: PlannerConfig) -> dict[str, Any]:
     Raises:
         InputError: no such corpus, or a run directory in use.
     """
-    check_batch_size(config.batch_size)
     check_out(config)
     corpus = PreparedCorpus.load(config.corpus)
     corpus.split("validation")  # or the measurement at the end would find out

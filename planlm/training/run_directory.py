@@ -6,7 +6,6 @@ import contextlib
 import errno
 import importlib.util
 import json
-import math
 import os
 from collections.abc import Iterator
 from dataclasses import asdict
@@ -15,10 +14,10 @@ from typing import Any
 
 import yaml
 
-from planlm.config import PlannerConfig, TrainConfig
+from planlm.config import LoopConfig
 from planlm.distribution import on_rank_zero, rank
 from planlm.errors import InputError
-from planlm.files import appending, check_own, locked, write_json, write_text
+from planlm.files import appending, check_own, locked, read_json, to_json, write_json, write_text
 from planlm.flat_yaml import read_flat
 
 FREE_TO_CHANGE = {
@@ -34,7 +33,7 @@ LOCK = "lock"
 """File in a run directory that its running command holds."""
 
 
-def check_out(config: PlannerConfig | TrainConfig) -> None:
+def check_out(config: LoopConfig) -> None:
     """Find what is wrong with `--out` before anything is loaded; nothing is written.
 
     Raises:
@@ -59,7 +58,7 @@ def check_out(config: PlannerConfig | TrainConfig) -> None:
     on_rank_zero(look)
 
 
-class Run:
+class Run(contextlib.ExitStack):
     """The run directory of a command; opening it refuses to mix two runs. Use as a context manager.
 
     Args:
@@ -71,52 +70,33 @@ class Run:
             other content, or one that another process is at work on.
     """
 
-    def __init__(self, config: PlannerConfig | TrainConfig, identity: dict[str, str] | None = None) -> None:
+    def __init__(self, config: LoopConfig, identity: dict[str, str] | None = None) -> None:
         self.path = Path(config.out)
         self.checkpoints = self.path / "checkpoints"
         self.metrics = self.path / "metrics.jsonl"
         self.identity = identity or {}
-        self._lock = contextlib.ExitStack()
+        super().__init__()
         try:
             on_rank_zero(lambda: self._open(config))
         except BaseException:
             self.close()
             raise
-        self._has_board, self._board = config.tensorboard, None
+        self._has_board, self._board = config.tensorboard, None  # type: bool, Any
 
-    def __enter__(self) -> Run:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-    def close(self) -> None:
-        """Leave the directory to others."""
-        self._lock.close()
-
-    def _open(self, config: PlannerConfig | TrainConfig) -> None:
+    def _open(self, config: LoopConfig) -> None:
         _check_settings(self.path, config)
         self.path.mkdir(parents=True, exist_ok=True)
-        self._lock.enter_context(_alone(self.path))
+        self.enter_context(_alone(self.path))
         if _check_settings(self.path, config):  # again, now that nobody else can begin a run here
             self._check_identity(config)
         # config.yaml makes it a run, so it comes last.
         write_json(self.path / "identity.json", self.identity, self.path)
         write_text(self.path / "config.yaml", yaml.safe_dump(asdict(config), sort_keys=False), self.path)
 
-    def _check_identity(self, config: PlannerConfig | TrainConfig) -> None:
+    def _check_identity(self, config: LoopConfig) -> None:
         """A missing `identity.json` is left to the checkpoints, which have it too."""
         path = self.path / "identity.json"
-        try:
-            before = json.loads(path.read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            return
-        except (ValueError, RecursionError):
-            before = None
-        if not isinstance(before, dict):
-            raise InputError(f"{path}: damaged; choose another --out, or delete the run")
-        changed = differences(before, self.identity)
-        if changed:
+        if path.exists() and (changed := differences(read_json(path), self.identity)):
             given = {name: getattr(config, name, None) for name in changed}
             now = ", ".join(f"{name} {value}" if value else name for name, value in given.items())
             raise InputError(
@@ -145,7 +125,7 @@ class Run:
         if rank() > 0:
             return
         with appending(self.metrics, within=self.path) as file:
-            file.write(json.dumps(_finite(line), allow_nan=False) + "\n")
+            file.write(to_json(line) + "\n")
         if self._board is not None:
             for name, value in _flat(line):
                 self._board.add_scalar(name, value, line["step"])
@@ -159,13 +139,15 @@ class Run:
 
     def forget_after(self, step: int) -> None:
         """Drop logged lines of steps after `step`: a resumed run writes them again."""
-        if self._has_board and rank() == 0:
-            self._board = _board(self.path / "tensorboard", step + 1)
-        if not self.metrics.exists() or rank() > 0:
+        if rank() > 0:
             return
-        write_text(
-            self.metrics, "".join(text + "\n" for text, line in self._lines() if line["step"] <= step), self.path
-        )
+        if self._has_board:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._board = SummaryWriter(str(self.path / "tensorboard"), purge_step=step + 1)
+        if self.metrics.exists():
+            kept = [text + "\n" for text, line in self._lines() if line["step"] <= step]
+            write_text(self.metrics, "".join(kept), self.path)
 
 
 def differences(before: dict[str, Any], now: dict[str, str]) -> list[str]:
@@ -173,7 +155,7 @@ def differences(before: dict[str, Any], now: dict[str, str]) -> list[str]:
     return [name for name in now | before if before.get(name) != now.get(name)]
 
 
-def _check_settings(path: Path, config: PlannerConfig | TrainConfig) -> bool:
+def _check_settings(path: Path, config: LoopConfig) -> bool:
     """Whether the directory holds a run, which `config` may continue."""
     written = path / "config.yaml"
     if not os.path.lexists(written):
@@ -188,7 +170,10 @@ def _check_settings(path: Path, config: PlannerConfig | TrainConfig) -> bool:
         with contextlib.suppress(OSError), _alone(path):  # who is at work there is the better answer
             pass
         raise InputError(f"{path}: holds a run already; continue it with --resume or choose another --out")
-    before, settings = _read(written, type(config)), asdict(config)
+    try:
+        before, settings = asdict(type(config)(**read_flat(written))), asdict(config)
+    except (InputError, TypeError):  # no file of settings, or of others
+        raise InputError(f"{written}: damaged; choose another --out, or delete the run") from None
     changed = [name for name in settings if name not in FREE_TO_CHANGE and before[name] != settings[name]]
     if changed:
         was = ", ".join(f"{name} was {before[name]!r}, now {settings[name]!r}" for name in changed)
@@ -217,19 +202,6 @@ def _alone(path: Path) -> Iterator[None]:
         yield
 
 
-def _board(folder: Path, step: int) -> Any:
-    """TensorBoard's writer, which drops what is there from `step` on."""
-    from torch.utils.tensorboard import SummaryWriter
-
-    return SummaryWriter(str(folder), purge_step=step)
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {name: _finite(inner) for name, inner in value.items()}
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
 def _flat(line: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:
     """Names and numbers of a log line; those of inner objects as `outer/inner`."""
     for name, value in line.items():
@@ -237,10 +209,3 @@ def _flat(line: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]
             yield from _flat(value, f"{prefix}{name}/")
         elif name != "step":
             yield prefix + name, value
-
-
-def _read(path: Path, config_class: type[PlannerConfig | TrainConfig]) -> dict[str, Any]:
-    try:
-        return asdict(config_class(**read_flat(path)))
-    except (InputError, TypeError):  # no file of settings, or of others
-        raise InputError(f"{path}: damaged; choose another --out, or delete the run") from None

@@ -1,4 +1,4 @@
-"""Learning rates and oracle ratios as functions of the step."""
+"""Learning rates, oracle ratios and log lines as functions of the step."""
 
 from __future__ import annotations
 
@@ -44,3 +44,8 @@ def oracle_ratio(step: int, total: int, ends: tuple[float, float], schedule: str
     if schedule == "cosine":
         progress = 0.5 * (1.0 - math.cos(math.pi * progress))
     return ends[0] + (ends[1] - ends[0]) * progress
+
+
+def is_logged(step: int, total: int, every: int) -> bool:
+    """Whether `step` (0-based) of `total` has a line in metrics.jsonl: the first, the last, and one of `every`."""
+    return step in (0, total - 1) or (step + 1) % every == 0

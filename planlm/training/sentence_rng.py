@@ -1,4 +1,4 @@
-"""Random numbers that belong to sentences: the same whichever process draws them, and with whatever others."""
+"""Random numbers that belong to sentences: the same on whichever rank and in whatever batch they are drawn."""
 
 from __future__ import annotations
 

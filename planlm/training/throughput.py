@@ -1,4 +1,4 @@
-"""Figures about a run itself: speed, share of what the machine can do, memory, time left."""
+"""Throughput of a run, and what it has to do with: utilisation, waiting for data, memory, time left."""
 
 from __future__ import annotations
 
@@ -12,15 +12,8 @@ import torch
 from planlm.progress import process_memory
 
 
-class Watch:
-    """Measures from one log line to the next.
-
-    Args:
-        flops: of a step over these batches; None where they are not counted.
-        rate: FLOP/s of matrix products on this machine.
-        first: steps done before.
-        steps: steps in all.
-    """
+class Throughput:
+    """Measures from one log line to the next; `flops`, `rate` and `steps` are the `Task`'s, `first` steps are done."""
 
     def __init__(self, flops: Callable[[list[Any]], float] | None, rate: float, first: int, steps: int) -> None:
         self._flops, self._rate = flops, rate
@@ -45,10 +38,10 @@ class Watch:
         if self._flops is not None:
             self._work += self._flops(batches)
 
-    def figures(self) -> dict[str, float]:
+    def metrics(self) -> dict[str, float]:
         """For a log line.
 
-        Since the last call: `tokens_per_second`, `waiting` (share of the time), `utilisation` (model FLOPs over what
+        Since the last call: `tokens_per_second`, `waiting` (fraction of the time), `utilisation` (model FLOPs over what
         matrix products reach). Of the whole run: `percent`, `seconds`, `seconds_left`, `memory` (bytes at the peak,
         where the system says).
         """
@@ -71,15 +64,15 @@ class Watch:
         return found
 
 
-def summary(loss: float, figures: dict[str, float]) -> str:
-    """The figures that one wants to see while waiting, in a line."""
-    parts = [f"loss {loss:.4f}", f"{figures['tokens_per_second']:,.0f} tokens/s"]
-    if "utilisation" in figures:
-        parts.append(f"{100 * figures['utilisation']:.0f} % of matrix-product rate")
-    if figures["waiting"] > 0.01:
-        parts.append(f"{100 * figures['waiting']:.0f} % waiting for data")
-    minutes = figures["seconds_left"] / 60
+def summary(loss: float, metrics: dict[str, float]) -> str:
+    """The metrics that one wants to see while waiting, in a line."""
+    parts = [f"loss {loss:.4f}", f"{metrics['tokens_per_second']:,.0f} tokens/s"]
+    if "utilisation" in metrics:
+        parts.append(f"{100 * metrics['utilisation']:.0f} % of matrix-product rate")
+    if metrics["waiting"] > 0.01:
+        parts.append(f"{100 * metrics['waiting']:.0f} % waiting for data")
+    minutes = metrics["seconds_left"] / 60
     left = f"{minutes / 60:.1f} h" if minutes > 90 else f"{minutes:.0f} min" if minutes > 2 else f"{60 * minutes:.0f} s"
-    if "memory" in figures:
-        parts.append(f"{figures['memory'] / 1e9:.1f} GB")
+    if "memory" in metrics:
+        parts.append(f"{metrics['memory'] / 1e9:.1f} GB")
     return ", ".join([*parts, f"{left} left"])

@@ -24,8 +24,9 @@ from planlm.errors import InputError, MachineError
 from planlm.files import locked
 from planlm.training import identity
 from planlm.training.checkpoint import _digest
+from planlm.training.objective import Objective
 from planlm.training.pretrain_planner import pretrain_planner
-from planlm.training.train import Objective, train
+from planlm.training.train import train
 from tests.training.conftest import TypeEncoder, planted_text
 
 

@@ -1,4 +1,4 @@
-"""Counted FLOPs and the figures of a log line."""
+"""Counted FLOPs and the metrics of a log line."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from planlm.training.flops import lm_flops
-from planlm.training.throughput import Watch, summary
+from planlm.training.throughput import Throughput, summary
 
 LMS = {
     "gpt2": lambda: GPT2LMHeadModel(GPT2Config(n_layer=4, n_embd=64, n_head=4, vocab_size=300)),
@@ -41,19 +41,19 @@ def test_flops_are_those_that_torch_counts(family: str, trained: bool) -> None:
     assert counted == pytest.approx(counter.get_total_flops() - attention * passes / 2, rel=0.02)
 
 
-def test_figures_are_those_since_the_line_before() -> None:
-    watch = Watch(lambda batches: 1e9 * len(batches), rate=1e12, first=2, steps=10)
-    watch.step(100, ["batch"])
-    with watch.waiting():
+def test_metrics_are_those_since_the_line_before() -> None:
+    throughput = Throughput(lambda batches: 1e9 * len(batches), rate=1e12, first=2, steps=10)
+    throughput.step(100, ["batch"])
+    with throughput.waiting():
         pass
-    first = watch.figures()
+    first = throughput.metrics()
     assert first["percent"] == 30.0 and first["tokens_per_second"] > 0 and 0 <= first["waiting"] <= 1
     assert first["memory"] > 1e6 and first["utilisation"] > 0
-    assert watch.figures()["tokens_per_second"] == 0.0
+    assert throughput.metrics()["tokens_per_second"] == 0.0
 
 
 def test_a_line_says_what_one_wants_to_know() -> None:
-    figures = {"tokens_per_second": 1234.5, "waiting": 0.2, "seconds_left": 600, "memory": 2.5e9, "utilisation": 0.791}
-    assert summary(2.0, figures) == (
+    metrics = {"tokens_per_second": 1234.5, "waiting": 0.2, "seconds_left": 600, "memory": 2.5e9, "utilisation": 0.791}
+    assert summary(2.0, metrics) == (
         "loss 2.0000, 1,234 tokens/s, 79 % of matrix-product rate, 20 % waiting for data, 2.5 GB, 10 min left"
     )

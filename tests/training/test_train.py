@@ -21,10 +21,12 @@ from planlm.errors import InputError
 from planlm.evaluation.evaluate import evaluate
 from planlm.kernels import environment
 from planlm.model import PlanLMForCausalLM
+from planlm.training.groups import trainable_groups
+from planlm.training.objective import Objective
 from planlm.training.parallel import Parallel
 from planlm.training.pretrain_planner import pretrain_planner
 from planlm.training.run_directory import Run
-from planlm.training.train import Objective, train, trainable_groups
+from planlm.training.train import train
 
 
 @pytest.fixture(scope="session")
@@ -105,7 +107,7 @@ def test_micro_batches_equal_one_big_batch(planted: dict[str, str], tmp_path: Pa
     corpus = PreparedCorpus.load(planted["corpus"])
     model = PlanLMForCausalLM.from_lm(planted["lm"], corpus.codebook, conditioned_layers=2)
     torch.nn.init.normal_(model.adapter.weight)
-    objective = Objective(Parallel(model), settings(planted, tmp_path, planner_loss=0.5), steps=1, ratios=(0.0, 0.0))
+    objective = Objective(Parallel(model), settings(planted, tmp_path, planner_loss=0.5), steps=1)
     model.eval()  # dropout draws per batch
     losses, gradients = [], []
     for batch_size in (8, 2):
@@ -239,7 +241,10 @@ def test_planner_joins_at_its_fraction(planted: dict[str, str], planner: dict[st
     [
         ({"selection": "none"}, "--selection none with --lm-mode freeze trains nothing"),
         ({"selection": "top-k"}, "--selection top-k needs --top-k"),
-        ({"temperature": 0.0, "batch_size": 0}, "--temperature 0.0: expected more than 0; --batch-size 0: expected"),
+        (
+            {"temperature": 0.0, "batch_size": 0},
+            "--batch-size 0: expected at least 1; --temperature 0.0: expected more than 0",
+        ),
         ({"selection": "oracle", "oracle_mix": "0.5"}, "--oracle-mix has no meaning with --selection oracle"),
         ({"corpus": "nowhere"}, "nowhere: no prepared corpus"),
         ({"lm": "nowhere/at/all"}, "nowhere/at/all: no such folder"),

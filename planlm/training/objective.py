@@ -1,0 +1,96 @@
+"""The joint objective of docs/method.md: the tokens' cross-entropy, and the planner's as far as it is asked for."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from planlm.config import TrainConfig
+from planlm.corpus.batches import PlanBatch
+from planlm.distribution import all_reduce, all_reduce_sum, world_size
+from planlm.model.modeling import PlanLMForCausalLM, PlanLMOutput
+from planlm.precision import autocast
+from planlm.training.parallel import Parallel
+from planlm.training.schedules import is_logged, oracle_ratio, parse_oracle_mix
+from planlm.training.sentence_rng import uniform_by_sentence
+
+
+class Objective:
+    """`CE(tokens) + planner_loss * CE(z, a)`, each a mean over all labelled positions of a step's batches.
+
+    Args:
+        parallel: the joint model.
+        config: the command's configuration.
+        steps: steps in all, for the oracle ratio's schedule.
+    """
+
+    def __init__(self, parallel: Parallel, config: TrainConfig, steps: int) -> None:
+        model: PlanLMForCausalLM = parallel.model  # type: ignore[assignment]
+        self.parallel, self.model, self.config, self.steps = parallel, model, config, steps
+        self.ratios = parse_oracle_mix(config.oracle_mix)
+        model.train()
+        if config.lm_mode == "freeze":
+            model.lm.eval()  # no dropout in weights that cannot adapt to it
+
+    def backward(self, step: int, batches: list[PlanBatch]) -> dict[str, float]:
+        """Forward and backward over a step's batches; gradients add up in the parameters."""
+        device, planner_loss = self.model.device, self.config.planner_loss
+        num_labels, num_segments = all_reduce_sum(
+            sum(int((batch.labels != -100).sum()) for batch in batches),
+            sum(int((batch.actions >= 0).sum()) for batch in batches),
+        )
+        ratio = oracle_ratio(step, self.steps, self.ratios, self.config.oracle_schedule)
+        logged = is_logged(step, self.steps, self.config.log_every)
+        sums = torch.zeros(4, device=device)
+        for number, batch in enumerate(batches):
+            batch = batch.to(device)
+            with autocast(self.config.precision, device):
+                output = self._forward(batch, step, ratio, last=number + 1 == len(batches))
+                assert output.nll_sum is not None
+                loss = output.nll_sum / num_labels
+                if planner_loss > 0:
+                    assert output.oracle_nll is not None
+                    loss = loss + planner_loss * output.oracle_nll.sum() / num_segments
+            (world_size() * loss).backward()  # gradients are averaged over processes
+            sums += _sums(output, batch.actions, logged)
+        lm_nll, planner_nll, right, entropy = all_reduce(sums).tolist()
+        metrics = {"tokens": num_labels, "lm_loss": lm_nll / max(1, num_labels), "oracle_ratio": ratio}
+        count = max(1, num_segments)
+        if logged and output.action_logits is not None:
+            metrics |= {
+                "planner_loss": planner_nll / count,
+                "planner_accuracy": right / count,
+                "planner_entropy": entropy / count,
+            }
+        return {"loss": metrics["lm_loss"] + planner_loss * (planner_nll / count), **metrics}
+
+    def _forward(self, batch: PlanBatch, step: int, ratio: float, last: bool) -> PlanLMOutput:
+        weight: float | Tensor = ratio
+        if ratio > 0 and self.config.oracle_mode == "sampled":
+            weight = (uniform_by_sentence(batch, self.config.seed, step) < ratio).float()
+        output: PlanLMOutput = self.parallel(
+            batch.input_ids,
+            position_ids=batch.position_ids,
+            shift_labels=batch.labels,
+            plan=batch.plan,
+            oracle_weight=weight,
+            want_oracle_nll=self.config.planner_loss > 0,
+            use_cache=False,
+            last=last,
+        )
+        return output
+
+
+@torch.no_grad()
+def _sums(output: PlanLMOutput, actions: Tensor, logged: bool) -> Tensor:
+    """Sums over a batch: token NLL and planner NLL; for the log, the planner's hits and its entropy as well."""
+    assert output.nll_sum is not None
+    sums = output.nll_sum.new_zeros(4)
+    sums[0] = output.nll_sum
+    if output.action_logits is not None and output.oracle_nll is not None:
+        sums[1] = output.oracle_nll.sum()
+        if logged:
+            log_p = output.action_logits.float().log_softmax(dim=-1)  # [S, K]
+            sums[2] = (log_p.argmax(dim=-1) == actions).sum()
+            sums[3] = -(log_p.exp() * log_p).sum(dim=-1)[actions >= 0].sum()
+    return sums
