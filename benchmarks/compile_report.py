@@ -36,6 +36,7 @@ from benchmarks import harness
 from planlm.errors import InputError
 from planlm.files import write_text
 from planlm.kernels import triton_addition, triton_backward, triton_forward, triton_projection, triton_tiles
+from planlm.kernels.contract import ProjectionGradients, ProjectionInputs
 from planlm.progress import track
 
 ROOT = Path(__file__).parents[1]
@@ -134,24 +135,24 @@ def run_projection(
     def empty(*shape: int, of: torch.dtype = dtype) -> Tensor:
         return torch.empty(*shape, dtype=of, device="meta")
 
-    inputs: tuple[Tensor | None, ...] = (
-        empty(num_sentences, 512) if from_hidden else empty(num_sentences, num_actions, of=logits or dtype),
-        empty(num_actions, 512) if from_hidden else None,
-        empty(num_actions) if from_hidden else None,
-        empty(num_actions, size) if with_codebook else None,
-        empty(plan_size, size) if with_codebook and with_weight else None,
-        empty(plan_size) if with_codebook and oracle else None,
-        empty(num_sentences, num_actions, of=logits or dtype) if noise else None,
-        empty(num_sentences, of=torch.int64) if oracle else None,
-        empty(num_sentences, of=torch.float32) if oracle and with_codebook else None,
+    inputs = ProjectionInputs(
+        source=empty(num_sentences, 512) if from_hidden else empty(num_sentences, num_actions, of=logits or dtype),
+        head=empty(num_actions, 512) if from_hidden else None,
+        head_bias=empty(num_actions) if from_hidden else None,
+        codebook=empty(num_actions, size) if with_codebook else None,
+        weight=empty(plan_size, size) if with_codebook and with_weight else None,
+        bias=empty(plan_size) if with_codebook and oracle else None,
+        noise=empty(num_sentences, num_actions, of=logits or dtype) if noise else None,
+        oracle=empty(num_sentences, of=torch.int64) if oracle else None,
+        oracle_weight=empty(num_sentences, of=torch.float32) if oracle and with_codebook else None,
+        temperature=0.5,  # 1 would leave out the statistics of the logits
+        top_k=top_k,
     )
-    # 1 would leave out the statistics of the logits.
-    temperature = 0.5
-    projected, *statistics, best, mixture, rows, cut = triton_projection.plan_projection(*inputs, temperature, top_k)
-    needs = [tensor is not None for index, tensor in enumerate(inputs) if index != 7]
-    triton_projection.plan_projection_backward(
-        projected if with_codebook else None, *statistics, *inputs, best, mixture, rows, cut, temperature, top_k, needs
-    )
+    projected, log_normalizer, oracle_nll, *saved = triton_projection.plan_projection(*inputs)
+    upstream = (projected if with_codebook else None, log_normalizer, oracle_nll)
+    tensors, numbers = inputs[:9], inputs[9:]
+    needs = [getattr(inputs, name) is not None for name in ProjectionGradients._fields]
+    triton_projection.plan_projection_backward(*upstream, *tensors, *saved, *numbers, needs)
 
 
 def run_addition(dtype: torch.dtype, gated: bool) -> None:
