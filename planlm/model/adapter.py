@@ -21,8 +21,8 @@ class LayerPlans:
 
     Args:
         projected: `[S, D]` projected plans.
-        segment_ids: `[B, W]` row of `projected` for each position, -1 for none.
-        widths: of the conditioned layers' parts of D.
+        segment_ids: `[B, W]` segment of each position, -1 for none.
+        widths: of the conditioned layers, which stand side by side in D.
         gate: `[D]` or None.
         first_layer: the lowest conditioned layer; all above it are.
     """

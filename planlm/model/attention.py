@@ -5,7 +5,7 @@ its arguments, `plan`, added to attention's result before the output projection 
 it stays in the model, threads and copies do not share it, activation checkpointing has it when it computes a layer
 again, and it enters whatever stands for the projection, LoRA too.
 
-Sizes: B rows, W positions, H heads, d channels of a head.
+Sizes: B sequences of W positions, H heads, d channels of a head.
 """
 
 from __future__ import annotations

@@ -20,11 +20,11 @@ from planlm.model.families import is_plain
 from planlm.speedups.lm import cross_entropy_
 
 CHUNK = 100 << 20
-"""Bytes of logits at a time: 1,000 rows of 50,000 in bf16, enough for full matrix-product speed and few enough sums of
-the weight's gradient: at half of it they took a fortieth of a step of GPT-2-small."""
+"""Bytes of logits at a time: those of 1,000 tokens over a vocabulary of 50,000 in bf16, enough for full matrix-product
+speed and few enough sums of the weight's gradient: at half of it they took a fortieth of a step of GPT-2-small."""
 
-ROWS = 128
-"""A chunk has a multiple of these rows: with 1,043 instead of 1,024 the products took a twentieth longer."""
+MULTIPLE = 128
+"""A chunk has a multiple of so many tokens: with 1,043 instead of 1,024 the products took a twentieth longer."""
 
 WORDS = 8192
 """Rows of the head whose gradient is formed at a time, before it is added in float32: 13 MB of GPT-2-small's 77."""
@@ -40,23 +40,21 @@ class _LinearCrossEntropy(torch.autograd.Function):
         grad_bias = torch.zeros_like(bias, dtype=torch.float32) if needs_bias and bias is not None else None
         compute_weight = weight.to(hidden.dtype)
         compute_bias = None if bias is None else bias.to(hidden.dtype)
-        size = CHUNK // (weight.shape[0] * hidden.element_size())  # rows of a chunk
-        size = max(1, size // ROWS * ROWS or size)
+        size = CHUNK // (weight.shape[0] * hidden.element_size())  # tokens of a chunk
+        size = max(1, size // MULTIPLE * MULTIPLE or size)
         for begin in range(0, labels.shape[0], size):
-            rows = slice(begin, begin + size)
-            logits = F.linear(hidden[rows], compute_weight, compute_bias)  # [chunk, V]
-            grad, token_nll[rows] = cross_entropy_(logits, labels[rows])  # which does not score what is negative
-            if not (needs_hidden or needs_weight or needs_bias):
-                continue
+            chunk = slice(begin, begin + size)
+            logits = F.linear(hidden[chunk], compute_weight, compute_bias)  # [tokens, V]
+            grad, token_nll[chunk] = cross_entropy_(logits, labels[chunk])  # which does not score what is negative
             if grad_hidden is not None:
-                torch.mm(grad, compute_weight, out=grad_hidden[rows])
+                torch.mm(grad, compute_weight, out=grad_hidden[chunk])
             if grad_weight is not None:
                 for words, grad_words in zip(grad_weight.split(WORDS), grad.split(WORDS, dim=1), strict=True):
-                    words += grad_words.t() @ hidden[rows]
+                    words += grad_words.t() @ hidden[chunk]
             if grad_bias is not None:
                 grad_bias += grad.sum(dim=0, dtype=torch.float32)
         ctx.gradients = grad_hidden, grad_weight, grad_bias
-        ctx.dtypes = (weight.dtype, bias.dtype if bias is not None else None)
+        ctx.dtypes = hidden.dtype, weight.dtype, None if bias is None else bias.dtype
         ctx.mark_non_differentiable(token_nll)
         return token_nll.sum(), token_nll
 
@@ -66,17 +64,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
         # Scaled in place and let go: at this moment a step holds the most memory, and one of them is the head's size.
         if ctx.gradients is None:
             raise RuntimeError("linear_cross_entropy: its backward pass ran before; compute the loss again")
-        gradients, ctx.gradients = ctx.gradients, None
-        grad_hidden, grad_weight, grad_bias = (
-            None if gradient is None else gradient.mul_(grad_sum.to(gradient.dtype)) for gradient in gradients
-        )
-        weight_dtype, bias_dtype = ctx.dtypes
-        return (
-            grad_hidden,
-            None if grad_weight is None else grad_weight.to(weight_dtype),
-            None if grad_bias is None else grad_bias.to(bias_dtype),
-            None,
-        )
+        gradients, ctx.gradients = zip(ctx.gradients, ctx.dtypes, strict=True), None
+        return *(None if it is None else it.mul_(grad_sum.to(it.dtype)).to(dtype) for it, dtype in gradients), None
 
 
 def linear_cross_entropy(
@@ -123,11 +112,11 @@ LOSSES: dict[str, Callable[..., tuple[Tensor, Tensor | None]]] = {"chunked": lin
 """Ways to compute `linear_cross_entropy`, by the name that `--loss-kernel` takes."""
 
 
-def token_losses(rows: Tensor, head: nn.Module | None, labels: Tensor, kernel: str) -> tuple[Tensor, Tensor | None]:
+def token_losses(inputs: Tensor, head: nn.Module | None, labels: Tensor, kernel: str) -> tuple[Tensor, Tensor | None]:
     """Summed and per-token cross-entropy of hidden states, or of logits that are there already.
 
     Args:
-        rows: `[N, d]` hidden states, or `[N, V]` logits where `head` is None.
+        inputs: `[N, d]` hidden states, or `[N, V]` logits where `head` is None.
         head: the LM's.
         labels: `[N]` int64, -100 where not scored.
         kernel: of `LOSSES`; used where the head is a plain linear layer, whose weight may be read.
@@ -140,8 +129,8 @@ def token_losses(rows: Tensor, head: nn.Module | None, labels: Tensor, kernel: s
     """
     if head is not None and is_plain(head, nn.Linear):
         _check_labels(labels, len(head.weight))  # type: ignore[arg-type]
-        return LOSSES[kernel](rows, head.weight, labels, head.bias)
-    logits = rows if head is None else head(rows)
+        return LOSSES[kernel](inputs, head.weight, labels, head.bias)
+    logits = inputs if head is None else head(inputs)
     _check_labels(labels, logits.shape[1])
     token_nll = F.cross_entropy(logits.float(), labels, ignore_index=-100, reduction="none")
     return token_nll.sum(), token_nll.detach()

@@ -143,10 +143,10 @@ class PlanLMForCausalLM(ModelFolder, GenerationMixin):
             InputError: the LM cannot be loaded, its family is not supported, or the planner does not fit the codebook.
         """
         base, tokenizer = load_lm(lm, dtype), load_tokenizer(lm)
-        rows, ids = base.get_input_embeddings().num_embeddings, max(tokenizer.get_vocab().values(), default=0) + 1
-        if rows < ids:
+        known, ids = base.get_input_embeddings().num_embeddings, max(tokenizer.get_vocab().values(), default=0) + 1
+        if known < ids:
             raise InputError(
-                f"{lm}: its tokenizer has {ids} tokens and the LM embeddings for {rows}; give the tokenizer that "
+                f"{lm}: its tokenizer has {ids} tokens and the LM embeddings for {known}; give the tokenizer that "
                 "belongs to the LM, or resize the LM's embeddings (resize_token_embeddings)"
             )
         if lora is not None:
@@ -398,7 +398,7 @@ class PlanLMForCausalLM(ModelFolder, GenerationMixin):
         return inputs | generation_inputs(self, input_ids, next_sequence_length, past_key_values, attention_mask)
 
     def generate_batch(self, *_: Any, **__: Any) -> NoReturn:
-        """Refused: continuous batching mixes the texts of several requests in one row, and plans belong to texts."""
+        """Refused: continuous batching mixes several requests' texts in one sequence, and plans belong to texts."""
         raise InputError("continuous batching is not supported; call generate() with a padded batch")
 
     init_continuous_batching = continuous_batching_context_manager = generate_batch

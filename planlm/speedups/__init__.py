@@ -19,7 +19,7 @@ ON = set() if os.environ.get("PLANLM_SPEEDUPS") == "0" else set(PIECES)
 
 
 def apply(lm: PreTrainedModel) -> None:
-    """Replace parts of an LM with faster ones that compute the same, in place; names and weights stay as they are."""
+    """Replace modules of an LM with faster ones that compute the same, in place; names and weights stay as they are."""
     from planlm.speedups.lm import replace_activations  # the rooms are cheap to import, and torch is not
 
     if "activation" in ON:

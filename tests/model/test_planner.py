@@ -1,4 +1,4 @@
-"""The planner: what a state may see, documents that share a row, and what is stored."""
+"""The planner: what a state may see, documents that share a sequence, and what is stored."""
 
 from __future__ import annotations
 
@@ -20,18 +20,18 @@ def planner(**options: float) -> Planner:
 def test_a_state_sees_the_sentences_before_it_and_nothing_else() -> None:
     model, embeddings = planner(), torch.randn(1, 6, A)
     states = model(embeddings)
-    for place in range(6):  # holds sentence `place - 1`
+    for position in range(6):  # holds sentence `position - 1`
         changed = embeddings.clone()
-        changed[:, place] = torch.randn(A)
+        changed[:, position] = torch.randn(A)
         same = (model(changed) == states).all(dim=-1)[0].tolist()
-        assert same == [at < place or place == 0 for at in range(6)], "the first place's embedding is not read"
+        assert same == [at < position or position == 0 for at in range(6)], "the first position's embedding is not read"
 
 
-def test_documents_of_one_row_do_not_see_each_other() -> None:
+def test_documents_of_one_sequence_do_not_see_each_other() -> None:
     model, lengths = planner(), (3, 1, 5)
     documents = [torch.randn(1, length, A) for length in lengths]
     row = torch.cat([*documents, torch.randn(1, 1, A)], dim=1).requires_grad_()
-    positions = torch.tensor([[0, 1, 2, 0, 0, 1, 2, 3, 4, 0]])  # the last place is padding
+    positions = torch.tensor([[0, 1, 2, 0, 0, 1, 2, 3, 4, 0]])  # the last position is padding
     states = model(row, positions)
     parts = states.split((*lengths, 1), dim=1)
     for document, part in zip(documents, parts, strict=False):
