@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -116,20 +115,14 @@ def _load_model(run: Path, plans: list[str], corpus: PreparedCorpus) -> tuple[Pl
 
     A plain LM's folder serves for the plan `none`, so that an LM can be measured before any training.
     """
-    if plans == ["none"] and _is_plain_lm(run / "config.json"):
+    described = run / "config.json"
+    if plans == ["none"] and described.is_file() and read_json(described).get("model_type") != PlanLMConfig.model_type:
         return PlanLMForCausalLM.from_lm(str(run), corpus.codebook).to(device()), False  # type: ignore[arg-type]
     model = load_model(str(run))
     for plan in plans:
         if SELECTIONS[plan].needs_top_k and model.config.plan_top_k is None:
             raise InputError(f"--plans {','.join(plans)}: {run} was not trained with --top-k; leave {plan} out")
     return model, True
-
-
-def _is_plain_lm(config: Path) -> bool:
-    try:
-        return bool(json.loads(config.read_text(encoding="utf-8"))["model_type"] != PlanLMConfig.model_type)
-    except (OSError, ValueError, KeyError):
-        return False
 
 
 def _check_fit(model: PlanLMForCausalLM, config: EvaluateConfig, corpus: PreparedCorpus) -> None:

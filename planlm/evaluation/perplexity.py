@@ -66,18 +66,17 @@ def score_documents(
     order = whole.document[np.argsort(-whole.length, kind="stable")]  # [n], less the documents of one token
     loader = PlanLoader(dataset.select(order), window=window, stride=stride, batch_size=batch_size, shuffle=False)
     loader.share = (rank(), world_size())
-    device = next(model.parameters()).device
     nll = torch.zeros(len(selections), len(dataset), dtype=torch.float64)
     tokens = torch.zeros(len(dataset), dtype=torch.int64)
     was_training = model.training
     model.train(False)
     progress = Progress("evaluate", total=loader.num_batches * len(selections), unit="batches")
-    with progress, torch.inference_mode(), autocast(precision, device):
+    with progress, torch.inference_mode(), autocast(precision, model.device):
         for batch in loader:
             documents = torch.from_numpy(order)[batch.documents[:, 0]]  # [B]
             tokens.index_add_(0, documents, (batch.labels != -100).sum(dim=1))
             width = min(window, few_sizes(int((batch.plan.segment_ids >= 0).sum(dim=1).max())))
-            on_device = batch.to(device)
+            on_device = batch.to(model.device)
             plan = dataclasses.replace(on_device.plan, segment_ids=on_device.plan.segment_ids[:, :width])
             for row, selection in enumerate(selections):
                 output = model(
@@ -89,5 +88,5 @@ def score_documents(
                 nll[row].index_add_(0, documents, output.token_nll.double().sum(dim=1).cpu())
                 progress.advance()
     model.train(was_training)
-    nll, tokens = all_reduce(nll.to(device)).cpu(), all_reduce(tokens.to(device)).cpu()
+    nll, tokens = all_reduce(nll.to(model.device)).cpu(), all_reduce(tokens.to(model.device)).cpu()
     return {selection: DocumentScores(nll[row].numpy(), tokens.numpy()) for row, selection in enumerate(selections)}

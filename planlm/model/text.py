@@ -1,10 +1,10 @@
 """The text that a call of the model plans, where no prepared corpus gives plan inputs.
 
 A call that continues a KV cache sees new tokens only; plans need the text from its beginning. So the text stays with
-the cache, and a cache that was changed since (its rows reordered, say) is refused unless the change can be followed.
+the cache, and a cache that was changed since (its texts reordered, say) is refused unless the change can be followed.
 `generate()` knows the whole text at every step; what it was called with lies in a context variable while it runs.
 
-Sizes: B texts (rows), L tokens from the beginning on, W positions of the call, A dimensions of a sentence embedding.
+Sizes: B texts, L tokens from the beginning on, W positions of the call, A dimensions of a sentence embedding.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class Text:
         ids: int64 `[B, L]`, -1 where no token is known.
         real: bool `[B, L]`, False where there is no text.
         tracker: finds the sentences; None: every text is one.
-        positions: `[B, L]` where rows hold several texts behind each other, see `SentenceTracker.inputs`.
+        positions: `[B, L]` where sequences hold several texts behind each other, see `SentenceTracker.inputs`.
     """
 
     ids: Tensor
@@ -194,7 +194,7 @@ def generation_inputs(
     if running.prompt is not None and running.tracker is not None:
         prompt, running.prompt = running.prompt, None
         known, width = prompt.real.clone(), min(prompt.real.shape[1], real.shape[1])
-        known[:, :width] = real[:: len(real) // len(known), :width]  # a row of each prompt's beams or samples
+        known[:, :width] = real[:: len(real) // len(known), :width]  # one of each prompt's beams or samples
         running.tracker.start(prompt.ids, known & (prompt.ids >= 0))
     return {"selection": running.selection, "plan": Text(input_ids, real, running.tracker)}
 
@@ -280,7 +280,7 @@ def _tokens(embedding: nn.Module, inputs_embeds: Tensor) -> Tensor:
     flat = inputs_embeds.detach().to(table.device, table.dtype).flatten(0, 1)
     half_norms = table.float().square().sum(dim=1) / 2
     found = []
-    for rows in flat.split(max(1, _AT_ONCE // len(table))):
-        nearest = (rows.float() @ table.float().T - half_norms).argmax(dim=1)
-        found.append(nearest.where((table[nearest] == rows).all(dim=1), -1))
+    for some in flat.split(max(1, _AT_ONCE // len(table))):
+        nearest = (some.float() @ table.float().T - half_norms).argmax(dim=1)
+        found.append(nearest.where((table[nearest] == some).all(dim=1), -1))
     return torch.cat(found).view(inputs_embeds.shape[:2]).to(inputs_embeds.device)

@@ -14,17 +14,16 @@ import re
 import threading
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 from unittest import mock
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
+from transformers import AutoConfig, AutoModel, PreTrainedConfig, modeling_utils
+from transformers.utils import cached_file
 
 from planlm.errors import InputError
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedConfig
 
 Stored = Mapping[str, tuple[str, tuple[int, ...]]]
 """safetensors' dtype name and the shape of each stored tensor, by key."""
@@ -55,7 +54,6 @@ def stored_tensors(name: str, **hub: Any) -> Stored:
     Raises:
         InputError: there are no safetensors files, one that the index names is missing, or one is damaged.
     """
-    from transformers.utils import cached_file
 
     def find(file: str) -> str | None:
         found: str | None = cached_file(name, file, _raise_exceptions_for_missing_entries=False, **hub)
@@ -66,16 +64,19 @@ def stored_tensors(name: str, **hub: Any) -> Stored:
             f"{name}: holds a peft adapter (adapter_config.json); merge it into its model (merge_and_unload) and save "
             "that"
         )
-    whole = find("model.safetensors")
-    index = None if whole else find(_INDEX)
-    if whole is None and index is None:
-        pickled = [file for file in ("pytorch_model.bin", "pytorch_model.bin.index.json") if find(file)]
-        if pickled:
-            raise InputError(f"{name}: its weights are pickled ({pickled[0]}), {_CONVERT}")
-        raise InputError(f"{name}: no weights here (no model.safetensors); give the folder of a saved model")
+    files = ["model.safetensors"]
+    if find(files[0]) is None:
+        if (index := find(_INDEX)) is None:
+            pickled = [file for file in ("pytorch_model.bin", "pytorch_model.bin.index.json") if find(file)]
+            if pickled:
+                raise InputError(f"{name}: its weights are pickled ({pickled[0]}), {_CONVERT}")
+            raise InputError(f"{name}: no weights here (no model.safetensors); give the folder of a saved model")
+        files = _indexed(Path(index))
     stored: dict[str, tuple[str, tuple[int, ...]]] = {}
-    for shard in [whole] if whole else _shards(name, Path(str(index)), find):
-        header = read_header(shard)
+    for file in files:
+        if (path := find(file)) is None:
+            raise InputError(f"{name}: {file} named in {_INDEX} is missing; copy or save the model again")
+        header = read_header(path)
         if twice := sorted(stored.keys() & header.keys()):
             raise InputError(f"{name}: {_several(twice)} in two files of weights; copy or save the model again")
         stored |= header
@@ -99,18 +100,16 @@ def read_header(path: str | Path) -> Stored:
         raise InputError(f"{path}: damaged ({error}); copy or save the model again") from None
 
 
-def _shards(name: str, index: Path, find: Callable[[str], str | None]) -> list[str]:
+def _indexed(index: Path) -> list[str]:
     """The files that an index names."""
     try:
         files = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        paths = {str(file): find(str(file)) for file in files}
+        outside = [file for file in files if Path(file).is_absolute() or ".." in Path(file).parts]
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
         raise InputError(f"{index}: not an index of weights; copy or save the model again") from None
-    if outside := [file for file in files if Path(file).is_absolute() or ".." in Path(file).parts]:
+    if outside:
         raise InputError(f"{index}: names {outside[0]}, which is not in its folder; copy or save the model again")
-    if missing := [file for file, path in paths.items() if path is None]:
-        raise InputError(f"{name}: {_several(missing)} named in {_INDEX} is missing; copy or save the model again")
-    return [str(path) for path in paths.values()]
+    return files
 
 
 def check_sizes(name: str, config: PreTrainedConfig, stored: Stored, build: Callable[[], nn.Module]) -> None:
@@ -231,8 +230,6 @@ def checked_encoder(name: str, folder: Path | None) -> Iterator[None]:
         name: of the encoder, for the message.
         folder: its folder, if it has one; each module of sentence-transformers may have one of its own in it.
     """
-    from transformers import AutoConfig, AutoModel, modeling_utils
-
     for found in sorted(folder.rglob("config.json")) if folder else ():
         if '"model_type"' not in found.read_text(encoding="utf-8"):  # pooling, a dense layer and the like
             if (weights := found.with_name("model.safetensors")).is_file():

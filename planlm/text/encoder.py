@@ -53,14 +53,13 @@ class SentenceEncoder:
         self.name = name
         self._reduced = (absolute(name), precision)
         self._lock = threading.Lock()  # fast tokenizers refuse to be used by two threads
-        folder = resolve(name, "encoder")
-        is_folder = Path(folder).is_dir()
+        folder = Path(resolve(name, "encoder"))
         with loading(name, "encoder"):
-            with checked_encoder(name, Path(folder) if is_folder else None):
+            with checked_encoder(name, folder if folder.is_dir() else None):
                 self._model = SentenceTransformer(
-                    folder,
+                    str(folder),
                     trust_remote_code=False,
-                    local_files_only=is_folder,
+                    local_files_only=folder.is_dir(),
                     model_kwargs={"use_safetensors": True},
                 )
             check_finite(name, self._model)
