@@ -12,6 +12,7 @@ import contextlib
 import hashlib
 import json
 import shutil
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
@@ -28,7 +29,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from planlm.corpus.verify import verify_folder, verify_split
-from planlm.corpus.writing import checksum, joined, write_arrow
+from planlm.corpus.writing import checksum, joined, sizes, write_arrow
 from planlm.errors import InputError
 from planlm.files import replacing, write_json, write_text
 
@@ -134,7 +135,7 @@ class CorpusWriter:
         self._folder, self.codebook = folder, codebook
         self._features = document_features(codebook.shape[1])
         self.schema: pa.Schema = self._features.arrow_schema
-        self.splits = {name: {"documents": 0, "sentences": 0, "tokens": 0} for name in SPLITS}
+        self.splits: dict[str, Counter[str]] = {name: Counter(documents=0, sentences=0, tokens=0) for name in SPLITS}
         folder.mkdir(parents=True, exist_ok=True)
         for name in SPLITS:
             shutil.rmtree(folder / name, ignore_errors=True)
@@ -145,10 +146,7 @@ class CorpusWriter:
         """Write some documents of a split, at least one, to its file with this number; numbers rise."""
         (self._folder / split).mkdir(exist_ok=True)
         write_arrow(self._folder / split / f"data-{number:05d}.arrow", documents.cast(self.schema))
-        counts = self.splits[split]
-        counts["documents"] += len(documents)
-        counts["sentences"] += len(joined(documents["actions"]))
-        counts["tokens"] += len(joined(documents["input_ids"]))
+        self.splits[split].update(sizes(documents))
 
     def finish(self, manifest: Manifest) -> None:
         """Write what `datasets.load_from_disk` opens the splits by, and the manifest with the splits that there are."""
@@ -170,7 +168,7 @@ class CorpusWriter:
             }
             write_json(folder / "state.json", state)
         write_json(self._folder / SPLIT_NAMES, {"splits": present})
-        write_manifest(self._folder, replace(manifest, splits=self.splits))
+        write_manifest(self._folder, replace(manifest, splits={name: dict(self.splits[name]) for name in SPLITS}))
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:

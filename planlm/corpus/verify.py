@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import json
 import os
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -20,7 +21,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from planlm.corpus.writing import checksum, joined, read_arrow
+from planlm.corpus.writing import checksum, joined, read_arrow, sizes
 from planlm.progress import Progress
 
 if TYPE_CHECKING:
@@ -68,24 +69,21 @@ def verify_split(folder: Path, manifest: Manifest, name: str, schema: pa.Schema)
     limits = (manifest.num_actions, manifest.vocabulary)
     with ThreadPoolExecutor(READERS) as pool, Progress("Verifying", len(files), "files") as progress:
 
-        def verified(file: str) -> tuple[int, ...]:
+        def verified(file: str) -> Counter[str]:
             status = os.stat(folder / file)
             stamp = (status.st_ino, status.st_size, status.st_mtime_ns)
             return _shard(str((folder / file).resolve()), stamp, manifest.files[file][1], limits, schema)
 
-        totals = np.zeros(3, dtype=np.int64)
+        totals: Counter[str] = Counter()
         for counts in pool.map(verified, files):
-            totals += counts
+            totals.update(counts)
             progress.advance()
-    expected = manifest.splits[name]
-    if totals.tolist() != [expected["documents"], expected["sentences"], expected["tokens"]]:
+    if totals != manifest.splits[name]:
         raise ValueError(f"{name} does not hold the documents, sentences and tokens that the manifest says")
 
 
 @functools.cache
-def _shard(
-    path: str, stamp: tuple[int, ...], digest: str, limits: tuple[int, int], schema: pa.Schema
-) -> tuple[int, int, int]:
+def _shard(path: str, stamp: tuple[int, ...], digest: str, limits: tuple[int, int], schema: pa.Schema) -> Counter[str]:
     """Check one file, once as long as its `stamp` stays; its documents, sentences and tokens."""
     if checksum(Path(path)) != digest:
         raise ValueError(f"{path} is damaged")
@@ -93,14 +91,12 @@ def _shard(
     if not table.schema.equals(schema):
         raise ValueError(f"{path} has other columns than a corpus")
     table.validate(full=True)
-    totals = np.zeros(3, dtype=np.int64)
+    totals: Counter[str] = Counter()
     for batch in table.to_batches():
         if problem := _problem(batch, *limits):
             raise ValueError(f"{path}: {problem}")
-        values = (batch.column(name).flatten() for name in ("actions", "input_ids"))
-        totals += [len(batch), *map(len, values)]
-    documents, sentences, tokens = totals.tolist()
-    return documents, sentences, tokens
+        totals.update(sizes(batch))
+    return totals
 
 
 def _problem(batch: pa.RecordBatch, num_actions: int, vocabulary: int) -> str | None:
@@ -118,7 +114,9 @@ def _problem(batch: pa.RecordBatch, num_actions: int, vocabulary: int) -> str | 
         not np.array_equal(count, lengths[name]) for name in ("sentence_spans", "sentence_tokens", "embeddings")
     ):
         return "columns have different numbers of sentences"
-    actions, tokens, ids = (flat[name].to_numpy() for name in ("actions", "sentence_tokens", "input_ids"))
+    actions, tokens, ids, spans = (
+        joined(columns[name]) for name in ("actions", "sentence_tokens", "input_ids", "sentence_spans")
+    )
     first = np.cumsum(count) - count
     if tokens.min() < 0 or not np.array_equal(np.add.reduceat(tokens, first, dtype=np.int64), lengths["input_ids"]):
         return "the tokens of sentences do not add up to those of the document"
@@ -126,7 +124,6 @@ def _problem(batch: pa.RecordBatch, num_actions: int, vocabulary: int) -> str | 
         return "an action is out of range"
     if len(ids) and (ids.min() < 0 or ids.max() >= vocabulary):
         return "a token is out of range"
-    spans = joined(columns["sentence_spans"])
     limit = np.repeat(pc.utf8_length(columns["text"]).to_numpy(zero_copy_only=False), count)
     before = np.concatenate([[0], spans[:-1, 1]])
     before[first] = 0

@@ -57,6 +57,12 @@ def joined(column: pa.ChunkedArray | pa.ListArray) -> np.ndarray:
     return values.flatten().to_numpy().reshape(len(values), values.type.list_size)
 
 
+def sizes(documents: pa.Table | pa.RecordBatch) -> dict[str, int]:
+    """How many documents, sentences and tokens some rows of a corpus hold."""
+    sentences, tokens = (len(joined(documents[name])) for name in ("actions", "input_ids"))
+    return {"documents": len(documents), "sentences": sentences, "tokens": tokens}
+
+
 def write_arrow(path: Path, table: pa.Table) -> None:
     """An Arrow stream, as `datasets` keeps them."""
     with replacing(path) as file, pa.ipc.new_stream(file, table.schema) as writer:
