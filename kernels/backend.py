@@ -90,8 +90,8 @@ def choose(operation: str, device: torch.device, working: torch.dtype) -> Backen
     """
     forced = _forced or _known(environment.backend(), "PLANLM_BACKEND")
     if forced is None:
-        # The interpreter is for tests, which ask for it.
-        usable = BACKENDS if device.type == "cuda" else BACKENDS[1:]
+        # Triton's interpreter is for tests, which ask for it.
+        usable = [name for name in BACKENDS if name != "triton" or device.type == "cuda"]
         forced = next(name for name in usable if why_not(name, operation, device, working) is None)
     elif (reason := why_not(forced, operation, device, working)) is not None:
         raise ValueError(f"backend {forced!r} was asked for, but {reason}; use 'reference' or leave it to PlanLM")
