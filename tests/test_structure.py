@@ -189,8 +189,63 @@ def test_files_and_functions_are_short_and_documented(module: str) -> None:
             body = node.body[1:] if ast.get_docstring(node) else node.body
             length = (node.end_lineno or 0) - body[0].lineno + 1 if body else 0
             assert length <= 60, f"{module}.{node.name}: {length} lines"
+            count = len(node.args.posonlyargs + node.args.args + node.args.kwonlyargs)
+            compiled = any(ast.unparse(decorator).endswith("jit") for decorator in node.decorator_list)  # by Triton
+            public = module.startswith("kernels.") and node.name in ("plan_projection", "plan_projection_from_hidden")
+            assert count <= 10 or compiled or public, f"{module}.{node.name}: {count} parameters"
     for name, node in public_definitions(tree):
         assert ast.get_docstring(node), f"{module}.{name}: no docstring"
+
+
+# A function's name, its parameters, and what may stand between those and its body.
+CPP_FUNCTION = re.compile(
+    r"(\w+|\])\s*\(([^()]*)\)\s*(?:const|noexcept|override|INLINE_LAMBDA|\s)*(?:->[^(){]*|:\s[^;{}]*)?$"
+)
+
+
+def cpp_functions(text: str) -> Iterator[tuple[str, int, int]]:
+    """The name, the number of parameters and of lines of every C++ function, constructor and lambda with a body."""
+    code = re.sub(r"//[^\n]*|\"(?:\\.|[^\"\\\n])*\"", "", text).replace("{}", "")
+    opened: list[tuple[str, int]] = []
+    behind = 0
+    for match in re.finditer(r"[;{}]", code):
+        if match[0] == "{":
+            opened.append((code[behind : match.start()], match.start()))
+        elif match[0] == "}":
+            header, at = opened.pop()
+            found = CPP_FUNCTION.search(header)
+            if found is not None and found[1] not in ("if", "for", "while", "switch", "catch"):
+                parameters = found[2].count(",") + 1 if found[2].strip() else 0
+                yield found[1], parameters, code.count("\n", at, match.end()) + 1
+        behind = match.end()
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "csrc").iterdir()), ids=lambda path: path.name)
+def test_cpp_files_and_functions_are_short(path: Path) -> None:
+    text = path.read_text()
+    assert text.count("\n") <= 500, "more than 500 lines"
+    for name, parameters, length in cpp_functions(text):
+        assert length <= 60, f"{name}: {length} lines"
+        assert parameters <= 10, f"{name}: {parameters} parameters"
+
+
+def test_the_search_sees_cpp_functions() -> None:
+    body = "x;\n" * 59
+    text = f"""
+        struct Long {{ explicit Long(int a) : a_(a), b_(f(a)) {{ {body} }} }};
+        template <class R> R many(const R* a, int b = 0) const {{ run([&](int64_t i) {{ {body} }}); }}
+        auto of(std::vector<int> values) -> int {{ if (values.empty()) {{ return 0; }} }}
+    """
+    assert list(cpp_functions(text)) == [("Long", 1, 60), ("]", 1, 60), ("many", 2, 60), ("of", 1, 1)]
+    seen = {name for path in (ROOT / "csrc").iterdir() for name, *_ in cpp_functions(path.read_text())}
+    assert {
+        "Planner",
+        "each_tile",
+        "plan_projection",
+        "differentiate_strip",
+        "multiply_bf16",
+        "packed_attention",
+    } <= seen
 
 
 def public_definitions(tree: ast.Module) -> Iterator[tuple[str, ast.FunctionDef | ast.ClassDef]]:
