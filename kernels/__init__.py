@@ -2,7 +2,7 @@
 
 `plan_projection` turns planner logits into plans in the LM's space, `plan_projection_from_hidden` does so from the
 planner's states, and `add_plan` adds each token's plan to its LM state; `StackedPlan` does that layer by layer.
-`packed_attention`, `gelu` and `cross_entropy_` are what the LM around them spends its time on besides matrix products.
+`packed_attention` and `cross_entropy_` are what the LM around them spends its time on besides matrix products.
 Imports torch only; a backend's own dependencies are imported when it is first used.
 """
 
@@ -13,7 +13,6 @@ if __name__ == "planlm.kernels":
     from .attention import has_packed_attention, packed_attention
     from .backend import use_backend
     from .cross_entropy import cross_entropy_
-    from .gelu import gelu
     from .projection import plan_projection, plan_projection_from_hidden
     from .reference import PlanProjection
 
@@ -22,7 +21,6 @@ if __name__ == "planlm.kernels":
         "StackedPlan",
         "add_plan",
         "cross_entropy_",
-        "gelu",
         "has_packed_attention",
         "packed_attention",
         "plan_projection",

@@ -1,6 +1,6 @@
-"""Causal attention within each of the documents that share a row: what packing needs of an LM.
+"""Causal attention within each of the documents that share a sequence: what packing needs of an LM.
 
-Sizes: B rows, W positions, H query heads, G key heads (H a multiple of G), d channels of a head.
+Sizes: B sequences, W positions, H query heads, G key heads (H a multiple of G), d channels of a head.
 """
 
 from __future__ import annotations
@@ -25,18 +25,18 @@ def packed_attention(query: Tensor, key: Tensor, value: Tensor, first: Tensor, s
         query (Tensor): `[B, W, H, d]`.
         key (Tensor): `[B, W, G, d]`.
         value (Tensor): `[B, W, G, d]`.
-        first (Tensor): int64 `[B, W]`, where the document of each position begins in its row.
+        first (Tensor): int64 `[B, W]`, where the document of each position begins in its sequence.
         scale (float): of the scores.
 
     Returns:
         Tensor: `[B, W, H, d]`.
 
     Raises:
-        ValueError: `first` falls along a row or lies behind its own position.
+        ValueError: `first` falls along a sequence or lies behind its own position.
     """
     if _fits(query, key, value):
-        rows = [tensor if tensor.stride(-1) == 1 else tensor.contiguous() for tensor in (query, key, value)]
-        out: Tensor = torch.ops.planlm.packed_attention(*rows, first, scale)[0]
+        dense = [tensor if tensor.stride(-1) == 1 else tensor.contiguous() for tensor in (query, key, value)]
+        out: Tensor = torch.ops.planlm.packed_attention(*dense, first, scale)[0]
         return out
     at = torch.arange(query.shape[1], device=query.device)
     seen = (at <= at[:, None]) & (at >= first[:, :, None])  # [B, W, W]

@@ -29,9 +29,12 @@ logger = logging.getLogger("planlm.kernels")
 
 SOURCES = Path(__file__).resolve().parents[1] / "csrc"
 
-# Every file carries the loops of one instruction set, so the library runs on any processor of its architecture.
 # Contraction into fused multiply-adds is most of the exponential's speed; errno and traps are never looked at.
 FLAGS = ("-O3", "-std=c++20", "-fopenmp", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math", "-Wno-psabi")
+INSTRUCTIONS = {
+    "AVX2": ("-mavx2", "-mfma"),
+    "AVX512": ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma"),
+}
 
 
 @functools.cache
@@ -56,6 +59,16 @@ def fast_bf16() -> bool:
     return cpu.get_cpu_capability() == "AVX512" and torch.cpu._is_avx512_bf16_supported()
 
 
+def flags() -> tuple[str, ...]:
+    """The compiler's flags, with those of the instruction set that torch has chosen here.
+
+    A library is named after them: one that was built for another processor, or under another ATEN_CPU_CAPABILITY, is
+    never loaded.
+    """
+    instructions = INSTRUCTIONS.get(torch.backends.cpu.get_cpu_capability(), ())
+    return FLAGS + instructions + (("-mavx512bf16",) if fast_bf16() else ())
+
+
 def _load() -> None:
     library = _library()
     try:
@@ -69,11 +82,11 @@ def _load() -> None:
 
 def _library() -> Path:
     """The compiled library, made if it is not there."""
-    sources = sorted(path for path in SOURCES.glob("*") if path.suffix in (".cpp", ".h", ".inl"))
+    sources = sorted(path for path in SOURCES.glob("*") if path.suffix in (".cpp", ".h"))
     if not sources:
         raise Unavailable(f"the C++ sources are not in {SOURCES}")
     key = hashlib.sha256()
-    made_from = (torch.__version__, torch.version.git_version, platform.machine(), environment.compiler(), *FLAGS)
+    made_from = (torch.__version__, torch.version.git_version, platform.machine(), environment.compiler(), *flags())
     for text in (*made_from, *(part for path in sources for part in (path.name, path.read_text()))):
         key.update(text.encode() + b"\0")
     try:
@@ -135,7 +148,7 @@ def _compile(sources: list[Path], library: Path) -> None:
                 "planlm_operators",
                 [str(source) for source in sources],
                 build_directory=build,
-                extra_cflags=list(FLAGS),
+                extra_cflags=list(flags()),
                 extra_ldflags=["-fopenmp"],
                 is_python_module=False,
             )

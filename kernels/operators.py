@@ -3,8 +3,8 @@
 `planlm::` holds the C++ implementation for the CPU (csrc/) and the Triton one for CUDA; `planlm_interpreted::` the
 Triton one on CPU tensors, through Triton's interpreter, which is how it is tested where there is no GPU. A backend
 implements four functions, `plan_projection`, `plan_projection_backward`, `add_plan` and `add_plan_backward`;
-docs/kernels.md has their contract. On the CPU csrc/add_plan.cpp takes the place of `add_plan`'s rules below, and there
-are `cross_entropy_`, `gelu` and `packed_attention`.
+docs/kernels.md has their contract. On the CPU csrc/operators.cpp takes the place of `add_plan`'s rules below, and there
+are `cross_entropy_` and `packed_attention`.
 """
 
 from __future__ import annotations
@@ -31,8 +31,6 @@ SCHEMAS = (
     "add_plan_backward(Tensor grad, Tensor plan, Tensor segment_ids, Tensor? gate, bool[2] needs) -> (Tensor, Tensor)",
     # On the CPU alone. Where a target is negative both gradient and loss are zero.
     "cross_entropy_(Tensor(a!) logits, Tensor target) -> Tensor nll",
-    "gelu(Tensor x) -> Tensor",
-    "gelu_backward(Tensor grad, Tensor x) -> Tensor",
     "packed_attention(Tensor query, Tensor key, Tensor value, Tensor first, float scale) -> (Tensor out, "
     "Tensor log_sums)",
     "packed_attention_backward(Tensor grad, Tensor query, Tensor key, Tensor value, Tensor out, Tensor log_sums, "
@@ -52,8 +50,6 @@ def define(namespace: str) -> torch.library.Library:
         ("add_plan", _addition_shapes),
         ("add_plan_backward", _addition_backward_shapes),
         ("cross_entropy_", lambda logits, target: logits.new_empty(target.shape, dtype=torch.float32)),
-        ("gelu", torch.empty_like),
-        ("gelu_backward", lambda grad, x: torch.empty_like(x)),
         ("packed_attention", _attention_shapes),
         ("packed_attention_backward", _attention_backward_shapes),
     ):
@@ -63,13 +59,12 @@ def define(namespace: str) -> torch.library.Library:
         ("plan_projection", _keep_projection, _projection_backward),
         ("add_plan", keep_addition, addition_backward),
         ("packed_attention", _keep_attention, _attention_backward),
-        ("gelu", _keep_gelu, _gelu_backward),
     ):
         torch.library.register_autograd(
             f"{namespace}::{name}", functools.partial(backward, operators), setup_context=keep, lib=library
         )
     # Without these a gradient would silently be a constant where a graph of it is asked for.
-    for name in ("plan_projection_backward", "add_plan_backward", "packed_attention_backward", "gelu_backward"):
+    for name in ("plan_projection_backward", "add_plan_backward", "packed_attention_backward"):
         torch.library.register_autograd(f"{namespace}::{name}", refuse, lib=library)
     return library
 
@@ -173,12 +168,3 @@ def _attention_backward(operators: Any, ctx: Any, grad: Tensor | None, _: None) 
         return None, None, None, None, None
     gradients = operators.packed_attention_backward(grad, *ctx.saved_tensors, ctx.scale)
     return *gradients, None, None
-
-
-def _keep_gelu(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
-    ctx.save_for_backward(*inputs)
-
-
-def _gelu_backward(operators: Any, ctx: Any, grad: Tensor) -> Tensor:
-    found: Tensor = operators.gelu_backward(grad, *ctx.saved_tensors)
-    return found

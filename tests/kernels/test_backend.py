@@ -15,7 +15,7 @@ from .cases import SELECTIONS, gradients, hidden_inputs, leaves, projection_inpu
 
 
 def test_public_names() -> None:
-    names = ["PlanProjection", "StackedPlan", "add_plan", "cross_entropy_", "gelu", "has_packed_attention"]
+    names = ["PlanProjection", "StackedPlan", "add_plan", "cross_entropy_", "has_packed_attention"]
     names += ["packed_attention", "plan_projection", "plan_projection_from_hidden", "use_backend"]
     assert planlm.kernels.__all__ == names
 

@@ -15,7 +15,6 @@ from planlm.kernels import (
     cpp,
     cross_entropy_,
     environment,
-    gelu,
     packed_attention,
     plan_projection,
     plan_projection_from_hidden,
@@ -76,12 +75,6 @@ def run_addition(gated: bool, dtype: torch.dtype) -> dict[str, Tensor]:
     return {"out": out} | (gradients([out], wanted) if torch.is_grad_enabled() else {})
 
 
-def run_gelu(dtype: torch.dtype) -> dict[str, Tensor]:
-    x = torch.linspace(-9, 9, 3 * 4111).view(3, -1).to(dtype).requires_grad_()
-    out = gelu(x)
-    return {"out": out} | (gradients([out], {"x": x}) if torch.is_grad_enabled() else {})
-
-
 def run_cross_entropy(dtype: torch.dtype) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(0)
     head, states = torch.randn(117, 24, generator=generator), torch.randn(13, 24, generator=generator)
@@ -116,7 +109,6 @@ CASES = {
         for gated in (True, False)
         for dtype in (HALF, FULL, torch.float64)
     },
-    **{f"gelu, {dtype}": lambda d=dtype: run_gelu(d) for dtype in (HALF, FULL)},
     **{f"cross_entropy_, {dtype}": lambda d=dtype: run_cross_entropy(d) for dtype in (HALF, FULL)},
     "packed_attention": lambda: run_attention(HALF),
 }

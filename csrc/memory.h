@@ -1,19 +1,22 @@
-// What the operators share: from tensors to strips of memory, and errors.
+// From tensors to memory: what loops that run in several threads see.
 #pragma once
 
-#include <ATen/ATen.h>
-#include <ATen/EmptyTensor.h>
 #include <ATen/Parallel.h>
+#include <ATen/TensorOperators.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/zeros.h>
 
 #include <algorithm>
 #include <memory>
+#include <optional>
 #include <vector>
 
 #if defined(__linux__)
 #include <sys/mman.h>
 #endif
 
-#include "rows.h"
+#include "vector.h"
 
 // Broken promises of the Python side, which has checked the user's arguments: never seen unless there is a bug.
 #define PLANLM_EXPECT(condition, ...) TORCH_INTERNAL_ASSERT(condition, "planlm: ", __VA_ARGS__)
@@ -59,25 +62,16 @@ struct Matrix {
   Matrix part(int64_t row, int64_t num_rows, int64_t column, int64_t num_columns) const {
     return data ? Matrix{strip(row, column).data, kind, num_rows, num_columns, step} : Matrix{};
   }
+  Matrix part(int64_t row, int64_t num_rows) const { return part(row, num_rows, 0, columns); }
 };
-
-inline Tensor given(const OptionalTensor& tensor) { return tensor ? *tensor : Tensor(); }
 
 inline Tensor with_adjacent_columns(const Tensor& matrix) {
   return !matrix.defined() || matrix.size(1) <= 1 || matrix.stride(1) == 1 ? matrix : matrix.contiguous();
 }
 
-// Blocks that stay with the process (csrc/allocator.cpp); null where there are none.
-c10::Allocator* blocks();
-
-// An uninitialised tensor. glibc's malloc maps every block over 32 MiB anew, and touching fresh memory can cost more than
-// the arithmetic on it: so large ones come from `blocks`. Where the system only offers huge pages to those who ask, those
-// of 2 MiB and more ask.
+// An uninitialised tensor. Where the system only offers huge pages to those who ask, one of 2 MiB and more asks: touching
+// fresh memory page by page can cost more than the arithmetic on it.
 inline Tensor empty(at::IntArrayRef sizes, const at::TensorOptions& options) {
-  constexpr size_t mapped = size_t(32) << 20;
-  if (c10::multiply_integers(sizes) * options.dtype().itemsize() > mapped && blocks())
-    return at::detail::empty_generic(sizes, blocks(), c10::DispatchKeySet(c10::DispatchKey::CPU),
-                                     c10::typeMetaToScalarType(options.dtype()), std::nullopt);
   Tensor tensor = at::empty(sizes, options);
 #if defined(__linux__)
   constexpr uintptr_t page = uintptr_t(2) << 20;
@@ -91,6 +85,11 @@ inline Tensor empty(at::IntArrayRef sizes, const at::TensorOptions& options) {
 // A result larger than the second-level caches is written past them: reading a line only to overwrite it is a third of
 // the traffic.
 inline bool worth_streaming(const Tensor& result) { return result.nbytes() > (size_t(4) << 20); }
+
+// What the operators compute in.
+inline at::ScalarType working_type(const Tensor& tensor) {
+  return tensor.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
+}
 
 // Room for `count` values, begun on a cache line (vectors across two are half as fast) and ended a whole vector later,
 // so that the loops may write a full one at a strip's end.
@@ -108,24 +107,5 @@ class Buffer {
   std::unique_ptr<R[]> room_;
   R* data_;
 };
-
-// total = sum of the rows `begin` to `end` of a matrix, `count` columns from `first` on, less those with a negative id.
-// Thirty-two rows at a time, those sums in double: one float32 sum of thousands of equal values is off by 1e-4.
-template <class R>
-void sum_rows(R* total, const Matrix& matrix, int64_t begin, int64_t end, int64_t first, int64_t count,
-              const int64_t* ids) {
-  constexpr int64_t block = 32;
-  const auto add = [&](int64_t row, R* sum) {
-    rows<R>().sum_rows(sum, matrix.strip(row, first), matrix.step, ids + (row - begin),
-                       std::min(block, end - row), count);
-  };
-  if (end - begin <= block) return add(begin, total);
-  std::vector<double> whole(count, 0.0);
-  for (int64_t row = begin; row < end; row += block) {
-    add(row, total);
-    rows<R>().accumulate(whole.data(), total, count);
-  }
-  std::copy(whole.begin(), whole.end(), total);
-}
 
 }  // namespace planlm
