@@ -141,7 +141,7 @@ class Planner(nn.Module):
         return planner
 
     def forward(
-        self, sentence_embeddings: Tensor, sentence_positions: Tensor | None = None, rows: Tensor | None = None
+        self, sentence_embeddings: Tensor, sentence_positions: Tensor | None = None, segment_rows: Tensor | None = None
     ) -> Tensor:
         """Planner states of every sentence, or the action logits of some.
 
@@ -149,10 +149,10 @@ class Planner(nn.Module):
             sentence_embeddings: `[R, n, A]`, at each position that of the sentence before; not read at the first.
             sentence_positions: int64 `[R, n]`, the sentence's number within its document, whose positions stand side
                 by side; by default a sequence is one document.
-            rows: int64 `[S, 2]`, sequence and position of the sentences whose logits are asked for.
+            segment_rows: int64 `[S, 2]`, sequence and position of the sentences whose logits are asked for.
 
         Returns:
-            States `[R, n, A]`, or with `rows` logits `[S, K]`; what belongs to a position is a function of the
+            States `[R, n, A]`, or with `segment_rows` logits `[S, K]`; what belongs to a position is a function of the
             sentences before it in its document only.
         """
         _, length, width = sentence_embeddings.shape
@@ -165,7 +165,7 @@ class Planner(nn.Module):
         for layer in self.layers:
             x = layer(x, first)
         states: Tensor = self.norm(x)
-        return states if rows is None else self.head(states[rows[:, 0], rows[:, 1]])
+        return states if segment_rows is None else self.head(states[segment_rows.unbind(1)])
 
     def save(self, folder: Path) -> None:
         """Write `planner.json` and `planner.safetensors` into `folder`."""
