@@ -153,7 +153,7 @@ class _Loader(ABC, Generic[Batch]):
 
     Attributes:
         epoch: decides the order; set it between iterations.
-        share: (number of this process, how many share a batch). A process without an item gets one that counts nothing.
+        share: (rank, world size). A rank for which a batch has no item gets one of which nothing is scored.
     """
 
     share = (0, 1)

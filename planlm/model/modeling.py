@@ -309,7 +309,7 @@ class PlanLMForCausalLM(ModelFolder, GenerationMixin):
             plan = replace(plan, **fields) if fields else plan
             if selection != "none" or plan.want_oracle_nll:
                 layers, oracle_nll, action_logits = self._plan(plan, "uniform" if selection == "none" else selection)
-                kwargs |= {} if selection == "none" else {"plan": layers}
+                kwargs |= {} if selection == "none" else {"plan": layers}  # what attention.attend takes under this name
         if position_ids is not None and attention_mask is None and past_key_values is None and not kwargs["use_cache"]:
             attention_mask = document_starts(self.lm, position_ids)
         outputs = self.lm.base_model(
@@ -372,7 +372,7 @@ class PlanLMForCausalLM(ModelFolder, GenerationMixin):
         Args:
             inputs: `[B, W]` prompt tokens, or `input_ids=` or `inputs_embeds=`.
             tracker: follows the sentences; give one to force actions or to read the sentences afterwards.
-            selection: see `plan`; default the configuration's.
+            selection: see `forward`.
 
         Raises:
             InputError: `cache_implementation="paged"`, see `generate_batch`.
