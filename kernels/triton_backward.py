@@ -32,9 +32,9 @@ from .triton_numerics import Matrix, add_product, exponential, load_rows, load_t
 @triton.jit
 def projection_bwd_kernel(
     grad_projected, mixture, codebook, weight, oracle, oracle_weight, best,
-    grad_mixture, grad_weight, grad_bias, delta_partials, oracle_weight_partials,
+    grad_mixture, grad_weight, grad_bias, delta_partials,
     num_sentences, num_actions, size, plan_size, num_partials, grad_projected_stride, codebook_stride, weight_stride,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
+    TO_ORACLE_WEIGHT: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
     """Gradients of mixture (with what follows from it for each sentence), weight and bias, where their tensor is given.
 
@@ -49,7 +49,7 @@ def projection_bwd_kernel(
     if program < mixture_tiles:
         _grad_mixture_tile(
             program, upstream, mixture, codebook, Matrix(weight, weight_stride, plan_size, size), oracle, best,
-            Matrix(grad_mixture, size, num_sentences, size), delta_partials, oracle_weight_partials, num_partials,
+            Matrix(grad_mixture, size, num_sentences, size), delta_partials, num_partials, TO_ORACLE_WEIGHT,
             ROWS, COLUMNS, DEPTH,
         )  # fmt: skip
     elif program < mixture_tiles + weight_tiles:
@@ -70,8 +70,8 @@ def projection_bwd_kernel(
 
 @triton.jit
 def _grad_mixture_tile(
-    program, upstream, mixture, codebook, weight, oracle, best, grad_mixture, delta_partials,
-    oracle_weight_partials, num_partials, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
+    program, upstream, mixture, codebook, weight, oracle, best, grad_mixture, delta_partials, num_partials,
+    TO_ORACLE_WEIGHT: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
     # grad_projected weight; of each sentence its products with the mixture, with the likeliest action's embedding less
     # the mixture and with the oracle's less the mixture.
@@ -91,18 +91,18 @@ def _grad_mixture_tile(
     # From the rounded gradient, as mixture_bwd's product with the codebook is: the two are subtracted there.
     gradient = gradient.to(tl.float32)
     mean = load_tile(mixture, sentences[:, None], features[None, :])
-    inside = sentences < mixture.num_rows
+    num_sentences = mixture.num_rows
+    inside = sentences < num_sentences
     wide = sentences.to(tl.int64)
     tl.store(delta_partials + wide * num_partials + partial, tl.sum(gradient * mean, 1), mask=inside)
     likeliest = tl.load(best + sentences, mask=inside, other=-1)
-    difference = load_rows(codebook, likeliest, features) - mean
-    at_best = (mixture.num_rows + wide) * num_partials + partial
-    tl.store(delta_partials + at_best, tl.sum(gradient * difference, 1), mask=inside)
-    if oracle_weight_partials is not None:
-        action, _ = load_oracle(Oracle(oracle, None), sentences, mixture.num_rows)
-        difference = load_rows(codebook, action, features) - mean
-        products = tl.where(action >= 0, tl.sum(gradient * difference, 1), 0.0)
-        tl.store(oracle_weight_partials + wide * num_partials + partial, products, mask=inside)
+    products = tl.sum(gradient * (load_rows(codebook, likeliest, features) - mean), 1)
+    tl.store(delta_partials + (num_sentences + wide) * num_partials + partial, products, mask=inside)
+    if TO_ORACLE_WEIGHT:
+        action, _ = load_oracle(Oracle(oracle, None), sentences, num_sentences)
+        products = tl.sum(gradient * (load_rows(codebook, action, features) - mean), 1)
+        products = tl.where(action >= 0, products, 0.0)
+        tl.store(delta_partials + (2 * num_sentences + wide) * num_partials + partial, products, mask=inside)
 
 
 @triton.jit

@@ -36,15 +36,6 @@ class _Saved(NamedTuple):
     tie_index: Tensor
 
 
-class _Upstream(NamedTuple):
-    """The gradients that the mixture's kernel starts from; None: zero."""
-
-    grad_mixture: Tensor | None
-    delta_partials: Tensor | None
-    grad_log_normalizer: Tensor | None
-    grad_oracle_nll: Tensor | None
-
-
 def plan_projection(*arguments: Any) -> ProjectionOutputs:
     """Forward of `planlm.kernels.plan_projection` (soft selections) and what its backward needs.
 
@@ -84,27 +75,21 @@ def _score_matrices(inputs: ProjectionInputs) -> tuple[Tensor | None, Tensor | N
     return inputs.source if inputs.head is None else None, inputs.noise
 
 
-def _separate(inputs: ProjectionInputs) -> bool:
-    """Whether the oracle's cross-entropy needs statistics other than those of the scores."""
+def _arguments(inputs: ProjectionInputs, first_action: int = 0) -> dict[str, Any]:
+    """What the kernels take of the inputs, or of a chunk of them.
+
+    RAW: the oracle's cross-entropy needs statistics other than those of the scores.
+    """
     changed = inputs.noise is not None or bool(inputs.top_k) or inputs.temperature != 1.0
-    return inputs.oracle is not None and changed
-
-
-def _chunk_arguments(actions: slice, chunk: ProjectionInputs) -> dict[str, Any]:
-    """What both of the mixture's kernels take of a chunk."""
-    num_sentences, num_actions = chunk.source.shape
-    return {
-        "logits": chunk.source,
-        "head_bias": chunk.head_bias,
-        "noise": chunk.noise,
-        "oracle": chunk.oracle,
-        "codebook": chunk.codebook,
-        "num_sentences": num_sentences,
-        "num_actions": num_actions,
-        "size": chunk.size,
-        "first_action": actions.start,
-        "inverse_temperature": 1.0 / chunk.temperature,
-        "TOP_K": bool(chunk.top_k),
+    return inputs._asdict() | {
+        "logits": inputs.source,
+        "num_sentences": len(inputs.source),
+        "num_actions": inputs.num_actions,
+        "size": inputs.size,
+        "first_action": first_action,
+        "inverse_temperature": 1.0 / inputs.temperature,
+        "TOP_K": bool(inputs.top_k),
+        "RAW": inputs.oracle is not None and changed,
     }
 
 
@@ -129,22 +114,22 @@ def _splits(inputs: ProjectionInputs, tiles: Tiles) -> tuple[int, int]:
 
 def _mix(inputs: ProjectionInputs, outputs: ProjectionOutputs, tiles: Tiles) -> Tensor:
     """Fill in the mixture. Returns the partial statistics `[splits, NUM_PARTIALS, S]`."""
-    statistics, tie_index, mixture = outputs.statistics, outputs.tie_index, outputs.mixture
+    statistics, mixture = outputs.statistics, outputs.mixture
     num_sentences, size = mixture.shape
     num_splits, actions_per_split = _splits(inputs, tiles)
     partials, spare = statistics.new_empty(2, num_splits, NUM_PARTIALS.value, num_sentences)
     earlier = None
     means = mixture[None] if num_splits == 1 else mixture.new_empty(num_splits, num_sentences, size)
     grid = (max(1, triton.cdiv(size, tiles.columns)), triton.cdiv(num_sentences, tiles.rows), num_splits)
-    kept = (statistics[Statistic.THRESHOLD], tie_index) if inputs.top_k else ()
+    kept = (statistics[Statistic.THRESHOLD], outputs.tie_index) if inputs.top_k else ()
     for actions, chunk in chunks(inputs):
         before = () if earlier is None else (earlier, means)
         launch(
             mixture_fwd_kernel, grid, tiles,
             reads=(chunk.source, chunk.head_bias, chunk.noise, *kept, chunk.oracle, chunk.codebook, *before),
             writes=(partials, means),
-            **_chunk_arguments(actions, chunk), statistics=statistics, tie_index=tie_index, means=means,
-            earlier=earlier, partials=partials, actions_per_split=actions_per_split, RAW=_separate(inputs),
+            **_arguments(chunk, actions.start), **outputs._asdict(), means=means, earlier=earlier, partials=partials,
+            actions_per_split=actions_per_split,
         )  # fmt: skip
         earlier, partials, spare = partials, spare, partials
     assert earlier is not None
@@ -153,27 +138,22 @@ def _mix(inputs: ProjectionInputs, outputs: ProjectionOutputs, tiles: Tiles) -> 
         launch(
             combine_fwd_kernel, (triton.cdiv(size, tiles.columns), triton.cdiv(num_sentences, tiles.rows)), tiles,
             reads=(means, earlier), writes=(mixture,),
-            means=means, partials=earlier, mixture=mixture, num_sentences=num_sentences, size=size,
-            num_splits=num_splits, inverse_temperature=1.0 / inputs.temperature,
+            **_arguments(inputs), mixture=mixture, means=means, partials=earlier, num_splits=num_splits,
         )  # fmt: skip
     return earlier
 
 
 def _project(inputs: ProjectionInputs, outputs: ProjectionOutputs, partials: Tensor, tiles: Tiles) -> None:
     """Fill in everything but the mixture."""
-    written = outputs._asdict()
-    mixture = written.pop("mixture")
     num_sentences, plan_size = outputs.projected.shape
-    _, _, _, codebook, weight, bias, _, oracle, oracle_weight, *_ = inputs
+    oracle_weight = inputs.oracle_weight
     launch(
         projection_fwd_kernel,
         (max(1, triton.cdiv(plan_size, tiles.columns)), triton.cdiv(num_sentences, tiles.rows)), tiles,
-        reads=(partials, mixture, weight, bias, oracle, oracle_weight, _gathered_bytes(codebook, oracle_weight)),
-        writes=tuple(written.values()),
-        **written, partials=partials, mixture=mixture, codebook=codebook, weight=weight, bias=bias,
-        oracle=oracle, oracle_weight=oracle_weight, num_sentences=num_sentences, num_actions=inputs.num_actions,
-        size=inputs.size, plan_size=plan_size, num_splits=len(partials),
-        inverse_temperature=1.0 / inputs.temperature, TOP_K=bool(inputs.top_k), RAW=_separate(inputs),
+        reads=(partials, outputs.mixture, inputs.weight, inputs.bias, inputs.oracle, oracle_weight,
+               _gathered_bytes(inputs.codebook, oracle_weight)),
+        writes=[value for name, value in outputs._asdict().items() if name != "mixture"],
+        **_arguments(inputs), **outputs._asdict(), partials=partials, plan_size=plan_size, num_splits=len(partials),
     )  # fmt: skip
 
 
@@ -188,22 +168,28 @@ def plan_projection_backward(*arguments: Any) -> list[Tensor]:
     grad_projected, grad_log_normalizer, grad_oracle_nll = arguments[:3]
     given = ProjectionInputs(*arguments[3:12], *arguments[16:18])
     inputs, saved = _laid_out(given), _Saved(*arguments[12:16])
-    wanted = zip(ProjectionGradients._fields, arguments[18], strict=True)
-    values = [getattr(given, name) if needed else None for name, needed in wanted]
-    grads = ProjectionGradients(*[None if value is None else value.new_empty(value.shape) for value in values])
-    upstream = _Upstream(None, None, grad_log_normalizer, None if given.oracle is None else grad_oracle_nll)
-    if grad_projected is None or inputs.codebook is None or len(inputs.source) == 0:
-        # Nothing reaches the mixture, so what only it depends on has no gradient.
-        for unreached in (grads.codebook, grads.weight, grads.bias, grads.oracle_weight):
-            if unreached is not None:
-                unreached.zero_()
-    else:
-        reached = _project_backward(with_unit_columns(grad_projected), inputs, saved, grads)
-        upstream = _Upstream(*reached, *upstream[2:])
-    if len(inputs.source) == 0:
-        for gradient in (found for found in grads if found is not None):
-            gradient.zero_()
-    elif _to_scores(grads) or (grads.codebook is not None and upstream.grad_mixture is not None):
+    num_sentences = len(given.source)
+    reaches_mixture = grad_projected is not None and given.codebook is not None and num_sentences > 0
+
+    def room(name: str, needed: bool) -> Tensor | None:
+        value = getattr(given, name)
+        if value is None or not needed:
+            return None
+        unreached = name in ("codebook", "weight", "bias") and not reaches_mixture
+        if unreached or name == "oracle_weight" or num_sentences == 0:
+            return torch.zeros_like(value, memory_format=torch.contiguous_format)
+        return torch.empty_like(value, memory_format=torch.contiguous_format)
+
+    grads = ProjectionGradients(*map(room, ProjectionGradients._fields, arguments[18]))
+    upstream = {
+        "grad_mixture": None,
+        "delta_partials": None,
+        "grad_log_normalizer": grad_log_normalizer,
+        "grad_oracle_nll": None if given.oracle is None else grad_oracle_nll,
+    }
+    if reaches_mixture:
+        upstream |= _project_backward(with_unit_columns(grad_projected), inputs, saved, grads)
+    if num_sentences > 0 and (_to_scores(grads) or (grads.codebook is not None and reaches_mixture)):
         _mix_backward(upstream, inputs, saved, grads)
     return [given.source.new_empty(0) if gradient is None else gradient for gradient in grads]
 
@@ -220,26 +206,25 @@ def _to_scores(grads: ProjectionGradients) -> bool:
 
 def _project_backward(
     grad_projected: Tensor, inputs: ProjectionInputs, saved: _Saved, grads: ProjectionGradients
-) -> tuple[Tensor, Tensor]:
+) -> dict[str, Tensor]:
     """Fill the gradients of weight, bias and oracle_weight.
 
-    Returns the mixture's gradient `[S, A]` and the partial sums `[2, S, tiles of A]` of its products with the mixture
-    and with the likeliest action's embedding less the mixture.
+    Returns `grad_mixture [S, A]` and `delta_partials [2 or 3, S, tiles of A]`: of its products with the mixture, with
+    the likeliest action's embedding less the mixture and, for the gradient of oracle_weight, with the oracle's.
     """
     codebook, weight, oracle, oracle_weight = inputs.codebook, inputs.weight, inputs.oracle, inputs.oracle_weight
     best, mixture = saved.best, saved.mixture
     assert codebook is not None
     (num_sentences, size), plan_size = mixture.shape, grad_projected.shape[1]
     grad_mixture = grad_projected if weight is None else torch.empty_like(mixture, dtype=codebook.dtype)
-    reaches_mixture = _to_scores(grads) or grads.codebook is not None or grads.oracle_weight is not None
+    to_mixture = _to_scores(grads) or grads.codebook is not None or grads.oracle_weight is not None
     to_oracle_weight = oracle_weight is not None and grads.oracle_weight is not None
-    to_weight = None if grads.weight is None else oracle_weight
+    mixed_weight = None if grads.weight is None else oracle_weight
 
-    def run(tiles: Tiles) -> tuple[Tensor, Tensor | None]:
+    def run(tiles: Tiles) -> Tensor:
         num_tiles = triton.cdiv(size, tiles.columns)
-        num_partials = num_tiles if reaches_mixture else 0
-        delta_partials = mixture.new_empty(2, num_sentences, num_partials)
-        oracle_weight_partials = mixture.new_empty(num_sentences, num_partials) if to_oracle_weight else None
+        num_partials = num_tiles if to_mixture else 0
+        delta_partials = mixture.new_empty(3 if to_oracle_weight else 2, num_sentences, num_partials)
         grid = triton.cdiv(num_sentences, tiles.rows) * num_partials
         if grads.weight is not None:
             grid += triton.cdiv(plan_size, tiles.rows) * num_tiles
@@ -247,29 +232,27 @@ def _project_backward(
             grid += triton.cdiv(plan_size, tiles.columns)
         launch(
             projection_bwd_kernel, (grid,), tiles,
-            reads=(grad_projected, mixture, weight if reaches_mixture else None, oracle, to_weight,
-                   *((best, _gathered_bytes(codebook, best)) if reaches_mixture else ()),
-                   _gathered_bytes(codebook, oracle_weight if to_oracle_weight else to_weight)),
-            writes=(grad_mixture if reaches_mixture and weight is not None else None, grads.weight, grads.bias,
-                    delta_partials, oracle_weight_partials),
-            grad_projected=grad_projected, mixture=mixture, codebook=codebook, weight=weight, oracle=oracle,
-            oracle_weight=oracle_weight, best=best, grad_mixture=grad_mixture, grad_weight=grads.weight,
-            grad_bias=grads.bias, delta_partials=delta_partials, oracle_weight_partials=oracle_weight_partials,
-            num_sentences=num_sentences, num_actions=len(codebook), size=size, plan_size=plan_size,
-            num_partials=num_partials,
+            reads=(grad_projected, mixture, weight if to_mixture else None, oracle, mixed_weight,
+                   *((best, _gathered_bytes(codebook, best)) if to_mixture else ()),
+                   _gathered_bytes(codebook, oracle_weight if to_oracle_weight else mixed_weight)),
+            writes=(grad_mixture if to_mixture and weight is not None else None, grads.weight, grads.bias,
+                    delta_partials),
+            **_arguments(inputs), **saved._asdict(), grad_projected=grad_projected, grad_mixture=grad_mixture,
+            grad_weight=grads.weight, grad_bias=grads.bias, delta_partials=delta_partials, plan_size=plan_size,
+            num_partials=num_partials, TO_ORACLE_WEIGHT=to_oracle_weight,
         )  # fmt: skip
-        return delta_partials, oracle_weight_partials
+        return delta_partials
 
-    tiles = choose_tiles("projection_bwd", (size, plan_size), codebook, weight, grad_projected, mixture, trial=run)
-    delta_partials, oracle_weight_partials = run(tiles)
-    if oracle_weight_partials is not None and grads.oracle_weight is not None:
-        grads.oracle_weight.copy_(oracle_weight_partials.sum(1))
-    elif grads.oracle_weight is not None:
-        grads.oracle_weight.zero_()
-    return grad_mixture, delta_partials
+    matrices = (codebook, weight, grad_projected, mixture)
+    delta_partials = run(choose_tiles("projection_bwd", (size, plan_size), *matrices, trial=run))
+    if to_oracle_weight and grads.oracle_weight is not None:
+        grads.oracle_weight.copy_(delta_partials[2].sum(1))
+    return {"grad_mixture": grad_mixture, "delta_partials": delta_partials}
 
 
-def _mix_backward(upstream: _Upstream, inputs: ProjectionInputs, saved: _Saved, grads: ProjectionGradients) -> None:
+def _mix_backward(
+    upstream: dict[str, Tensor | None], inputs: ProjectionInputs, saved: _Saved, grads: ProjectionGradients
+) -> None:
     """Fill the gradients of codebook, noise and what the logits come from, chunk by chunk."""
     source, codebook = inputs.source, inputs.codebook
     states = grad_logits = None
@@ -279,15 +262,15 @@ def _mix_backward(upstream: _Upstream, inputs: ProjectionInputs, saved: _Saved, 
         grad_logits = source.new_empty(len(source), chunk_width(inputs))
         states = None if grads.source is None else torch.zeros_like(grads.source, dtype=torch.float32)
     operand, sizes = source if codebook is None else codebook, (inputs.num_actions, inputs.size)
+    grad_mixture = upstream["grad_mixture"]
     for actions, chunk in chunks(inputs):
-        reached = upstream.grad_mixture is not None
         written = {
             "grad_logits": None if grad_logits is None else grad_logits[:, : chunk.num_actions],
             "grad_noise": None if grads.noise is None else grads.noise[:, actions],
-            "grad_codebook": grads.codebook[actions] if grads.codebook is not None and reached else None,
+            "grad_codebook": None if grads.codebook is None or grad_mixture is None else grads.codebook[actions],
         }
         run = partial(_mix_chunk_backward, upstream, actions, chunk, saved, written)
-        matrices = (*_score_matrices(inputs), upstream.grad_mixture, *written.values())
+        matrices = (*_score_matrices(inputs), grad_mixture, *written.values())
         run(choose_tiles("mixture_bwd", sizes, operand, *matrices, trial=run))
         if inputs.head is not None and written["grad_logits"] is not None:
             _head_backward(inputs, actions, written["grad_logits"], states, grads)
@@ -296,7 +279,7 @@ def _mix_backward(upstream: _Upstream, inputs: ProjectionInputs, saved: _Saved, 
 
 
 def _mix_chunk_backward(
-    upstream: _Upstream,
+    upstream: dict[str, Tensor | None],
     actions: slice,
     chunk: ProjectionInputs,
     saved: _Saved,
@@ -309,16 +292,15 @@ def _mix_chunk_backward(
         grid += triton.cdiv(num_actions, tiles.rows) * triton.cdiv(chunk.size, tiles.columns)
     if written["grad_logits"] is not None or written["grad_noise"] is not None:
         grid += triton.cdiv(num_sentences, tiles.rows) * triton.cdiv(num_actions, tiles.depth)
-    best, statistics, tie_index, delta = saved.best, saved.statistics, saved.tie_index, upstream.delta_partials
+    delta_partials = upstream["delta_partials"]
     launch(
         mixture_bwd_kernel, (grid,), tiles,
-        reads=(chunk.source, chunk.head_bias, chunk.noise, *upstream, statistics, tie_index if chunk.top_k else None,
-               chunk.oracle, chunk.oracle_weight,
-               *((best, chunk.codebook) if upstream.grad_mixture is not None else ())),
+        reads=(chunk.source, chunk.head_bias, chunk.noise, *upstream.values(), saved.statistics,
+               saved.tie_index if chunk.top_k else None, chunk.oracle, chunk.oracle_weight,
+               *(() if delta_partials is None else (saved.best, chunk.codebook))),
         writes=tuple(written.values()),
-        **_chunk_arguments(actions, chunk), **upstream._asdict(), **written, statistics=statistics,
-        tie_index=tie_index, oracle_weight=chunk.oracle_weight, best=best,
-        num_partials=0 if delta is None else delta.shape[2],
+        **_arguments(chunk, actions.start), **saved._asdict(), **upstream, **written,
+        num_partials=0 if delta_partials is None else delta_partials.shape[2],
     )  # fmt: skip
 
 

@@ -168,22 +168,23 @@ def launch(
         tiles (Tiles): the `constants`, and the options.
         reads, writes (Sequence[Tensor | int | None]): what the kernel touches, for observers: whole tensors, or the
             bytes of a part of one; None is left out.
-        **arguments (Any): the kernel's arguments, by name, less the `constants` and strides: its `NAME_stride` is the
-            row stride of its `NAME`.
+        **arguments (Any): the kernel's arguments, by name, less the `constants` and strides (`NAME_stride` is that of
+            `NAME`'s rows); what it does not take is left out.
     """
     if 0 in grid:
         return
     touched = [tuple(item for item in items if item is not None) for items in (reads, writes)]
+    taken = {name: arguments[name] for name in kernel.arg_names if name in arguments}
     for name in kernel.arg_names:
         if name.endswith("_stride"):
             matrix = arguments[name.removesuffix("_stride")]
-            arguments[name] = 0 if matrix is None else matrix.stride(0)
-    request = Launch(kernel, grid, tiles, touched[0], touched[1], arguments)
+            taken[name] = 0 if matrix is None else matrix.stride(0)
+    request = Launch(kernel, grid, tiles, touched[0], touched[1], taken)
     if _observer is not None and not _observer(request):
         return
     sample = next(item for item in touched[1] if isinstance(item, Tensor))
     with torch.cuda.device_of(sample):
-        kernel[grid](**arguments, **constants(request), num_warps=tiles.num_warps, num_stages=tiles.num_stages)
+        kernel[grid](**taken, **constants(request), num_warps=tiles.num_warps, num_stages=tiles.num_stages)
 
 
 def constants(request: Launch) -> dict[str, int]:
