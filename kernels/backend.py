@@ -160,21 +160,18 @@ def _triton_lacks(device: str, index: int | None) -> str | None:
     if device == "cpu":
         if not environment.interpreted():
             return "triton runs on a CPU only in its interpreter (TRITON_INTERPRET=1 from the start of the process)"
-    elif device == "meta":  # without data: shapes, and for observers what would be launched
         return None
-    elif device != "cuda":
+    if device == "meta":  # without data: shapes, and for observers what would be launched
+        return None
+    if device != "cuda":
         return f"triton has no {device} implementation"
-    elif torch.cuda.get_device_capability(index) < (8, 0):
+    if torch.cuda.get_device_capability(index) < (8, 0):
         return f"triton needs a GPU of compute capability 8.0, and {torch.cuda.get_device_name(index)} has less"
-    else:
-        return environment.no_launchers() or _foreign_cache()
-    return None
-
-
-def _foreign_cache() -> str | None:
-    """Why Triton's own cache, from which it loads launchers and kernels, is not to be trusted."""
+    if (reason := environment.no_launchers()) is not None:
+        return reason
     from triton import knobs
 
+    # Triton loads launchers and kernels from a cache of its own.
     reason = environment.not_ours(Path(knobs.cache.dir))
     return reason and f"others may put code into Triton's cache ({reason}): set TRITON_CACHE_DIR to a folder of yours"
 

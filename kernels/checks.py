@@ -1,4 +1,4 @@
-"""What the operations refuse: a ValueError that names the argument, what it got and what it needs.
+"""What the operations refuse: always with a ValueError that names the argument, what it got and what it needs.
 
 Shapes, dtypes, devices and options are checked always. Values inside tensors (ids in range, sorted, weights within
 0 and 1) are checked on CPU only: reading them on another device would make the host wait for it.
@@ -21,22 +21,14 @@ _FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def check_logits(logits: Tensor) -> None:
-    """Refuse logits that `plan_projection` cannot take.
-
-    Raises:
-        ValueError: names the argument, what it got and what it needs.
-    """
+    """Refuse logits that `plan_projection` cannot take."""
     _floating("logits", logits, "[S, K]", (None, None))
     if logits.shape[1] == 0:
         _refuse("logits", "no action (K = 0)", "at least one")
 
 
 def check_hidden(hidden: Tensor, head: Tensor, head_bias: Tensor | None) -> None:
-    """Refuse what `plan_projection_from_hidden` cannot make logits of.
-
-    Raises:
-        ValueError: names the argument, what it got and what it needs.
-    """
+    """Refuse what `plan_projection_from_hidden` cannot make logits of."""
     _floating("hidden", hidden, "[S, P]", (None, None))
     _floating("head", head, "[K, P]", (None, None), device=hidden.device)
     num_actions = head.shape[0]
@@ -48,11 +40,7 @@ def check_hidden(hidden: Tensor, head: Tensor, head_bias: Tensor | None) -> None
 
 
 def check_projection(inputs: ProjectionInputs, selection: str) -> None:
-    """Refuse what neither projection can take, with logits or states that have been checked.
-
-    Raises:
-        ValueError: names the argument, what it got and what it needs.
-    """
+    """Refuse what neither projection can take, with logits or states that have been checked."""
     source, _, _, codebook, weight, bias, noise, _, oracle_weight, temperature, top_k = inputs
     num_sentences, num_actions, device = source.shape[0], inputs.num_actions, source.device
     _floating("codebook", codebook, "[K, A]", (num_actions, None), "with the K of the logits", device)
@@ -78,11 +66,7 @@ def check_projection(inputs: ProjectionInputs, selection: str) -> None:
 
 
 def check_add_plan(x: Tensor, plan: Tensor, segment_ids: Tensor, gate: Tensor | None) -> None:
-    """Refuse what `add_plan` cannot take.
-
-    Raises:
-        ValueError: names the argument, what it got and what it needs.
-    """
+    """Refuse what `add_plan` cannot take."""
     _floating("x", x, "[T, D]", (None, None))
     num_tokens, size = x.shape
     _floating("plan", plan, "[S, D]", (None, size), "with x's D", x.device)
@@ -92,11 +76,7 @@ def check_add_plan(x: Tensor, plan: Tensor, segment_ids: Tensor, gate: Tensor | 
 
 
 def check_segment_ids(segment_ids: Tensor, num_sentences: int) -> None:
-    """Refuse ids out of range or order, where they can be read. The C++ operator does so itself, at less cost.
-
-    Raises:
-        ValueError: names the argument, what it got and what it needs.
-    """
+    """Refuse ids out of range or order, where they can be read. The C++ operator does so itself, at less cost."""
     num_tokens = len(segment_ids)
     if not _readable(segment_ids) or num_tokens == 0:
         return

@@ -25,16 +25,7 @@ import triton
 import triton.language as tl
 
 from .contract import Statistic
-from .triton_numerics import (
-    Matrix,
-    add_product,
-    exponential,
-    load_rows,
-    load_tile,
-    load_vector,
-    rounded,
-    store_tile,
-)
+from .triton_numerics import Matrix, add_product, exponential, load_rows, load_tile, load_vector, rounded, store_tile
 
 SCORE_MAX, SCORE_LOG_SUM, LOGIT_MAX, LOGIT_LOG_SUM, THRESHOLD = (tl.constexpr(int(row)) for row in Statistic)
 # The partial statistics of a split of the actions have the sums themselves, and no threshold.

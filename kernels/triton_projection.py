@@ -1,14 +1,16 @@
 """`plan_projection` on CUDA: which kernels run on what, forward and backward, from logits or from hidden states.
 
-Launches from logits: 2 forward (3 where the actions are split over programs), 2 backward. From hidden states the first
-forward and the second backward one run once for each chunk of logits (`triton_planner`): the forward goes on from the
-state that the chunks before have left, the backward computes each chunk anew.
+Launches from logits: 2 forward (3 where the actions are split over programs), 2 backward. From hidden states the logits
+exist a chunk of actions at a time: `hidden @ head[chunk].T` by the library, in float32, into a scratch that every chunk
+overwrites. The first forward and the second backward kernel run once for each: the forward goes on from the state that
+the chunks before have left, the backward computes each chunk anew.
 
 Sizes: S sentences, K actions, A action-embedding size, D plan size, P planner state.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -20,11 +22,13 @@ from .contract import ProjectionGradients, ProjectionInputs, ProjectionOutputs, 
 from .operators import projection_outputs
 from .triton_backward import mixture_bwd_kernel, projection_bwd_kernel
 from .triton_forward import NUM_PARTIALS, combine_fwd_kernel, mixture_fwd_kernel, projection_fwd_kernel
-from .triton_planner import chunk_width, chunks, find_threshold, product
 from .triton_tiles import Tiles, choose_tiles, launch, num_processors, with_unit_columns
 
 OPERATORS = ("plan_projection", "plan_projection_backward")
 """What this backend implements here; `operators` has the schemas."""
+
+_SCRATCH_BYTES = 64 << 20
+"""Of a chunk's logits: large enough for full-speed products (4096 sentences by 4096 actions), small beside a model."""
 
 
 class _Saved(NamedTuple):
@@ -46,7 +50,7 @@ def plan_projection(*arguments: Any) -> ProjectionOutputs:
     if len(inputs.source) == 0:
         return outputs
     if inputs.top_k:
-        find_threshold(inputs, outputs)
+        _find_threshold(inputs, outputs)
     operand = inputs.source if inputs.codebook is None else inputs.codebook
     mix = partial(_mix, inputs, outputs)
     sizes = (inputs.num_actions, inputs.size)
@@ -107,7 +111,7 @@ def _splits(inputs: ProjectionInputs, tiles: Tiles) -> tuple[int, int]:
         logits_bytes = num_sentences * inputs.num_actions * source.element_size()
         codebook_bytes = codebook.numel() * codebook.element_size()
         wanted = min(wanted, (logits_bytes + codebook_bytes) // (16 * num_sentences * size))
-    steps = triton.cdiv(chunk_width(inputs), tiles.depth)
+    steps = triton.cdiv(_chunk_width(inputs), tiles.depth)
     steps_each = triton.cdiv(steps, min(max(wanted, 1), steps))
     return triton.cdiv(steps, steps_each), steps_each * tiles.depth
 
@@ -122,7 +126,7 @@ def _mix(inputs: ProjectionInputs, outputs: ProjectionOutputs, tiles: Tiles) -> 
     means = mixture[None] if num_splits == 1 else mixture.new_empty(num_splits, num_sentences, size)
     grid = (max(1, triton.cdiv(size, tiles.columns)), triton.cdiv(num_sentences, tiles.rows), num_splits)
     kept = (statistics[Statistic.THRESHOLD], outputs.tie_index) if inputs.top_k else ()
-    for actions, chunk in chunks(inputs):
+    for actions, chunk in _chunks(inputs):
         before = () if earlier is None else (earlier, means)
         launch(
             mixture_fwd_kernel, grid, tiles,
@@ -253,17 +257,17 @@ def _project_backward(
 def _mix_backward(
     upstream: dict[str, Tensor | None], inputs: ProjectionInputs, saved: _Saved, grads: ProjectionGradients
 ) -> None:
-    """Fill the gradients of codebook, noise and what the logits come from, chunk by chunk."""
+    """Fill the gradients of codebook, noise and what the logits come from, chunk by chunk; states': summed up."""
     source, codebook = inputs.source, inputs.codebook
     states = grad_logits = None
     if inputs.head is None:
         grad_logits = grads.source
     elif _to_logits(grads):
-        grad_logits = source.new_empty(len(source), chunk_width(inputs))
+        grad_logits = source.new_empty(len(source), _chunk_width(inputs))
         states = None if grads.source is None else torch.zeros_like(grads.source, dtype=torch.float32)
     operand, sizes = source if codebook is None else codebook, (inputs.num_actions, inputs.size)
     grad_mixture = upstream["grad_mixture"]
-    for actions, chunk in chunks(inputs):
+    for actions, chunk in _chunks(inputs):
         written = {
             "grad_logits": None if grad_logits is None else grad_logits[:, : chunk.num_actions],
             "grad_noise": None if grads.noise is None else grads.noise[:, actions],
@@ -272,8 +276,15 @@ def _mix_backward(
         run = partial(_mix_chunk_backward, upstream, actions, chunk, saved, written)
         matrices = (*_score_matrices(inputs), grad_mixture, *written.values())
         run(choose_tiles("mixture_bwd", sizes, operand, *matrices, trial=run))
-        if inputs.head is not None and written["grad_logits"] is not None:
-            _head_backward(inputs, actions, written["grad_logits"], states, grads)
+        of_logits = written["grad_logits"]
+        if inputs.head is None or of_logits is None:
+            continue
+        if states is not None:
+            states += _product(of_logits, inputs.head[actions], torch.empty_like(states))
+        if grads.head is not None:
+            _product(of_logits.T, source, grads.head[actions])
+        if grads.head_bias is not None:
+            grads.head_bias[actions] = of_logits.sum(0, dtype=torch.float32)
     if states is not None and grads.source is not None:
         grads.source.copy_(states)
 
@@ -304,21 +315,81 @@ def _mix_chunk_backward(
     )  # fmt: skip
 
 
-def _head_backward(
-    inputs: ProjectionInputs, actions: slice, grad_logits: Tensor, states: Tensor | None, grads: ProjectionGradients
-) -> None:
-    """What a chunk's logits pass on to the head and, added to `states`, to the hidden states."""
-    assert inputs.head is not None
-    if states is not None:
-        states += product(grad_logits, inputs.head[actions], torch.empty_like(states))
-    if grads.head is not None:
-        product(grad_logits.T, inputs.source, grads.head[actions])
-    if grads.head_bias is not None:
-        grads.head_bias[actions] = grad_logits.sum(0, dtype=torch.float32)
-
-
 def _gathered_bytes(codebook: Tensor | None, per_sentence: Tensor | None) -> int | None:
     """Bytes of one row of the codebook for each sentence, where the oracle has a weight."""
     if codebook is None or per_sentence is None:
         return None
     return len(per_sentence) * codebook.shape[1] * codebook.element_size()
+
+
+def _chunk_width(inputs: ProjectionInputs) -> int:
+    """Actions of a chunk: all from logits, from hidden states as many as the scratch holds.
+
+    A quarter of them at most: both scratches of the backward together take fewer bytes than half-precision logits.
+    """
+    if inputs.head is None:
+        return inputs.num_actions
+    width = max(1, min(inputs.num_actions // 4, _SCRATCH_BYTES // (4 * len(inputs.source))))
+    return width // 64 * 64 or width // 16 * 16 or width
+
+
+def _chunks(inputs: ProjectionInputs) -> Iterator[tuple[slice, ProjectionInputs]]:
+    """All actions, in order: which ones, and their logits with what of the other inputs belongs to them.
+
+    From hidden states every chunk overwrites the logits of the one before.
+    """
+    source, head, head_bias, noise = inputs.source, inputs.head, inputs.head_bias, inputs.noise
+    if head is None:
+        yield slice(0, inputs.num_actions), inputs
+        return
+    width = _chunk_width(inputs)
+    scratch = source.new_empty(len(source), width, dtype=torch.float32)
+    for first in range(0, len(head), width):
+        actions = slice(first, min(first + width, len(head)))
+        logits = scratch[:, : actions.stop - first]
+        _product(source, head[actions].T, logits)
+        yield (
+            actions,
+            inputs._replace(
+                source=logits,
+                head=None,
+                head_bias=None if head_bias is None else head_bias[actions],
+                codebook=None if inputs.codebook is None else inputs.codebook[actions],
+                noise=None if noise is None else noise[:, actions],
+            ),
+        )
+
+
+def _find_threshold(inputs: ProjectionInputs, outputs: ProjectionOutputs) -> None:
+    """The lowest score that the top k keeps, and the last of its equals kept, into statistics and tie_index.
+
+    Candidates of the chunks so far come before those of the next and sorting is stable: among equals the lowest index.
+    """
+    values = indices = None
+    for actions, chunk in _chunks(inputs):
+        scores = chunk.source.float()  # bit for bit what the kernels compute
+        if chunk.head_bias is not None:
+            scores = scores + chunk.head_bias.float()
+        if chunk.noise is not None:
+            scores = scores + chunk.noise.float()
+        best, order = torch.sort(scores, dim=1, descending=True, stable=True)
+        best, order = best[:, : inputs.top_k], order[:, : inputs.top_k] + actions.start
+        if values is None or indices is None:
+            values, indices = best, order
+            continue
+        indices = torch.cat([indices, order], dim=1)
+        values, order = torch.sort(torch.cat([values, best], dim=1), dim=1, descending=True, stable=True)
+        values = values[:, : inputs.top_k]
+        indices = indices.gather(1, order[:, : inputs.top_k])
+    assert values is not None and indices is not None
+    outputs.statistics[Statistic.THRESHOLD].copy_(values[:, -1])
+    outputs.tie_index.copy_(indices[:, -1])
+
+
+def _product(left: Tensor, right: Tensor, out: Tensor) -> Tensor:
+    """`left @ right` into `out`: summed in float32, and rounded only where `out` is of half precision."""
+    if left.dtype == out.dtype and not left.is_cpu:
+        return torch.mm(left, right, out=out)
+    if left.is_cpu:  # the interpreter: no product of the library's here gives float32 for half-precision operands
+        return out.copy_(left.float() @ right.float())
+    return torch.mm(left, right, out_dtype=torch.float32, out=out)

@@ -13,6 +13,8 @@ from planlm.kernels import PlanProjection, use_backend
 from planlm.kernels.reference import SELECTIONS, STRAIGHT_THROUGH
 
 HALVES = [torch.bfloat16, torch.float16]
+Results = tuple[PlanProjection, dict[str, Tensor]]
+"""Outputs, and gradients by the names of inputs."""
 STEPPED = STRAIGHT_THROUGH
 """Selections whose forward is a step function of the logits while their gradient is that of the soft mixture."""
 PLANNING = tuple(name for name in SELECTIONS if selections.SELECTIONS[name].trains_planner)
@@ -127,17 +129,13 @@ def sorted_ids(num_tokens: int, num_segments: int) -> Tensor:
     return ids.masked_fill(torch.rand(num_tokens, generator=generator) < 0.2, -1)
 
 
-def run(
-    function: Callable[..., PlanProjection], inputs: Mapping[str, Any], options: Mapping[str, Any]
-) -> tuple[PlanProjection, dict[str, Tensor]]:
+def run(function: Callable[..., PlanProjection], inputs: Mapping[str, Any], options: Mapping[str, Any]) -> Results:
     """Outputs of a function, and gradients of every leaf."""
     outputs = function(**inputs, **options)
     return outputs, gradients(outputs, leaves(inputs, options))
 
 
-def truth(
-    function: Callable[..., PlanProjection], inputs: Mapping[str, Any], options: Mapping[str, Any]
-) -> tuple[PlanProjection, dict[str, Tensor]]:
+def truth(function: Callable[..., PlanProjection], inputs: Mapping[str, Any], options: Mapping[str, Any]) -> Results:
     """`run` on the reference in float64."""
     with use_backend("reference"):
         return run(function, in_float64(inputs), in_float64(options))
@@ -171,3 +169,11 @@ def assert_close(name: str, got: Tensor, want: Tensor, tolerance: float) -> None
             f"{name}: relative error {error:.3g}, {error / tolerance:.3g} times the tolerance; "
             f"worst at {at}: {got[at].item()} for {want[at].item()}"
         )
+
+
+def assert_same(got: Results, want: Results, tolerance: float, of_gradients: float | None = None) -> None:
+    """`assert_close` of outputs and of every gradient that is wanted."""
+    for name, value, expected in zip(PlanProjection._fields, got[0], want[0], strict=True):
+        assert_close(name, value, expected, tolerance)
+    for name, expected in want[1].items():
+        assert_close(f"gradient of {name}", got[1][name], expected, of_gradients or tolerance)

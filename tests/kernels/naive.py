@@ -6,25 +6,21 @@ Independent of `kernels/reference.py` on purpose: the loops share no code and no
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
 
+DEFAULTS = {
+    "temperature": 1.0, "selection": "soft", "oracle": None, "oracle_weight": 0.0, "noise": None, "top_k": None
+}  # fmt: skip
+
 
 def plan_projection_loop(
-    logits: Tensor,
-    codebook: Tensor,
-    weight: Tensor,
-    bias: Tensor | None = None,
-    *,
-    temperature: float = 1.0,
-    selection: str = "soft",
-    oracle: Tensor | None = None,
-    oracle_weight: float | Tensor = 0.0,
-    noise: Tensor | None = None,
-    top_k: int | None = None,
+    logits: Tensor, codebook: Tensor, weight: Tensor, bias: Tensor | None = None, **options: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Projected, log_normalizer and oracle_nll by loops; the hard selections carry no gradient to the logits."""
+    temperature, selection, oracle, oracle_weight, noise, top_k = (DEFAULTS | options).values()
     num_sentences, num_actions = logits.shape
     projected, normalizers, nlls = [], [], []
     for s in range(num_sentences):
@@ -61,19 +57,10 @@ def plan_projection_loop(
 
 
 def plan_projection_eager(
-    logits: Tensor,
-    codebook: Tensor,
-    weight: Tensor,
-    bias: Tensor | None = None,
-    *,
-    temperature: float = 1.0,
-    selection: str = "soft",
-    oracle: Tensor | None = None,
-    oracle_weight: float | Tensor = 0.0,
-    noise: Tensor | None = None,
-    top_k: int | None = None,
+    logits: Tensor, codebook: Tensor, weight: Tensor, bias: Tensor | None = None, **options: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The same as a user would write it, in the inputs' own precision throughout: the yardstick for bf16 errors."""
+    temperature, selection, oracle, oracle_weight, noise, top_k = (DEFAULTS | options).values()
     scores = logits if noise is None else logits + noise
     if selection == "top-k":
         scores = scores.masked_fill(scores < scores.topk(top_k, dim=1).values[:, -1:], -math.inf)
@@ -100,6 +87,11 @@ def plan_projection_eager(
         nll = torch.where(labelled, -picked, 0.0)
     projected = mixture @ weight.T
     return projected if bias is None else projected + bias, (scores / temperature).logsumexp(dim=1), nll
+
+
+def eager_from_hidden(hidden: Tensor, head: Tensor, head_bias: Tensor, **rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """`plan_projection_eager` of a planner's states."""
+    return plan_projection_eager(torch.nn.functional.linear(hidden, head, head_bias), **rest)
 
 
 def add_plan_loop(x: Tensor, plan: Tensor, segment_ids: Tensor, gate: Tensor | None = None) -> Tensor:

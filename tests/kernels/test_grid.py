@@ -11,13 +11,12 @@ import os
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from planlm.kernels import plan_projection, plan_projection_from_hidden, use_backend
+from planlm.kernels import plan_projection, plan_projection_from_hidden
 
-from .cases import gradients, hidden_inputs, in_float64, leaves, projection_inputs, projection_options
-from .naive import plan_projection_eager
+from .cases import hidden_inputs, projection_inputs, projection_options, run, truth
+from .naive import eager_from_hidden, plan_projection_eager
 
 pytestmark = pytest.mark.usefixtures("backend")
 
@@ -58,16 +57,16 @@ def mean(got: Tensor, want: Tensor) -> float:
     return ((got.double() - want.double()).norm() / want.double().norm().clamp(min=1.0)).item()
 
 
-def check(got, found, want, truths, eager, usual) -> None:
+def check(got, found, want, wanted, eager, usual) -> None:
     """Values and gradients against float64: within 1e-5, or where there is one within eager's own error plus 1e-3."""
     values = {name: pair for name, *pair in zip(got._fields, got, want, eager or want, strict=True)}
-    values |= {f"gradient of {name}": [found[name], truth, (usual or truths)[name]] for name, truth in truths.items()}
-    for name, (ours, truth, theirs) in values.items():
+    values |= {f"gradient of {name}": [found[name], exact, (usual or wanted)[name]] for name, exact in wanted.items()}
+    for name, (ours, exact, theirs) in values.items():
         if eager is None:
-            assert worst(ours, truth) <= 1e-5, f"{name}: {worst(ours, truth):.3g}"
+            assert worst(ours, exact) <= 1e-5, f"{name}: {worst(ours, exact):.3g}"
         else:
-            assert mean(ours, truth) <= mean(theirs, truth) + 1e-3, f"{name}: {mean(ours, truth):.3g}"
-            assert worst(ours, truth) <= worst(theirs, truth) + 1e-3 + 2**-8, f"{name}: {worst(ours, truth):.3g}"
+            assert mean(ours, exact) <= mean(theirs, exact) + 1e-3, f"{name}: {mean(ours, exact):.3g}"
+            assert worst(ours, exact) <= worst(theirs, exact) + 1e-3 + 2**-8, f"{name}: {worst(ours, exact):.3g}"
 
 
 @pytest.mark.parametrize("labels", ["some", "none"])
@@ -86,17 +85,8 @@ def test_from_logits(dtype: torch.dtype, shape: str, kind: str, selection: str, 
         inputs["logits"] = inputs["logits"].detach().round().requires_grad_()
     if labels == "none":
         options["oracle"] = torch.full_like(options["oracle"], -1)
-    exact_inputs, exact_options = in_float64(inputs), in_float64(options)
-    got = plan_projection(**inputs, **options)
-    found = gradients(got, leaves(inputs, options))
-    with use_backend("reference"):
-        want = plan_projection(**exact_inputs, **exact_options)
-        truths = gradients(want, leaves(exact_inputs, exact_options))
-    eager, usual = None, None
-    if dtype != torch.float32:
-        eager = plan_projection_eager(**inputs, **options)
-        usual = gradients(eager, leaves(inputs, options))
-    check(got, found, want, truths, eager, usual)
+    eager = run(plan_projection_eager, inputs, options) if dtype != torch.float32 else (None, None)
+    check(*run(plan_projection, inputs, options), *truth(plan_projection, inputs, options), *eager)
 
 
 @pytest.mark.parametrize("selection", ["soft", "top-k"])
@@ -111,16 +101,6 @@ def test_from_hidden(dtype: torch.dtype, shape: str, scale: float, selection: st
         values = (inputs[name].detach() * 2).round()
         inputs[name] = (values * scale if name != "head" else values).requires_grad_()
     options = projection_options(selection, "rows", num_sentences, num_actions, dtype=dtype)
-    exact_inputs, exact_options = in_float64(inputs), in_float64(options)
-    got = plan_projection_from_hidden(**inputs, **options)
-    found = gradients(got, leaves(inputs, options))
-    with use_backend("reference"):
-        want = plan_projection_from_hidden(**exact_inputs, **exact_options)
-        truths = gradients(want, leaves(exact_inputs, exact_options))
-    eager, usual = None, None
-    if dtype != torch.float32:
-        values = dict(inputs)
-        logits = F.linear(values.pop("hidden"), values.pop("head"), values.pop("head_bias"))
-        eager = plan_projection_eager(logits, **values, **options)
-        usual = gradients(eager, leaves(inputs, options))
-    check(got, found, want, truths, eager, usual)
+    eager = run(eager_from_hidden, inputs, options) if dtype != torch.float32 else (None, None)
+    found = run(plan_projection_from_hidden, inputs, options)
+    check(*found, *truth(plan_projection_from_hidden, inputs, options), *eager)

@@ -11,14 +11,16 @@ from .cases import (
     HALVES,
     SELECTIONS,
     assert_close,
+    assert_same,
     gradients,
     hidden_inputs,
     in_float64,
-    leaves,
     projection_inputs,
     projection_options,
     random,
     relative_error,
+    run,
+    truth,
 )
 from .naive import plan_projection_eager
 
@@ -35,17 +37,15 @@ def test_half_precision_is_no_worse_than_eager(dtype: torch.dtype, selection: st
     inputs = projection_inputs(*SHAPE, dtype=dtype)
     inputs["logits"] = (inputs["logits"].detach() * scale).requires_grad_()
     options = projection_options(selection, mixing, *SHAPE[:2], dtype=dtype)
-    exact_inputs, exact_options = in_float64(inputs), in_float64(options)
-    got, eager = plan_projection(**inputs, **options), plan_projection_eager(**inputs, **options)
-    want = plan_projection(**exact_inputs, **exact_options)
-    for name, ours, theirs, truth in zip(got._fields, got, eager, want, strict=True):
-        assert relative_error(ours, truth) <= relative_error(theirs, truth) + 1e-3, name
-    wanted = leaves(inputs, options)
-    ours, theirs = gradients(got, wanted), gradients(eager, wanted)
-    truths = gradients(want, leaves(exact_inputs, exact_options))
-    for name in wanted:
+    (got, ours), (eager, theirs) = (
+        run(function, inputs, options) for function in (plan_projection, plan_projection_eager)
+    )
+    want, exact = truth(plan_projection, inputs, options)
+    for name, value, usual, expected in zip(got._fields, got, eager, want, strict=True):
+        assert relative_error(value, expected) <= relative_error(usual, expected) + 1e-3, name
+    for name, expected in exact.items():
         assert ours[name].dtype == dtype
-        error, usual = relative_error(ours[name], truths[name]), relative_error(theirs[name], truths[name])
+        error, usual = relative_error(ours[name], expected), relative_error(theirs[name], expected)
         assert error <= usual + 1e-3, f"gradient of {name}: relative error {error:.3g}, eager's {usual:.3g}"
 
 
@@ -54,13 +54,7 @@ def test_half_precision_is_no_worse_than_eager(dtype: torch.dtype, selection: st
 def test_float32_is_within_1e_5(selection: str, mixing: str) -> None:
     inputs = projection_inputs(*SHAPE, dtype=torch.float32)
     options = projection_options(selection, mixing, *SHAPE[:2], dtype=torch.float32)
-    exact_inputs, exact_options = in_float64(inputs), in_float64(options)
-    got, want = plan_projection(**inputs, **options), plan_projection(**exact_inputs, **exact_options)
-    for name, ours, truth in zip(got._fields, got, want, strict=True):
-        assert_close(name, ours, truth, 1e-5)
-    found = gradients(got, leaves(inputs, options))
-    for name, truth in gradients(want, leaves(exact_inputs, exact_options)).items():
-        assert_close(f"gradient of {name}", found[name], truth, 1e-5)
+    assert_same(run(plan_projection, inputs, options), truth(plan_projection, inputs, options), 1e-5)
 
 
 @pytest.mark.parametrize(

@@ -15,12 +15,14 @@ from .cases import (
     SELECTIONS,
     STEPPED,
     assert_close,
+    assert_same,
     gradients,
     hidden_inputs,
     in_float64,
     leaves,
     projection_inputs,
     projection_options,
+    run,
     upstream,
 )
 from .naive import plan_projection_loop
@@ -39,16 +41,11 @@ def test_agrees_with_loops(selection: str, mixing: str, shape: tuple[int, int, i
     options = projection_options(selection, mixing, *shape[:2])
     got = plan_projection(**inputs, **options)
     want = plan_projection_loop(**inputs, **options)
-    for name, value, expected in zip(got._fields, got, want, strict=True):
-        assert_close(name, value, expected, 1e-12)
-
     wanted = leaves(inputs, options)
     if selection in STEPPED:  # the loops know no step gradient: test_gradients.py has it
         del wanted["logits"]
         wanted.pop("noise", None)
-    found, expected_gradients = gradients(got, wanted), gradients(want, wanted)
-    for name in wanted:
-        assert_close(f"gradient of {name}", found[name], expected_gradients[name], 1e-11)
+    assert_same((got, gradients(got, wanted)), (want, gradients(want, wanted)), 1e-12, 1e-11)
 
 
 @pytest.mark.parametrize("mixing", MIXINGS)
@@ -59,11 +56,7 @@ def test_from_hidden_is_plan_projection_of_the_logits(selection: str, mixing: st
     logits = inputs["hidden"] @ inputs["head"].T + inputs["head_bias"]
     want = plan_projection(logits, inputs["codebook"], inputs["weight"], inputs["bias"], **options)
     wanted = leaves(inputs, options)
-    found, expected = gradients(got, wanted), gradients(want, wanted)
-    for name, value, target in zip(got._fields, got, want, strict=True):
-        assert_close(name, value, target, 1e-12)
-    for name in wanted:
-        assert_close(f"gradient of {name}", found[name], expected[name], 1e-12)
+    assert_same((got, gradients(got, wanted)), (want, gradients(want, wanted)), 1e-12)
 
 
 def test_from_hidden_without_biases() -> None:
@@ -84,9 +77,9 @@ def test_only_planning_selections_reach_the_planner(selection: str) -> None:
 @pytest.mark.parametrize("selection", SELECTIONS)
 def test_no_sentences(selection: str) -> None:
     inputs, options = projection_inputs(0), projection_options(selection, "rows", 0)
-    result = plan_projection(**inputs, **options)
+    result, found = run(plan_projection, inputs, options)
     assert [tuple(value.shape) for value in result] == [(0, 4), (0,), (0,)]
-    for name, gradient in gradients(result, leaves(inputs, options)).items():
+    for name, gradient in found.items():
         assert not gradient.any(), name
 
 
@@ -214,16 +207,12 @@ def test_extreme_logits(kind: str, selection: str, mixing: str) -> None:
         summed = (inputs["logits"] + options["noise"]).detach().double()
         exact_options["noise"] = (summed - exact_inputs["logits"].detach()).requires_grad_()
     want = plan_projection_loop(**exact_inputs, **exact_options)
-    for name, value, expected in zip(got._fields, got, want, strict=True):
-        assert_close(name, value, expected, 1e-5)
     wanted, exact = leaves(inputs, options), leaves(exact_inputs, exact_options)
     if selection in STEPPED:
         del exact["logits"], wanted["logits"]
         exact.pop("noise", None)
         wanted.pop("noise", None)
-    found, expected_gradients = gradients(got, wanted), gradients(want, exact)
-    for name in wanted:
-        assert_close(f"gradient of {name}", found[name], expected_gradients[name], 1e-5)
+    assert_same((got, gradients(got, wanted)), (want, gradients(want, exact)), 1e-5)
 
 
 @pytest.mark.parametrize("selection", SELECTIONS)
@@ -243,12 +232,7 @@ def test_strides_do_not_matter(selection: str) -> None:
             doubled = torch.stack([options[name].detach()] * 2, dim=-1)[..., 0]
             assert not doubled.is_contiguous()
             strided_options[name] = doubled.requires_grad_(options[name].requires_grad)
-    got, want = plan_projection(**strided, **strided_options), plan_projection(**inputs, **options)
-    for name, value, expected in zip(got._fields, got, want, strict=True):
-        assert_close(name, value, expected, 1e-12)
-    expected_gradients = gradients(want, leaves(inputs, options))
-    for name, gradient in gradients(got, leaves(strided, strided_options)).items():
-        assert_close(f"gradient of {name}", gradient, expected_gradients[name], 1e-12)
+    assert_same(run(plan_projection, strided, strided_options), run(plan_projection, inputs, options), 1e-12)
 
 
 def test_broadcast_inputs() -> None:
@@ -290,8 +274,8 @@ def test_the_same_bits_every_time(selection: str) -> None:
         for _ in range(3):
             inputs = projection_inputs(257, 129, 65, 130, dtype=torch.float32)
             options = projection_options(selection, "rows", 257, 129, dtype=torch.float32)
-            outputs = plan_projection(**inputs, **options)
-            runs.append([*outputs, *gradients(outputs, leaves(inputs, options)).values()])
+            outputs, found = run(plan_projection, inputs, options)
+            runs.append([*outputs, *found.values()])
     finally:
         torch.set_num_threads(threads)
     for again in runs[1:]:

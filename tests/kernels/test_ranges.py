@@ -12,12 +12,15 @@ from planlm.kernels import cpp, plan_projection, plan_projection_from_hidden, us
 from .cases import (
     MIXINGS,
     assert_close,
+    assert_same,
     gradients,
     hidden_inputs,
     in_float64,
     leaves,
     projection_inputs,
     projection_options,
+    run,
+    truth,
 )
 
 pytestmark = pytest.mark.skipif(cpp.why_not() is not None, reason=str(cpp.why_not()))
@@ -42,20 +45,11 @@ def test_ranges_add_up(threads: int, function, selection: str, mixing: str) -> N
     inputs = make(**SIZES, dtype=torch.float32)
     options = projection_options(selection, mixing, **SIZES, dtype=torch.float32)
     with use_backend("cpp"):
-        got = function(**inputs, **options)
-        found = gradients(got, leaves(inputs, options))
-        again = function(**inputs, **options)
-        repeated = gradients(again, leaves(inputs, options))
-    exact_inputs, exact_options = in_float64(inputs), in_float64(options)
-    with use_backend("reference"):
-        want = function(**exact_inputs, **exact_options)
-        truths = gradients(want, leaves(exact_inputs, exact_options))
-    for name, value, same, truth in zip(got._fields, got, again, want, strict=True):
-        assert_close(name, value, truth, 1e-5)
-        assert torch.equal(value, same), f"{name} does not repeat"
-    for name, truth in truths.items():
-        assert_close(f"gradient of {name}", found[name], truth, 1e-5)
-        assert torch.equal(found[name], repeated[name]), f"gradient of {name} does not repeat"
+        got, again = run(function, inputs, options), run(function, inputs, options)
+    assert_same(got, truth(function, inputs, options), 1e-5)
+    assert all(map(torch.equal, got[0], again[0])), "outputs do not repeat"
+    for name, gradient in got[1].items():
+        assert torch.equal(gradient, again[1][name]), f"gradient of {name} does not repeat"
 
 
 @pytest.mark.parametrize("filled", [slice(0, 288), slice(288, 576), slice(576, 776)], ids=["first", "middle", "last"])
@@ -73,11 +67,11 @@ def test_ranges_without_a_finite_score_count_for_nothing(threads: int, filled: s
     with use_backend("reference"):
         exact = in_float64(inputs)
         want = plan_projection(**exact, oracle=oracle, temperature=0.5)
-        truth = gradients([value[:4] for value in want], leaves(exact, {}))["logits"]
+        grad_wanted = gradients([value[:4] for value in want], leaves(exact, {}))["logits"]
     for name, value, wanted in zip(got._fields, got, want, strict=True):
         assert_close(name, value[:4], wanted[:4], 1e-5)
         assert value[4:].isnan().all(), name
-    assert_close("gradient of logits", grad[:4], truth[:4], 1e-5)
+    assert_close("gradient of logits", grad[:4], grad_wanted[:4], 1e-5)
 
 
 def test_the_first_of_equals_is_the_largest_in_whatever_range(threads: int) -> None:
@@ -100,10 +94,7 @@ def test_ranges_sum_over_several_tiles_of_rows(threads: int, function, dtype: to
     if function is plan_projection_from_hidden:
         sizes["state_size"] = 2
     inputs = (projection_inputs if function is plan_projection else hidden_inputs)(**sizes, dtype=dtype)
-    exact = in_float64(inputs)
     with use_backend("cpp"):
-        found = gradients(function(**inputs), leaves(inputs, {}))
-    with use_backend("reference"):
-        truths = gradients(function(**exact), leaves(exact, {}))
-    for name, truth in truths.items():
-        assert_close(f"gradient of {name}", found[name], truth, 1e-5 if dtype == torch.float32 else 3e-2)
+        _, found = run(function, inputs, {})
+    for name, gradient in truth(function, inputs, {})[1].items():
+        assert_close(f"gradient of {name}", found[name], gradient, 1e-5 if dtype == torch.float32 else 3e-2)
