@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from planlm.plan_inputs import PlanInputs
 from planlm.text.alignment import tokenize
@@ -50,7 +50,7 @@ class TrackedText(NamedTuple):
 
     Attributes:
         segments: for each position, number of the sentence that holds (or will hold) the token after it.
-        finished: the finished sentences, behind an empty one that stands before the first.
+        finished: the finished sentences, behind an empty one (with an embedding of zeros) that stands before the first.
         open_start: position of the first token of the unfinished sentence.
     """
 
@@ -116,27 +116,27 @@ class SentenceTracker:
         width = input_ids.shape[1]
         first_column = 0 if length is None else width - length
         segments = torch.full(input_ids.shape, -1, dtype=torch.long)
-        places: list[tuple[int, int]] = []
+        segment_rows: list[tuple[int, int]] = []
         embeddings, forced, self._asked = [], [], []
         texts = _texts(input_ids, real, positions)
         for number, (row, columns, tokens) in enumerate(texts):
             prompt = self._prompt(tokens, number, len(texts))
             text = prompt.follow(tokens)
-            embeddings.append([sentence.embedding for sentence in text.finished[1:]])
+            embeddings.append(torch.from_numpy(np.stack([sentence.embedding for sentence in text.finished])).float())
             shown = torch.tensor(text.segments, dtype=torch.long)[columns >= first_column]
             if not len(shown):
                 continue
             first, last = int(shown[0]), int(shown[-1])
-            segments[row, columns[columns >= first_column]] = shown - first + len(places)
-            places += [(number, sentence) for sentence in range(first, last + 1)]
+            segments[row, columns[columns >= first_column]] = shown - first + len(segment_rows)
+            segment_rows += [(number, sentence) for sentence in range(first, last + 1)]
             forced += [self.forced(sentence - prompt.open_sentence) for sentence in range(first, last + 1)]
             self._asked += text.finished[first : last + 1]
         device = input_ids.device
         actions = torch.tensor(forced, dtype=torch.long, device=device) if self.forced_actions else None
         return PlanInputs(
             segment_ids=segments[:, first_column:].to(device),
-            segment_rows=torch.tensor(places, dtype=torch.long, device=device).reshape(-1, 2),
-            sentence_embeddings=_padded(embeddings, self.encoder.dim).to(device),
+            segment_rows=torch.tensor(segment_rows, dtype=torch.long, device=device).reshape(-1, 2),
+            sentence_embeddings=nn.utils.rnn.pad_sequence(embeddings, batch_first=True).to(device),
             actions=actions,
             oracle_weight=0.0 if actions is None else (actions >= 0).float(),
         )
@@ -173,7 +173,7 @@ class _Prompt:
 
     def __init__(self, tracker: SentenceTracker, tokens: list[int]) -> None:
         self._tracker, self._tokens = tracker, tokens
-        self._sentences = [Sentence(-1, "", np.empty(0))]  # stands before the first one
+        self._sentences = [Sentence(-1, "", np.zeros(tracker.encoder.dim, np.float32))]  # stands before the first one
         self._segments, sentences, open_start = _cut(tracker, tokens)
         for sentence, embedding in zip(sentences, tracker.encoder.encode(sentences), strict=True):
             self._sentences.append(Sentence(len(self._sentences) - 1, sentence, embedding))
@@ -257,13 +257,3 @@ def _texts(input_ids: Tensor, real: Tensor | None, positions: Tensor | None) -> 
         starts = [] if positions is None else ((positions[row].cpu()[columns].diff() != 1).nonzero()[:, 0] + 1).tolist()
         found += [(row, part, ids[row, part].tolist()) for part in columns.tensor_split(starts)]
     return found
-
-
-def _padded(embeddings: list[list[np.ndarray]], dim: int) -> Tensor:
-    """`[texts, n, A]`: at each position the embedding of the sentence before, 0 where there is none."""
-    longest = max(map(len, embeddings), default=0)
-    padded = torch.zeros(len(embeddings), longest + 1, dim)
-    for row, own in enumerate(embeddings):
-        if own:
-            padded[row, 1 : len(own) + 1] = torch.from_numpy(np.stack(own))
-    return padded

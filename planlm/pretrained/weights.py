@@ -88,14 +88,11 @@ def read_header(path: str | Path) -> Stored:
 
     Raises:
         InputError: it cannot be read.
-        FileNotFoundError: there is none.
     """
     try:
         with safe_open(path, framework="pt") as file:
             views = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118  not a mapping
             return {key: (view.get_dtype(), tuple(view.get_shape())) for key, view in views.items()}
-    except FileNotFoundError:
-        raise
     except (SafetensorError, OSError) as error:
         raise InputError(f"{path}: damaged ({error}); copy or save the model again") from None
 

@@ -67,23 +67,15 @@ def prompt_ids(tokenizer: PreTrainedTokenizerFast, text: str) -> list[int]:
 def encode(tokenizer: PreTrainedTokenizerFast, text: str) -> tuple[np.ndarray, np.ndarray]:
     """The tokens of a text, without those that the tokenizer adds; control tokens spelled out in it are text.
 
-    Args:
-        tokenizer: a fast tokenizer.
-        text: of any length; memory beyond the result does not grow with it.
-
     Returns:
-        ids int32 [t] and the first character of each token, int32 [t].
+        ids int32 [t] and the first character of each token, int32 [t]; memory beyond those does not grow with the text.
     """
     ids, starts = [], []
-    begin, size, first = 0, PIECE, 0
-    while True:
+    begin, size, first, end = 0, PIECE, 0, -1
+    while end < len(text):
         end = min(len(text), begin + size)
         piece_ids, offsets = _encode(tokenizer, text[begin:end], begin)  # [t], [t, 2]
-        if end == len(text):
-            ids.append(piece_ids[first:])
-            starts.append(offsets[first:, 0].astype(np.int32))
-            return np.concatenate(ids), np.concatenate(starts)
-        joint = _joint(tokenizer, text, piece_ids, offsets, end)
+        joint = (len(piece_ids), end, 0) if end == len(text) else _joint(tokenizer, text, piece_ids, offsets, end)
         if joint is None:
             size *= 2
             continue
@@ -91,6 +83,7 @@ def encode(tokenizer: PreTrainedTokenizerFast, text: str) -> tuple[np.ndarray, n
         ids.append(piece_ids[first:cut])
         starts.append(offsets[first:cut, 0].astype(np.int32))
         size, first = PIECE, next_first
+    return np.concatenate(ids), np.concatenate(starts)
 
 
 def _encode(tokenizer: PreTrainedTokenizerFast, text: str, begin: int) -> tuple[np.ndarray, np.ndarray]:
