@@ -13,6 +13,7 @@ import torch
 
 import planlm
 from planlm import arguments, cli
+from planlm.model.families import FAMILY_NAMES
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted(path for folder in ("*.md", "docs/**/*.md", "dev/**/*.md") for path in ROOT.glob(folder))
@@ -130,6 +131,10 @@ def test_the_tree_names_every_room() -> None:
     rooms = {path.parent.name for path in (ROOT / "planlm").glob("*/__init__.py")}
     assert {room for indent, room in named if indent} == rooms
     assert all((ROOT / room).is_dir() for indent, room in named if not indent)
+
+
+def test_readme_names_the_families() -> None:
+    assert f"LMs: {FAMILY_NAMES}, by" in " ".join(README.split())
 
 
 def test_the_citation_is_of_this_version() -> None:
