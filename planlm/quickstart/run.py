@@ -58,8 +58,8 @@ SMALL_TRAINING = {
     "planner_lr": 5e-4,
 }  # fmt: skip
 
-SMOL = "smollm2"
-"""Folder of SmolLM2's runs."""
+SMOL, SECONDS = "smollm2", "seconds.json"
+"""Folder of SmolLM2's runs, and what each stage took."""
 
 PROMPT = "The Indian elephant is one of three living subspecies of the Asian elephant. It is native to mainland Asia."
 
@@ -78,16 +78,15 @@ def quickstart(config: QuickstartConfig) -> dict[str, Any]:
     """
     out = Path(config.out)
     _open(out, config)
-    clock = _Clock(out / "seconds.json")
-    with clock.stage("corpus: sentences, embeddings, actions"):
+    with _stage(out, "corpus: sentences, embeddings, actions"):
         _corpus(out, config.seed)
-    with clock.stage("planner"):
+    with _stage(out, "planner"):
         planner = _planner(out, config.seed)
     tables = _tables(out, config.seed)
-    with clock.stage("two tables, side by side"):
+    with _stage(out, "two tables, side by side"):
         _side_by_side(tables, out)
     results = [collect(table) for table in tables]
-    with clock.stage("generation and report"):
+    with _stage(out, "generation and report"):
         generation, actions = _generation(out, config.seed)
         paths = _pages(results, tables, out)
     result = {
@@ -95,7 +94,7 @@ def quickstart(config: QuickstartConfig) -> dict[str, Any]:
         "planner": planner,
         "generation": generation,
         "actions": actions,
-        "seconds": clock.seconds,
+        "seconds": read_json(out / SECONDS),
         "paths": {
             "corpus": str(out / "corpus"),
             "planner": str(out / "planner"),
@@ -126,23 +125,17 @@ def _open(out: Path, config: QuickstartConfig) -> None:
     write_json(record, settings)
 
 
-class _Clock:
-    """Seconds by stage, kept on disk so that a resumed quickstart reports what each stage took in all."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.seconds: dict[str, float] = read_json(path) if path.is_file() else {}
-
-    @contextlib.contextmanager
-    def stage(self, name: str) -> Iterator[None]:
-        """Announce a stage and add what it takes, however it ends."""
-        note(f"== {name}")
-        started = time.monotonic()
-        try:
-            yield
-        finally:
-            self.seconds[name] = round(self.seconds.get(name, 0.0) + time.monotonic() - started, 1)
-            write_json(self.path, self.seconds)
+@contextlib.contextmanager
+def _stage(out: Path, name: str) -> Iterator[None]:
+    """Announce a stage and add what it takes, however it ends, to what it took in earlier calls."""
+    note(f"== {name}")
+    started = time.monotonic()
+    try:
+        yield
+    finally:
+        seconds = read_json(out / SECONDS) if (out / SECONDS).is_file() else {}
+        seconds[name] = round(seconds.get(name, 0.0) + time.monotonic() - started, 1)
+        write_json(out / SECONDS, seconds)
 
 
 def _corpus(out: Path, seed: int) -> None:
