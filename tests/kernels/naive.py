@@ -39,7 +39,7 @@ def plan_projection_loop(
         elif selection == "uniform":
             mixture = sum(codebook[k] for k in range(num_actions)) / num_actions
         else:
-            assert selection == "fixed"
+            assert selection == "fixed", f"write {selection!r} here too"
             mixture = codebook[0]
         nll = logits.new_zeros(())
         if oracle is not None and oracle[s] >= 0:
@@ -77,6 +77,7 @@ def plan_projection_eager(
     elif selection == "fixed":
         mixture = codebook[0].expand(len(logits), -1)
     else:
+        assert selection in ("soft", "gumbel", "top-k"), f"write {selection!r} here too"
         mixture = probabilities @ codebook
     nll = torch.zeros(len(logits), dtype=logits.dtype)
     if oracle is not None:
