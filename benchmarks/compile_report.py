@@ -278,11 +278,11 @@ def _opening(found: Sequence[Compilation]) -> str:
     number = len({one.kernel for one in found})
     return f"""# What the compiler makes of the kernels
 
-The {number} Triton kernels in every configuration of their tables, compiled ahead of time with Triton
-{triton.__version__}, without a GPU, by `python -m benchmarks.compile_report`. Registers and spilled bytes are of a
-thread, shared memory is of a block, in bytes; each is the largest over dtypes, cases and configurations. Tensor-core
-instructions are HMMA (sm_80, sm_120), HGMMA (sm_90) and UTC*MMA (sm_100). A kernel that spills, that needs more shared
-memory than a block has, or that has a product and no tensor-core instruction is a violation."""
+The {number} Triton kernels of commit {harness.commit()} in every configuration of their tables, compiled ahead of
+time with Triton {triton.__version__}, without a GPU, by `python -m benchmarks.compile_report`. Registers and spilled
+bytes are of a thread, shared memory is of a block, in bytes; each is the largest over dtypes, cases and configurations.
+Tensor-core instructions are HMMA (sm_80, sm_120), HGMMA (sm_90) and UTC*MMA (sm_100). A kernel that spills, that needs
+more shared memory than a block has, or that has a product and no tensor-core instruction is a violation."""
 
 
 def _overview(found: Sequence[Compilation], *names: str) -> str:

@@ -326,9 +326,14 @@ def provenance(device: torch.device) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         **{package: _version(package) for package in ("torch", "triton", "planlm")},
         "backend": backend.name if backend else "reference",
-        "commit": _output("git", "describe", "--always", "--dirty", "--abbrev=10", "--exclude=*"),
+        "commit": commit(),
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     }
+
+
+def commit() -> str | None:
+    """Of the tree that these benchmarks belong to; None where it is in no repository."""
+    return _output("git", "describe", "--always", "--dirty", "--abbrev=10", "--exclude=*")
 
 
 def _version(package: str) -> str | None:
@@ -339,7 +344,7 @@ def _version(package: str) -> str | None:
 
 
 def _output(*command: str) -> str | None:
-    """What a command prints, run in the tree that these benchmarks belong to; None where it fails."""
+    """What a command prints, run in this folder; None where it fails."""
     try:
         done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=Path(__file__).parent)
     except (OSError, subprocess.CalledProcessError):
