@@ -90,7 +90,7 @@ def _train_tokenizer(texts: Sequence[str], vocabulary: int) -> PreTrainedTokeniz
 
 
 def _windows(tokenizer: PreTrainedTokenizerFast, texts: Sequence[str], window: int) -> Tensor:
-    """All texts, an end token after each, as rows of `window + 1` tokens that overlap by one."""
+    """All texts, an end token after each, as sequences of `window + 1` tokens that overlap by one."""
     stream = [token for ids in tokenizer(list(texts))["input_ids"] for token in (*ids, 0)]
     num_windows = (len(stream) - 1) // window
     return torch.tensor(stream[: num_windows * window + 1]).unfold(0, window + 1, window)  # [windows, W + 1]
@@ -111,8 +111,8 @@ def _fit(model: GPT2LMHeadModel, windows: Tensor, seed: int, shape: SmallLM) -> 
     order = torch.cat([torch.randperm(len(windows), generator=generator) for _ in range(epochs)])
     model.train()
     for step in track(range(shape.steps), "pre-train the small LM", shape.steps):
-        rows = order[step * shape.batch_size : (step + 1) * shape.batch_size]
-        batch = windows[rows].to(model.device)  # [B, W + 1]
+        chosen = order[step * shape.batch_size : (step + 1) * shape.batch_size]
+        batch = windows[chosen].to(model.device)  # [B, W + 1]
         with autocast("auto", model.device):
             logits = model(batch[:, :-1], use_cache=False).logits  # [B, W, V]
         loss = F.cross_entropy(logits.float().flatten(0, 1), batch[:, 1:].flatten())
