@@ -66,6 +66,6 @@ def _value(where: str, loader: Any, node: Any) -> Any:
         return node.value
     try:
         value = loader.construct_object(node)
+        return value if kind in ("bool", "null") or str(value) == node.value else node.value
     except ValueError:  # not what a tag promises, or too many digits
         return node.value
-    return value if kind in ("bool", "null") or str(value) == node.value else node.value

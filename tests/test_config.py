@@ -150,6 +150,7 @@ def read(tmp_path: Path, text: str | bytes) -> dict[str, Any]:
         ("3", 3), ("0.5", 0.5), ("true", True), ("null", None), ("'3'", "3"), ("[a, b]", ["a", "b"]),
         ("1e-3", "1e-3"), ("010", "010"), ("1:30", "1:30"), ("1_000", "1_000"), ("0x10", "0x10"), (".inf", ".inf"),
         ("2024-01-02", "2024-01-02"), ("2024-13-45", "2024-13-45"), ("9" * 9000, "9" * 9000), ("1.10", "1.10"),
+        ("0x" + "f" * 5000, "0x" + "f" * 5000),
     ],
 )  # fmt: skip
 def test_plain_values_are_what_they_look_like(tmp_path: Path, text: str, value: Any) -> None:
