@@ -98,6 +98,18 @@ def test_imports_go_one_way(module: str) -> None:
         assert allowed or narrow, f"{module} imports planlm.{inside}, which {room} may not"
 
 
+def test_the_architecture_page_says_the_same() -> None:
+    page = (ROOT / "docs" / "README.md").read_text()
+    table = dict(re.findall(r"^\| `planlm/(\w+)/` \| .* \| (.*) \|$", page, re.MULTILINE))
+    assert set(table) == {path.parent.name for path in (ROOT / "planlm").glob("*/__init__.py")}
+    for room, cell in table.items():
+        named = set(re.findall(r"\w+", cell)) & {*table, "kernels"}
+        others = {name.partition(".")[0] for name in ALLOWED[room] - LEAVES}
+        assert cell == "all above" or named == others, room
+    leaves = page.partition("\nLeaves of the package")[2].partition(". ")[0]
+    assert set(re.findall(r"`(\w+)`", leaves)) - {"kernels", "speedups"} == LEAVES
+
+
 @pytest.mark.parametrize("module", [name for name in MODULES if name.startswith("kernels")])
 def test_kernels_stand_alone(module: str) -> None:
     names = {name.split(".")[0] for name in imported(module, ast.parse(MODULES[module].read_text()))}
