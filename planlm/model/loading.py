@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,7 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, Pre
 from transformers.utils import cached_file
 
 from planlm.errors import InputError
-from planlm.files import replacing_folder, share
+from planlm.files import read_json, replacing_folder, share
 from planlm.model.configuration import PlanLMConfig
 from planlm.model.families import check_family
 from planlm.precision import device
@@ -89,8 +88,7 @@ def load_model(run: str) -> PlanLMForCausalLM:
     if not (folder / "config.json").is_file():
         raise InputError(f"{run}: no trained model here (model/config.json is missing); make one with `planlm train`")
     with loading(str(folder), "joint"):
-        described = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        model_type = described.get("model_type") if isinstance(described, dict) else None
+        model_type = read_json(folder / "config.json").get("model_type")
         if model_type != PlanLMConfig.model_type:
             found = f"a {model_type} model" if model_type else "config.json without a model_type"
             raise InputError(f"{folder}: {found}, not a joint model of PlanLM; make one with `planlm train`")
@@ -118,11 +116,7 @@ def save_model(model: PlanLMForCausalLM, folder: Path, weights: dict[str, Tensor
 def _check_generation(folder: str) -> None:
     """Refuse a damaged generation_config.json: transformers takes it for none, and texts then have no end."""
     path = Path(folder, "generation_config.json")
-    if not os.path.lexists(path):
-        return
-    if not path.is_file():
-        raise InputError(f"{path}: not a file; copy or save the model again")
-    settings = json.loads(path.read_text(encoding="utf-8"))
+    settings = read_json(path) if os.path.lexists(path) else {}
     for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
         ids = settings.get(key)
         if not all(isinstance(it, int) and abs(it) < 1 << 31 for it in (ids if isinstance(ids, list) else [ids or 0])):

@@ -126,7 +126,7 @@ LM_DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "config damaged": (lambda at: (at / "config.json").write_text("{"), "not a valid JSON"),
     "config too deep": (lambda at: (at / "config.json").write_text("[" * 200_000), "recursion"),
     "another family": (lambda at: configure(at, model_type="bloom"), "'bloom' is not supported"),
-    "generation_config damaged": (lambda at: (at / "generation_config.json").write_text("{"), "cannot be loaded"),
+    "generation_config damaged": (lambda at: (at / "generation_config.json").write_text("{"), "not valid JSON"),
     "an end that is no token": (lambda at: configure(at, "generation_config.json", eos_token_id="x"), "eos_token_id"),
     "two of one name": (lambda at: change(at, lambda w: w | without_prefix(w)), r"two names.*\(wte.weight\)"),
     "a shard again": (double_a_shard, "in two files of weights"),
