@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -77,7 +78,7 @@ def by_name(groups: list[ParameterGroup]) -> dict[str, nn.Parameter]:
 
 
 @torch.no_grad()
-def all_finite(tensors: list[torch.Tensor]) -> bool:
+def all_finite(tensors: Iterable[torch.Tensor]) -> bool:
     """Whether there is no NaN and no infinity in tensors, or in this rank's shards."""
     own = [tensor.to_local() if isinstance(tensor, DTensor) else tensor for tensor in tensors]
     return not own or bool(torch.stack([tensor.detach().isfinite().all() for tensor in own]).all())
@@ -106,24 +107,15 @@ def optimizer_tensors(groups: list[ParameterGroup], optimizer: torch.optim.Optim
     }
 
 
-def blank_state(groups: list[ParameterGroup], names: list[str]) -> dict[str, torch.Tensor]:
-    """Zeros in the place of what `optimizer_tensors` gave under these names, on the parameters' devices, sharded alike.
+def blank_state(groups: list[ParameterGroup], optimizer: torch.optim.Optimizer, names: list[str]) -> None:
+    """Give the optimiser zeros under the names that `optimizer_tensors` gave: what a checkpoint is read into.
 
     The number of steps too lies beside its parameter: the fused update reads it there, without asking the host.
     """
-    parameters, room = by_name(groups), {}
-    for path in names:
-        parameter = parameters[path.rsplit("/", 1)[0]]
-        is_count = path.endswith("/step")  # one number, the same on every rank
-        room[path] = torch.zeros(1, device=parameter.device) if is_count else torch.zeros_like(parameter).detach()
-    return room
-
-
-def restore_optimizer(
-    groups: list[ParameterGroup], optimizer: torch.optim.Optimizer, tensors: dict[str, torch.Tensor]
-) -> None:
-    """Put back what `optimizer_tensors` gave."""
     parameters = by_name(groups)
-    for path, value in tensors.items():
-        name, key = path.rsplit("/", 1)
-        optimizer.state[parameters[name]][key] = value.reshape(()) if key == "step" else value
+    for path in names:
+        name, _, key = path.rpartition("/")
+        parameter = parameters[name]
+        is_count = key == "step"  # one number, the same on every rank
+        zeros = torch.zeros((), device=parameter.device) if is_count else torch.zeros_like(parameter).detach()
+        optimizer.state[parameter][key] = zeros

@@ -27,7 +27,6 @@ from planlm.training.groups import (
     by_name,
     make_optimizer,
     optimizer_tensors,
-    restore_optimizer,
 )
 from planlm.training.parallel import Parallel, full_tensor, seed_step
 from planlm.training.prefetch import Loader, Prefetch
@@ -171,15 +170,20 @@ def _set_rates(task: Task, optimizer: torch.optim.Optimizer, step: int, config: 
     return rates
 
 
+def _tensors(task: Task, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """What a checkpoint holds, under its names there."""
+    weights = {f"model/{name}": parameter.detach() for name, parameter in by_name(task.groups).items()}
+    return weights | {f"optimizer/{name}": value for name, value in optimizer_tensors(task.groups, optimizer).items()}
+
+
 def _save(task: Task, run: Run, optimizer: torch.optim.Optimizer, state: dict[str, Any], keep: int) -> None:
     """Write a checkpoint, of what is finite only: the newest one is what a run is taken up from.
 
     Raises:
         MachineError: weights or moments are not finite.
     """
-    tensors: dict[str, Tensor] = {f"model/{name}": parameter for name, parameter in by_name(task.groups).items()}
-    tensors |= {f"optimizer/{name}": value for name, value in optimizer_tensors(task.groups, optimizer).items()}
-    if any_rank(not all_finite(list(tensors.values()))):
+    tensors = _tensors(task, optimizer)
+    if any_rank(not all_finite(tensors.values())):
         raise MachineError(f"step {state['step']}: weights or moments are not finite; {_START_ANEW}")
     run.sync()
     save_checkpoint(run.checkpoints, tensors, {**state, "identity": run.identity}, keep)
@@ -202,17 +206,16 @@ def _restore(
     path, state = found
     on_rank_zero(lambda: _check_owner(path, state, run))
     stored = stored_shapes(path)
-    weights = {f"model/{name}": parameter.detach() for name, parameter in parameters.items()}
-    if {name: shape for name, shape in stored.items() if name.startswith("model/")} != {
-        name: weight.shape for name, weight in weights.items()
+    if {name.removeprefix("model/"): shape for name, shape in stored.items() if name.startswith("model/")} != {
+        name: parameter.shape for name, parameter in parameters.items()
     }:
         raise InputError(f"{run.checkpoints}: checkpoint of another model; choose another --out")
     names = [name.removeprefix("optimizer/") for name in stored if name.startswith("optimizer/")]
-    moments = blank_state(task.groups, names)
-    read_tensors(path, weights | {f"optimizer/{name}": value for name, value in moments.items()})
-    if any_rank(not all_finite([*weights.values(), *moments.values()])):
+    blank_state(task.groups, optimizer, names)
+    tensors = _tensors(task, optimizer)
+    read_tensors(path, tensors)
+    if any_rank(not all_finite(tensors.values())):
         raise MachineError(f"{path}: weights or moments are not finite; {_START_ANEW}")
-    restore_optimizer(task.groups, optimizer, moments)
     task.loader.load_state_dict(state["loader"])
     run.forget_after(state["step"])
     log(f"resumed after step {state['step']}")

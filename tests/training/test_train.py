@@ -125,6 +125,19 @@ def test_micro_batches_equal_one_big_batch(planted: dict[str, str], tmp_path: Pa
         assert error < 1e-5 or expected.norm() < 1e-9, f"{name}: {error}"
 
 
+def test_what_is_logged_alone_costs_nothing_between_log_lines(planted: dict[str, str], tmp_path: Path) -> None:
+    corpus = PreparedCorpus.load(planted["corpus"])
+    model = PlanLMForCausalLM.from_lm(planted["lm"], corpus.codebook, conditioned_layers=2)
+    config = settings(planted, tmp_path, planner_loss=0.5, log_every=4)
+    objective = Objective(Parallel(model), config, steps=9)
+    model.eval()
+    batches = list(islice(PlanLoader(corpus.split("train"), window=16, batch_size=4), 1))
+    logged, between = objective.backward(3, batches), objective.backward(4, batches)
+    assert between.keys() == logged.keys() - {"planner_loss", "planner_accuracy", "planner_entropy"}
+    assert all(between[name] == logged[name] for name in between)
+    assert 0 <= logged["planner_accuracy"] <= 1 and logged["planner_entropy"] > 0
+
+
 def test_frozen_lm_is_untouched_and_full_is_not(
     planted: dict[str, str], planner: dict[str, Any], tmp_path: Path
 ) -> None:
