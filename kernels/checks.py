@@ -136,8 +136,9 @@ def _floating(
         _refuse(name, str(tensor.dtype), "float16, bfloat16, float32 or float64")
     if tensor.dim() != len(shape):
         _refuse(name, f"shape {list(tensor.shape)}", sizes)
-    needed = tuple(have if need is None else need for have, need in zip(tensor.shape, shape, strict=True))
-    _shape(name, tensor, needed, f"{sizes}, {whose}")
+    if any(need is not None and have != need for have, need in zip(tensor.shape, shape, strict=True)):
+        needed = [have if need is None else need for have, need in zip(tensor.shape, shape, strict=True)]
+        _refuse(name, f"shape {list(tensor.shape)}", f"{needed}, that is {sizes}, {whose}")
 
 
 def _indices(name: str, tensor: Tensor, length: int, wanted: str, device: torch.device) -> None:

@@ -1,14 +1,7 @@
-"""The environment variables that the operations read, all of them.
+"""The environment variables that the operations read, all of them; docs/README.md says what they mean.
 
-| variable | meaning | default |
-|---|---|---|
-| `PLANLM_BACKEND` | force one backend: triton, cpp or reference | the fastest that can run a call |
-| `PLANLM_CACHE` | folder for compiled operators, tuned tiles and what else is made once | `~/.cache/planlm` |
-| `PLANLM_TUNE` | 1: measure the Triton kernels' tiles at first use and keep the best | off: the tables |
-| `CXX` | C++ compiler | c++, g++ or clang++, whichever is there |
-| `CC` | Triton's own: the C compiler that it makes its launchers with | gcc or clang |
-| `TRITON_INTERPRET` | Triton's own: 1 runs its kernels on CPU tensors, for tests | off |
-| `ATEN_CPU_CAPABILITY` | torch's own: avx512, avx2 or default; the C++ operators follow it | what is there |
+Triton and torch read more: `TRITON_INTERPRET` runs Triton's kernels on CPU tensors, for tests, and the C++ operators
+follow `ATEN_CPU_CAPABILITY`.
 """
 
 from __future__ import annotations

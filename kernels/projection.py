@@ -127,12 +127,14 @@ def _project(inputs: ProjectionInputs, selection: str) -> PlanProjection:
     operation, operands = "plan_projection", ["codebook", "weight"]
     if inputs.head is not None:
         operation, operands = "plan_projection_from_hidden", ["source", "head", *operands]
-    cast: dict[str, Any] = {name: _autocast(getattr(inputs, name)) for name in operands}
-    inputs = inputs._replace(**cast)
     device = inputs.source.device
+    if torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type):
+        cast: dict[str, Any] = {name: _autocast(getattr(inputs, name)) for name in operands}
+        inputs = inputs._replace(**cast)
     backend = choose(operation, device, working_dtype(*inputs))
     with full_precision(device):
-        inputs = ProjectionInputs._make(first_derivative_only(value) for value in inputs)
+        if torch.is_grad_enabled():
+            inputs = ProjectionInputs._make([first_derivative_only(value) for value in inputs])
         if backend is None:
             return reference.plan_projection(inputs, selection)
         return _on_operators(backend, inputs, selection)
@@ -209,10 +211,5 @@ def _oracle_weights(oracle: Tensor | None, weight: Tensor | float | None, workin
 
 
 def _autocast(operand: Tensor) -> Tensor:
-    """A matrix product's operand in the dtype that autocast would give it."""
-    device = operand.device.type
-    if operand.dtype == torch.float64 or not (
-        torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
-    ):
-        return operand
-    return operand.to(torch.get_autocast_dtype(device))
+    """A matrix product's operand in the dtype that autocast gives it."""
+    return operand if operand.dtype == torch.float64 else operand.to(torch.get_autocast_dtype(operand.device.type))

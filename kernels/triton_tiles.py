@@ -3,19 +3,17 @@
 **Where the sizes come from.** benchmarks/compile_report shows registers and shared memory of every one.
 
 - Products sum in float32: a 128 by 128 tile takes 64 registers of each of 256 threads (8 warps). In mixture_fwd the
-  tile of scores, its exponentials, noise and addresses come on top, about five registers an entry, so that DEPTH is 32
-  there (16 entries a thread) and 64 elsewhere. 64 half-precision values are 128 bytes, the widest swizzle of shared
-  memory.
+  scores, their exponentials, noise and addresses come on top, about five registers an entry: DEPTH is 32 there and 64
+  elsewhere, which in half precision is 128 bytes, the widest swizzle of shared memory.
 - wgmma (sm_90) multiplies 64 rows per group of four warps and tcgen05 (sm_100) 64 or 128 rows, reading operands from
   shared memory. mma.sync (sm_80, sm_120) keeps them in registers: tiles of mixture_fwd and projection_fwd, which
   compute an operand, have 64 rows or half the DEPTH there.
-- Three stages of both operands are at most 3 * 2 * 128 * 64 * 2 = 96 KB, where a block has 163 KB (sm_80), 227 KB
-  (sm_90, sm_100) or 99 KB (sm_120, hence two stages where a product's operand is float32 on its way there). sm_86 and
-  sm_89 have 99 KB too and use sm_80's tables, which stay below.
+- Three stages of both operands are at most 96 KB, where a block has 163 KB (sm_80), 227 KB (sm_90, sm_100) or 99 KB
+  (sm_120, hence two stages where an operand is float32 on its way there; sm_86 and sm_89, which use sm_80's tables).
 - A float32 product is three tf32 products ("tf32x3", which keeps 1e-5) of operands that are split in registers, at
   twice the bytes each: 64 by 64, and DEPTH 16 in mixture_fwd and where mma.sync holds a computed operand as well.
-- Rows that do not start at multiples of 16 elements are read one element at a time, with an address each ("ragged"), so
-  that the tiles are small and there is nothing to pipeline.
+- Rows that do not start at multiples of 16 elements are read one element at a time, with an address each ("ragged"):
+  the tiles are small and there is nothing to pipeline.
 - Kernels without a product read 256 or 512 bytes of a row at a time, 16 bytes a thread.
 
 **Tuning.** With PLANLM_TUNE=1 the first call measures the candidates and keeps the winner in a JSON file under
@@ -29,7 +27,7 @@ import contextlib
 import json
 import os
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import cache
 from typing import Any
@@ -115,20 +113,12 @@ _ELEMENTWISE = {
 
 
 def candidates(kernel: str, kind: str, architecture: int) -> tuple[Tiles, ...]:
-    """Configurations of a kernel ("mixture_fwd") for a kind of operands; the default comes first."""
+    """Configurations of a kernel ("mixture_fwd"), the default first; kind: "half", "full" precision or "ragged"."""
     if architecture == 0:
         return (Tiles(16, 16, 16),)  # the interpreter: small, so that small tests have several of every kind
     if kernel in _ELEMENTWISE:
         return _ELEMENTWISE[kernel]
     return (RAGGED,) if kind == "ragged" else (_HALF if kind == "half" else _FULL)[kernel][architecture]
-
-
-def kind_of(operand: Tensor, matrices: Iterable[Tensor | None]) -> str:
-    """Which table a kernel's product needs: "half" or "full" precision, or "ragged" where rows are not aligned."""
-    for matrix in matrices:
-        if matrix is not None and matrix.numel() > 0 and (matrix.stride(0) % 16 or matrix.data_ptr() % 16):
-            return "ragged"
-    return "full" if operand.dtype == torch.float32 else "half"
 
 
 _observer: Callable[[Launch], bool] | None = None
@@ -229,7 +219,10 @@ def choose_tiles(
         *matrices (Tensor | None): the other matrices that it reads or writes: alignment decides.
         trial (Callable[[Tiles], object] | None): one complete run, repeatable; None: not to be measured.
     """
-    kind = kind_of(operand, (operand, *matrices))
+    kind = "full" if operand.dtype == torch.float32 else "half"
+    for matrix in (operand, *matrices):
+        if matrix is not None and matrix.numel() > 0 and (matrix.stride(0) % 16 or matrix.data_ptr() % 16):
+            kind = "ragged"
     options = candidates(kernel, kind, architecture_of(operand.device))
     if trial is None or len(options) == 1 or _observer is not None or not environment.tune():
         return options[0]

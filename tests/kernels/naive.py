@@ -28,10 +28,10 @@ def plan_projection_loop(
         order = sorted(range(num_actions), key=lambda k: (-scores[k].item(), k))
         kept = order[:top_k] if selection == "top-k" else order
         peak = scores[order[0]].item()
-        mass = {k: torch.exp((scores[k] - peak) / temperature) for k in kept}
-        total = sum(mass.values())
+        exponentials = {k: torch.exp((scores[k] - peak) / temperature) for k in kept}
+        total = sum(exponentials.values())
         if selection in ("soft", "gumbel", "top-k"):
-            mixture = sum(mass[k] / total * codebook[k] for k in kept)
+            mixture = sum(exponentials[k] / total * codebook[k] for k in kept)
         elif selection in ("hard", "straight-through", "gumbel-hard"):
             mixture = codebook[order[0]]
         elif selection == "oracle":
@@ -43,8 +43,8 @@ def plan_projection_loop(
             mixture = codebook[0]
         nll = logits.new_zeros(())
         if oracle is not None and oracle[s] >= 0:
-            share = oracle_weight if isinstance(oracle_weight, float) else oracle_weight[s]
-            mixture = (1 - share) * mixture + share * codebook[oracle[s]]
+            weighed = oracle_weight if isinstance(oracle_weight, float) else oracle_weight[s]
+            mixture = (1 - weighed) * mixture + weighed * codebook[oracle[s]]
             top = max(value.item() for value in logits[s])
             nll = torch.log(sum(torch.exp(value - top) for value in logits[s])) + top - logits[s, oracle[s]]
         row = [sum(weight[d, a] * mixture[a] for a in range(codebook.shape[1])) for d in range(weight.shape[0])]
@@ -82,8 +82,8 @@ def plan_projection_eager(
     nll = torch.zeros(len(logits), dtype=logits.dtype)
     if oracle is not None:
         labelled = oracle >= 0
-        share = torch.where(labelled, oracle_weight, 0.0).to(logits.dtype)[:, None]
-        mixture = (1 - share) * mixture + share * codebook[oracle.clamp(min=0)]
+        weighed = torch.where(labelled, oracle_weight, 0.0).to(logits.dtype)[:, None]
+        mixture = (1 - weighed) * mixture + weighed * codebook[oracle.clamp(min=0)]
         picked = logits.log_softmax(dim=1).gather(1, oracle.clamp(min=0)[:, None])[:, 0]
         nll = torch.where(labelled, -picked, 0.0)
     projected = mixture @ weight.T

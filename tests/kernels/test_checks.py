@@ -44,8 +44,8 @@ COMMON = [
     ("noise rows", {"selection": "gumbel", "noise": torch.ones(1, 7)}, r"noise: got shape \[1, 7\], needs \[5, 7\]"),
     ("noise dtype", {"selection": "gumbel", "noise": torch.ones(5, 7).long()}, "noise: got torch.int64"),
     ("oracle missing", {"selection": "oracle"}, "oracle: got None with selection 'oracle', needs the oracle actions"),
-    ("oracle missing for a share", {"oracle_weight": 0.5}, "oracle: got None with an oracle_weight"),
-    ("oracle missing for shares", {"oracle_weight": torch.zeros(5)}, "oracle: got None with an oracle_weight"),
+    ("oracle missing for a weight", {"oracle_weight": 0.5}, "oracle: got None with an oracle_weight"),
+    ("oracle missing for weights", {"oracle_weight": torch.zeros(5)}, "oracle: got None with an oracle_weight"),
     ("oracle dtype", {"oracle": LABELS.int()}, "oracle: got torch.int32, needs torch.int64"),
     ("oracle shape", {"oracle": LABELS[:4]}, r"oracle: got shape \[4\], needs \[5\]"),
     ("oracle range", {"oracle": LABELS + 1}, r"oracle: got action 7, needs actions below 7 \(K\)"),
@@ -55,27 +55,31 @@ COMMON = [
         r"oracle: got -1 \(no action\), needs an action in every row",
     ),
     ("oracle list", {"oracle": [0, 6, 3, -1, 1]}, r"oracle: got list, needs a tensor, \[S\]"),
-    ("share low", {"oracle": LABELS, "oracle_weight": -0.1}, "oracle_weight: got -0.1, needs a number from 0 to 1"),
-    ("share high", {"oracle": LABELS, "oracle_weight": 2}, "oracle_weight: got 2, needs a number from 0 to 1"),
-    ("share nan", {"oracle": LABELS, "oracle_weight": math.nan}, "oracle_weight: got nan"),
-    ("share None", {"oracle": LABELS, "oracle_weight": None}, "oracle_weight: got None"),
     (
-        "shares high",
+        "oracle_weight low",
+        {"oracle": LABELS, "oracle_weight": -0.1},
+        "oracle_weight: got -0.1, needs a number from 0 to 1",
+    ),
+    ("oracle_weight high", {"oracle": LABELS, "oracle_weight": 2}, "oracle_weight: got 2, needs a number from 0 to 1"),
+    ("oracle_weight nan", {"oracle": LABELS, "oracle_weight": math.nan}, "oracle_weight: got nan"),
+    ("oracle_weight None", {"oracle": LABELS, "oracle_weight": None}, "oracle_weight: got None"),
+    (
+        "oracle weights high",
         {"oracle": LABELS, "oracle_weight": torch.tensor([0, 0, 1, 1.5, 0])},
         "oracle_weight: got 1.5 in row 3, needs weights from 0 to 1",
     ),
     (
-        "shares nan",
+        "oracle weights nan",
         {"oracle": LABELS, "oracle_weight": torch.tensor([0, math.nan, 1, 1, 0])},
         "oracle_weight: got nan in row 1",
     ),
     (
-        "shares shape",
+        "oracle weights shape",
         {"oracle": LABELS, "oracle_weight": torch.ones(())},
         r"oracle_weight: got shape \[\], needs \[S\]",
     ),
     (
-        "shares length",
+        "oracle weights length",
         {"oracle": LABELS, "oracle_weight": torch.ones(4)},
         r"oracle_weight: got shape \[4\], needs \[5\]",
     ),
@@ -172,8 +176,8 @@ def test_values_are_read_on_cpu_only(selection: str) -> None:
     """On another device a check of values would make the host wait; the meta device has none to read at all."""
     inputs = {name: value.to("meta") for name, value in projection_inputs().items()}
     options = {"top_k": 3} if selection == "top-k" else {}
-    oracle, share = torch.zeros(5, dtype=torch.int64, device="meta"), torch.ones(5, device="meta")
-    result = plan_projection(**inputs, selection=selection, oracle=oracle, oracle_weight=share, **options)
+    oracle, weights = torch.zeros(5, dtype=torch.int64, device="meta"), torch.ones(5, device="meta")
+    result = plan_projection(**inputs, selection=selection, oracle=oracle, oracle_weight=weights, **options)
     assert [tuple(value.shape) for value in result] == [(5, 4), (5,), (5,)]
     ids = torch.zeros(6, dtype=torch.int64, device="meta")
     assert add_plan(torch.ones(6, 4, device="meta"), result.projected, ids).shape == (6, 4)

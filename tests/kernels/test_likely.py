@@ -36,15 +36,23 @@ def test_likely_actions_have_the_gradient_of_float64() -> None:
     assert float(((gradient(torch.float32) - truth).abs() / truth.abs().clamp(min=1)).max()) < 1e-5
 
 
-@pytest.mark.parametrize("share", [0.0, 0.4])
-def test_certain_actions_pass_nothing_to_the_planner(share: float) -> None:
-    """The same from hidden states; other rows have the oracle's share, noise has its part."""
+@pytest.mark.parametrize("oracle_weight", [0.0, 0.4])
+def test_certain_actions_pass_nothing_to_the_planner(oracle_weight: float) -> None:
+    """The same from hidden states; the oracle has a weight, noise has its part."""
     hidden, head = torch.randn(6, 32), torch.randn(90, 32) * 3000
     codebook, weight = torch.randn(90, 64), torch.randn(1024, 64)
     oracle, noise, upstream = torch.arange(6), torch.randn(6, 90), torch.randn(6, 1024)
     leaves = [hidden.requires_grad_(), head.requires_grad_(), noise.requires_grad_()]
     projected = plan_projection_from_hidden(
-        hidden, head, None, codebook, weight, noise=noise, selection="gumbel", oracle=oracle, oracle_weight=share
+        hidden,
+        head,
+        None,
+        codebook,
+        weight,
+        noise=noise,
+        selection="gumbel",
+        oracle=oracle,
+        oracle_weight=oracle_weight,
     ).projected
     scores = (hidden.double() @ head.double().T + noise).topk(2).values
     assert float((scores[:, 0] - scores[:, 1]).detach().min()) > 200, "one action has all the probability"

@@ -90,8 +90,8 @@ def test_the_order_of_the_actions_does_not_matter(selection: str) -> None:
     inputs, options = projection_inputs(), projection_options(selection, "number")
     order = torch.randperm(7, generator=torch.Generator().manual_seed(3))
     shuffled = {**inputs, "logits": inputs["logits"][:, order], "codebook": inputs["codebook"][order]}
-    place = order.argsort()
-    shuffled_options = {**options, "oracle": torch.where(options["oracle"] >= 0, place[options["oracle"]], -1)}
+    moved_to = order.argsort()
+    shuffled_options = {**options, "oracle": torch.where(options["oracle"] >= 0, moved_to[options["oracle"]], -1)}
     if "noise" in options:
         shuffled_options["noise"] = options["noise"][:, order]
     want, got = plan_projection(**inputs, **options), plan_projection(**shuffled, **shuffled_options)
@@ -112,15 +112,15 @@ def test_full_oracle_weight_is_the_oracle_bit_for_bit(selection: str) -> None:
     inputs, options = projection_inputs(), projection_options(selection)
     oracle = torch.tensor([0, 6, 3, 3, 1])
     want = plan_projection(**inputs, selection="oracle", oracle=oracle).projected
-    for share in (1.0, torch.ones(5)):
-        got = plan_projection(**inputs, **{**options, "oracle": oracle, "oracle_weight": share}).projected
+    for weight in (1.0, torch.ones(5)):
+        got = plan_projection(**inputs, **{**options, "oracle": oracle, "oracle_weight": weight}).projected
         assert torch.equal(got, want)
 
 
 def test_shares_per_row_mix_row_by_row() -> None:
     inputs, oracle = projection_inputs(), torch.tensor([0, 6, 3, -1, 1])
-    share = torch.tensor([0.0, 1.0, 0.25, 1.0, 0.0], dtype=torch.float64)
-    got = plan_projection(**inputs, oracle=oracle, oracle_weight=share).projected
+    weights = torch.tensor([0.0, 1.0, 0.25, 1.0, 0.0], dtype=torch.float64)
+    got = plan_projection(**inputs, oracle=oracle, oracle_weight=weights).projected
     soft = plan_projection(**inputs).projected
     hit = plan_projection(**inputs, selection="oracle", oracle=oracle.clamp(min=0)).projected
     want = torch.stack([soft[0], hit[1], 0.75 * soft[2] + 0.25 * hit[2], soft[3], soft[4]])
@@ -165,8 +165,8 @@ def test_top_k_keeps_the_lower_of_equal_actions() -> None:
     inputs = projection_inputs(1, 5)
     logits = torch.tensor([[1.0, 3.0, 1.0, 1.0, 2.0]], dtype=torch.float64)
     got = plan_projection(**{**inputs, "logits": logits}, selection="top-k", top_k=3)
-    share = logits[0, [1, 4, 0]].softmax(dim=0)
-    want = share @ inputs["codebook"][[1, 4, 0]] @ inputs["weight"].T + inputs["bias"]
+    probabilities = logits[0, [1, 4, 0]].softmax(dim=0)
+    want = probabilities @ inputs["codebook"][[1, 4, 0]] @ inputs["weight"].T + inputs["bias"]
     assert_close("projected", got.projected[0], want, 1e-12)
     assert_close("log_normalizer", got.log_normalizer[0], logits[0, [1, 4, 0]].logsumexp(dim=0), 1e-12)
 
