@@ -113,8 +113,8 @@ class PlanLMConfig(PretrainedConfig):
         """Refuse values that no model can have; `text_config` is checked by its own class."""
         super().__post_init__(**kwargs)
         check_values(vars(self), _RULES)
-        if self.selection == "top-k" and self.plan_top_k is None:
-            raise InputError("selection 'top-k': plan_top_k is missing")
+        if SELECTIONS[self.selection].needs_top_k and self.plan_top_k is None:
+            raise InputError(f"selection {self.selection!r}: plan_top_k is missing")
         if self.plan_top_k is not None and self.plan_top_k > self.num_actions:
             raise InputError(f"plan_top_k {self.plan_top_k}: more than the {self.num_actions} actions")
 

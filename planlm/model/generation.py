@@ -16,6 +16,7 @@ from planlm.files import appending, beside_result, write_text
 from planlm.model.loading import load_model
 from planlm.model.modeling import PlanLMForCausalLM
 from planlm.model.tracking import SentenceTracker
+from planlm.selections import SELECTIONS
 from planlm.text.alignment import prompt_ids
 
 TOP_ACTIONS = 3
@@ -45,10 +46,10 @@ def generate(config: GenerateConfig) -> dict[str, Any]:
     model = load_model(config.run)
     forced = _parse_plan(config.plan, model.config.num_actions)
     selection = config.selection or model.config.selection
-    if selection == "oracle":
-        raise InputError("--selection oracle needs the text that is yet to be written; choose soft or hard")
-    if selection == "top-k" and model.config.plan_top_k is None:
-        raise InputError(f"--selection top-k: {config.run} was not trained with --top-k; choose soft")
+    if SELECTIONS[selection].needs_oracle:
+        raise InputError(f"--selection {selection} needs the text that is yet to be written; choose soft or hard")
+    if SELECTIONS[selection].needs_top_k and model.config.plan_top_k is None:
+        raise InputError(f"--selection {selection}: {config.run} was not trained with --top-k; choose soft")
     tokenizer = model.tokenizer
     input_ids = torch.tensor([prompt_ids(tokenizer, config.prompt)], dtype=torch.long, device=model.device)
     if input_ids.shape[1] == 0:
