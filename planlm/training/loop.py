@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from planlm.config import LoopConfig
-from planlm.distribution import any_rank, on_rank_zero, rank, world_size
+from planlm.distribution import any_rank, on_rank_zero, rank
 from planlm.errors import InputError, MachineError
 from planlm.progress import Progress
 from planlm.signals import handling
@@ -70,10 +70,8 @@ def num_steps(config: LoopConfig, num_batches: int, accumulate: int = 1) -> int:
     """Optimiser steps of a run: `--steps`, or as many as `--epochs` takes.
 
     Raises:
-        InputError: the corpus has no batch, fewer than one step results, or a batch has less than one item a rank.
+        InputError: the corpus has no batch, or fewer than one step results.
     """
-    if config.batch_size < world_size():
-        raise InputError(f"--batch-size {config.batch_size}: {world_size()} processes share it; set at least that")
     steps = config.steps if config.steps is not None else math.ceil(config.epochs * num_batches / accumulate)
     if num_batches == 0 or steps < 1:
         raise InputError(

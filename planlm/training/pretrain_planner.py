@@ -20,7 +20,7 @@ from planlm.training.groups import ParameterGroup
 from planlm.training.identity import identify
 from planlm.training.loop import Task, fit, num_steps
 from planlm.training.parallel import Parallel
-from planlm.training.run_directory import Run, check_out
+from planlm.training.run_directory import Run, check_run
 
 
 def pretrain_planner(config: PlannerConfig) -> dict[str, Any]:
@@ -34,7 +34,7 @@ def pretrain_planner(config: PlannerConfig) -> dict[str, Any]:
     Raises:
         InputError: no such corpus, or a run directory in use.
     """
-    check_out(config)
+    check_run(config)
     corpus = PreparedCorpus.load(config.corpus)
     corpus.split("validation")  # or the measurement at the end would find out
     torch.manual_seed(config.seed)

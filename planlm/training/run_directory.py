@@ -15,7 +15,7 @@ from typing import Any
 import yaml
 
 from planlm.config import LoopConfig
-from planlm.distribution import on_rank_zero, rank
+from planlm.distribution import on_rank_zero, rank, world_size
 from planlm.errors import InputError
 from planlm.files import appending, check_own, locked, read_json, to_json, write_json, write_text
 from planlm.flat_yaml import read_flat
@@ -33,12 +33,14 @@ LOCK = "lock"
 """File in a run directory that its running command holds."""
 
 
-def check_out(config: LoopConfig) -> None:
-    """Find what is wrong with `--out` before anything is loaded; nothing is written.
+def check_run(config: LoopConfig) -> None:
+    """Find what is wrong with a run's settings before anything is loaded; nothing is written.
 
     Raises:
-        InputError: as `Run` does, or the folder cannot be written.
+        InputError: as `Run` does, the folder cannot be written, or a batch has less than one item a rank.
     """
+    if config.batch_size < world_size():
+        raise InputError(f"--batch-size {config.batch_size}: {world_size()} processes share it; set at least that")
     if config.tensorboard and importlib.util.find_spec("tensorboard") is None:
         raise InputError("--tensorboard: needs the package tensorboard: pip install planlm[tensorboard]")
 

@@ -27,7 +27,7 @@ from planlm.training.identity import check_encoder, identify
 from planlm.training.loop import Task, fit, num_steps
 from planlm.training.objective import Objective
 from planlm.training.parallel import Parallel
-from planlm.training.run_directory import Run, check_out
+from planlm.training.run_directory import Run, check_run
 from planlm.training.schedules import parse_oracle_mix
 
 
@@ -42,7 +42,7 @@ def train(config: TrainConfig) -> dict[str, Any]:
             LM, or a run directory in use.
     """
     _check(config)
-    check_out(config)
+    check_run(config)
     corpus = PreparedCorpus.load(config.corpus)
     check_encoder(corpus)
     lm = config.lm or corpus.manifest.tokenizer
