@@ -56,17 +56,15 @@ struct SegmentSums {
 
   // Segments `begin` to `end`, `count` columns from `first` on.
   void run(int64_t first, int64_t count, int64_t begin, int64_t end) const {
-    Buffer<R> total(count);
+    Buffer<R> total(count), row(for_gate ? count : 0);
+    const int64_t any = 0;
     std::vector<double> products(for_gate ? count : 0, 0.0);
     for (int64_t s = begin; s < end; ++s) {
       sum_rows<R>(total.data(), upstream.strip(starts[s], first), upstream.step, segment_of + starts[s],
                   starts[s + 1] - starts[s], count);
       if (for_plan) store<R>(total.data(), gate ? gate + first : nullptr, for_plan.strip(s, first), count);
-      if (for_gate)
-        each_vector<R>(count, [&](int64_t i, int64_t used) {
-          const Vector<R> values = read<R>(plan.strip(s, first), i, used);
-          for (int64_t j = 0; j < used; ++j) products[i + j] += double(total[i + j]) * values[j];
-        });
+      if (for_gate) sum_block<R>(row.data(), plan.strip(s, first), 0, &any, 1, count);  // the plan's row, as R
+      for (int64_t i = 0; for_gate && i < count; ++i) products[i] += double(total[i]) * row[i];
     }
     for (int64_t i = 0; for_gate && i < count; ++i) for_gate[first + i] += R(products[i]);
   }

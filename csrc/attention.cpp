@@ -86,13 +86,8 @@ float soften(float* scores, int64_t count, int64_t begin, int64_t end, float fac
   if (begin < end) {
     std::fill(scores + whole.from, scores + begin, lowest<float>);
     std::fill(scores + end, scores + whole.to, lowest<float>);
-    Vector<float> most = Vector<float>{} + lowest<float>;
-    for (int64_t i = whole.from; i < whole.to; i += lanes<float>) {
-      const auto v = take<Vector<float>>(scores + i);
-      most = v > most ? v : most;
-    }
-    rescale = state.add(scores + whole.from, whole.to - whole.from, max_of<float>(most), factor,
-                        strip(weights + whole.from));
+    const float *const from = scores + whole.from, most = largest_of<float>(from, whole.to - whole.from);
+    rescale = state.add(from, whole.to - whole.from, most, factor, strip(weights + whole.from));
   }
   clear_outside(weights, whole.from, whole.to, count);
   return rescale;
@@ -115,16 +110,16 @@ void check(const Tensor& query, const Tensor& key, const Tensor& value, const Te
   TORCH_CHECK_VALUE(key.size(0) == shape.batch && key.size(1) == shape.width && key.size(3) == shape.size &&
                         value.sizes() == key.sizes() && first.size(0) == shape.batch && first.size(1) == shape.width,
                     "packed_attention: got query ", query.sizes(), ", key ", key.sizes(), ", value ", value.sizes(),
-                    ", first ", first.sizes(), ", needs the same rows, positions and channels in all");
+                    ", first ", first.sizes(), ", needs the same sequences, positions and channels in all");
   PLANLM_EXPECT(shape.width % 2 == 0 && shape.size % 2 == 0, "odd sizes");
   for (const Tensor& tensor : {query, key, value})
-    PLANLM_EXPECT(tensor.scalar_type() == at::kBFloat16 && tensor.stride(3) == 1, "packed_attention takes bf16 rows");
+    PLANLM_EXPECT(tensor.scalar_type() == at::kBFloat16 && tensor.stride(3) == 1, "bf16 with adjacent channels");
   const int64_t* from = first.const_data_ptr<int64_t>();
   for (int64_t b = 0; b < shape.batch; ++b)
     for (int64_t t = 0; t < shape.width; ++t) {
       const int64_t at = from[b * shape.width + t], before = t > 0 ? from[b * shape.width + t - 1] : 0;
       TORCH_CHECK_VALUE(before <= at && at <= t, "first: got ", at, " at position ", t,
-                        ", needs a position that never falls along the row and is not behind its own");
+                        ", needs a position that never falls along the sequence and is not behind its own");
     }
 }
 

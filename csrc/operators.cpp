@@ -88,7 +88,8 @@ struct AddPlan : Function<AddPlan> {
     static const auto op = dispatched<decltype(add_plan_backward)>("planlm::add_plan_backward");
     const auto saved = ctx->get_saved_variables();
     const OptionalTensor gate = saved[2].defined() ? OptionalTensor(saved[2]) : std::nullopt;
-    const bool to_x = ctx->needs_input_grad(0), to_plan = ctx->needs_input_grad(1), to_gate = gate && ctx->needs_input_grad(3);
+    const bool to_x = ctx->needs_input_grad(0), to_plan = ctx->needs_input_grad(1);
+    const bool to_gate = gate && ctx->needs_input_grad(3);
     const bool again = at::GradMode::is_enabled();
     // Where these gradients may be differentiated themselves, the operator's rule in Python refuses it.
     std::optional<at::AutoDispatchBelowADInplaceOrView> below;

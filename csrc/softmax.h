@@ -24,41 +24,29 @@ struct Scores {
   bool rescored() const { return noise || top_k; }
 };
 
-// Writes the logits of a strip, -inf behind its end up to a whole vector; returns the largest. A NaN is never larger.
-template <class R>
-R load_logits(const Scores<R>& row, R* out) {
-  Vector<R> largest = Vector<R>{} + lowest<R>;
-  with_type<R>(row.logits, [&](auto* from) INLINE_LAMBDA {
-    each_vector<R>(row.count, [&](int64_t i, int64_t used) INLINE_LAMBDA {
-      Vector<R> v = read<R>(from + i, used);
-      fill_behind(v, used, lowest<R>);
-      largest = v > largest ? v : largest;
-      put(out + i, v);
-    });
-  });
-  return max_of<R>(largest);
-}
-
-// Turns them into scores; returns the largest.
-template <class R>
-R rescore(const Scores<R>& row, R* out) {
-  if (row.noise)
-    each_vector<R>(row.count, [&](int64_t i, int64_t used) INLINE_LAMBDA {
-      put(out + i, take<Vector<R>>(out + i) + read<R>(row.noise, i, used));
-    });
-  R largest = lowest<R>;
-  for (int64_t i = 0; i < row.count; ++i) {  // written so that a NaN is kept
-    if (row.top_k && (out[i] < row.threshold || (out[i] == row.threshold && row.first + i > row.tie_index)))
-      out[i] = lowest<R>;
-    largest = out[i] > largest ? out[i] : largest;
-  }
-  return largest;
-}
-
 template <class R>
 void load_scores(const Scores<R>& row, R* out) {
-  load_logits(row, out);
-  if (row.rescored()) rescore(row, out);
+  with_type<R>(row.logits, [&](const auto* logits) INLINE_LAMBDA {
+    each_vector<R>(row.count, [&](int64_t i, int64_t used) INLINE_LAMBDA {
+      Vector<R> v = read<R>(logits + i, used);
+      if (row.noise) v += read<R>(row.noise, i, used);
+      write<R>(out + i, v, used);
+    });
+  });
+  for (int64_t i = 0; row.top_k && i < row.count; ++i)  // written so that a NaN is kept
+    if (out[i] < row.threshold || (out[i] == row.threshold && row.first + i > row.tie_index)) out[i] = lowest<R>;
+}
+
+// A NaN is never the largest.
+template <class R, class T>
+R largest_of(const T* values, int64_t count) {
+  Vector<R> largest = Vector<R>{} + lowest<R>;
+  each_vector<R>(count, [&](int64_t i, int64_t used) INLINE_LAMBDA {
+    Vector<R> v = read<R>(values + i, used);
+    fill_behind(v, used, lowest<R>);
+    largest = v > largest ? v : largest;
+  });
+  return max_of<R>(largest);
 }
 
 // An online softmax: the largest value so far, and the sum of 2^(factor (value - largest)).
@@ -66,15 +54,17 @@ template <class R>
 struct Softmax {
   R largest = lowest<R>, exp_sum = 0;
 
-  // Adds values, -inf behind their end up to a whole vector, the largest of which is `found`, and writes their weights in
-  // the sum where there is room for them. Returns the factor that rescales what was accumulated before.
-  R add(const R* values, int64_t count, R found, R factor, Strip weights = {}) {
+  // Adds values, the largest of which is `found`, and writes their weights in the sum where there is room for them.
+  // Returns the factor that rescales what was accumulated before.
+  template <class T>
+  R add(const T* values, int64_t count, R found, R factor, Strip weights = {}) {
     const R before = largest;
     if (found > before) largest = found;
     BlockSum<R> total;
     const auto weigh = [&, shift = shift(), factor](auto to) INLINE_LAMBDA {
       each_vector<R>(count, [&](int64_t i, int64_t used) INLINE_LAMBDA {
-        const Vector<R> weight = Lanes<R>::exp2((take<Vector<R>>(values + i) - shift) * factor);
+        Vector<R> weight = Lanes<R>::exp2((read<R>(values + i, used) - shift) * factor);
+        fill_behind(weight, used, R(0));
         total.add(i, weight);
         if constexpr (std::is_pointer_v<decltype(to)>) write<R>(to + i, weight, used);
       });
@@ -108,15 +98,22 @@ struct RowState {
 };
 
 // Advances `state` by one strip and writes the weights of its actions where there is room for them. Returns the factor
-// that rescales what was accumulated before. `buffer` holds a strip up to a whole vector.
+// that rescales what was accumulated before. `buffer` holds a strip where the scores are not the logits.
 template <class R>
 R advance(const Scores<R>& row, RowState<R>& state, bool separate, int64_t oracle, Strip weights, R* buffer) {
-  R found = load_logits(row, buffer);
-  if (row.holds(oracle)) state.logit_of_oracle = buffer[oracle - row.first];
-  if (separate) state.logits.add(buffer, row.count, found, log2e<R>);
-  if (row.rescored()) found = rescore(row, buffer);
-  if (found > state.scores.largest) state.best = row.first + (std::find(buffer, buffer + row.count, found) - buffer);
-  return state.scores.add(buffer, row.count, found, row.inverse_temperature * log2e<R>, weights);
+  const auto add = [&](const auto* scores) {
+    const R found = largest_of<R>(scores, row.count);
+    const auto is_best = [&](auto score) { return value_of(score) == found; };
+    if (found > state.scores.largest)
+      state.best = row.first + (std::find_if(scores, scores + row.count, is_best) - scores);
+    return state.scores.add(scores, row.count, found, row.inverse_temperature * log2e<R>, weights);
+  };
+  if (row.rescored()) load_scores(row, buffer);
+  return with_type<R>(row.logits, [&](const auto* logits) {
+    if (row.holds(oracle)) state.logit_of_oracle = value_of(logits[oracle - row.first]);
+    if (separate) state.logits.add(logits, row.count, largest_of<R>(logits, row.count), log2e<R>);
+    return row.rescored() ? add(buffer) : add(logits);
+  });
 }
 
 // What one row's gradient is made of; plan_projection.cpp has the formulas.
@@ -155,7 +152,7 @@ R differentiate_strip(const Scores<R>& row, const RowGradient<R>& g, const R* pr
   with_type<R>(row.logits, [&](auto* logits) INLINE_LAMBDA {
     each_vector<R>(row.count, [&](int64_t i, int64_t used) INLINE_LAMBDA {
       const Vector<R> raw = read<R>(logits + i, used);
-      const Vector<R> score = rescored ? take<Vector<R>>(buffer + i) : raw;
+      const Vector<R> score = rescored ? read<R>(buffer + i, used) : raw;
       Vector<R> p = Lanes<R>::exp2((score - g.score_max) * factor - g.score_log_sum * log2e<R>);
       fill_behind(p, used, R(0));
       const bool here = at >= i && at < i + lanes<R>;

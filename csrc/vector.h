@@ -28,6 +28,12 @@ struct Bf16 {
   uint16_t bits;
 };
 
+inline float value_of(Bf16 x) { return __builtin_bit_cast(float, uint32_t(x.bits) << 16); }
+template <class R>
+R value_of(R x) {
+  return x;
+}
+
 // Adjacent elements in memory: float64 where the loops compute in double, float32 or bf16 where they compute in float.
 struct Strip {
   void* data = nullptr;
@@ -113,6 +119,9 @@ INLINE void put(void* to, V value) {
 // Past the caches, to an address that is a multiple of the vector's size.
 template <class V>
 INLINE void stream(void* to, V value) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(V) == 64) return _mm512_stream_si512(static_cast<__m512i*>(to), (__m512i)value);
+#endif
 #if defined(__AVX2__)
   for (size_t i = 0; i < sizeof(V) / 32; ++i)
     _mm256_stream_si256(static_cast<__m256i*>(to) + i, take<__m256i>(reinterpret_cast<const char*>(&value) + 32 * i));

@@ -138,5 +138,5 @@ def test_documents_need_not_be_contiguous_and_shapes_must_agree() -> None:
         packed_attention(query, key, value, row, 0.25), packed_attention(query, key, value, row.contiguous(), 0.25)
     )
     for wrong in ((key[:, :64], value[:, :64], first), (key[:1], value[:1], first), (key, value[..., :8], first)):
-        with pytest.raises(ValueError, match="needs the same rows, positions and channels in all"):
+        with pytest.raises(ValueError, match="needs the same sequences, positions and channels in all"):
             packed_attention(query, *wrong, 0.25)

@@ -121,6 +121,7 @@ def test_actions_masked_with_minus_infinity_count_nothing() -> None:
         assert plan_projection(**{**inputs, "logits": kept}).projected.isnan().equal(result.projected.isnan())
 
 
+@pytest.mark.timeout(1200)  # the first time builds a library for the set
 @pytest.mark.parametrize("capability", ["default", "avx2"])
 def test_other_instruction_sets(capability: str) -> None:
     script = """
