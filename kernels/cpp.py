@@ -55,8 +55,8 @@ class Unavailable(Exception):
 
 def fast_bf16() -> bool:
     """Whether matrix products of bfloat16 have instructions of their own here; without, float32 is faster."""
-    cpu = torch.backends.cpu
-    return cpu.get_cpu_capability() == "AVX512" and torch.cpu._is_avx512_bf16_supported()
+    supported = getattr(torch.cpu, "_is_avx512_bf16_supported", None)  # private: float32 where it is gone
+    return torch.backends.cpu.get_cpu_capability() == "AVX512" and supported is not None and supported()
 
 
 def flags() -> tuple[str, ...]:
@@ -140,7 +140,7 @@ def _compile(sources: list[Path], library: Path) -> None:
     ninja = environment.ninja()
     if ninja is None:
         raise Unavailable("no ninja to compile the C++ operators with: pip install ninja")
-    logger.warning("planlm.kernels: compiling the C++ operators, once, in about a minute")
+    logger.warning("planlm.kernels: compiling the C++ operators, once, in under a minute")
     start = time.perf_counter()
     with tempfile.TemporaryDirectory(dir=library.parent, prefix="build-") as build, _tools(ninja):
         try:

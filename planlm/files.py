@@ -11,6 +11,7 @@ of ours (a run, a corpus) may come from anybody: `within` refuses every link tha
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import errno
 import fcntl
 import json
@@ -199,7 +200,7 @@ def to_json(value: Any) -> str:
     def held(part: Any) -> Any:
         if isinstance(part, os.PathLike):
             return os.fspath(part)
-        return part.tolist() if hasattr(part, "tolist") else vars(part)
+        return part.tolist() if hasattr(part, "tolist") else dataclasses.asdict(part)
 
     return json.dumps(json.loads(json.dumps(value, default=held), parse_constant=lambda _: None))
 

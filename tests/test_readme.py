@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import planlm
-from planlm import arguments, cli
+from planlm import arguments, cli, doctor
 from planlm.model.families import FAMILY_NAMES
 
 ROOT = Path(__file__).parents[1]
@@ -145,3 +145,8 @@ def test_environment_variables_are_in_the_table() -> None:
     code = "".join(path.read_text() for folder in ("planlm", "kernels") for path in (ROOT / folder).rglob("*.py"))
     table = set(re.findall(r"^\| `(PLANLM_\w+)`", (ROOT / "docs" / "README.md").read_text(), re.MULTILINE))
     assert table == set(re.findall(r"PLANLM_[A-Z]+", code))
+
+
+def test_doctor_shows_the_variables_of_the_architecture_page() -> None:
+    page = (ROOT / "docs" / "README.md").read_text().partition("## Environment variables")[2]
+    assert set(re.findall(r"`([A-Z]+(?:_[A-Z]+)*)`", page)) == set(doctor.VARIABLES)

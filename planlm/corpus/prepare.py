@@ -85,7 +85,7 @@ def prepare(config: PrepareConfig) -> PreparedCorpus:
     for line in documents.left_aside():
         note(line)
     with storage_errors(out), contextlib.ExitStack() as held:
-        # Whether shards are to be made; the first process asks, holds the folder and finishes the corpus.
+        # Whether shards are to be made; rank 0 asks, holds the folder and finishes the corpus.
         is_new = on_rank_zero(lambda: _begin(out, arguments, held))
         if any_rank(bool(is_new)):
             settings = {name: arguments["settings"][name] for name in ENCODING}

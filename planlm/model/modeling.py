@@ -6,6 +6,8 @@ Sizes: B windows of W positions, S plan segments, K actions, A action dimension,
 from __future__ import annotations
 
 import copy
+import inspect
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, NoReturn
 
@@ -33,6 +35,15 @@ from planlm.pretrained.names import absolute
 from planlm.pretrained.tokenizer import load_tokenizer
 from planlm.selections import SELECTIONS
 from planlm.speedups.lm import document_starts
+
+
+def _shows_plan_inputs(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """Name the fields of `PlanInputs` in a signature: Trainer drops columns of a data set that it has no name for."""
+    signature = inspect.signature(forward)
+    *named, rest = signature.parameters.values()
+    fields = [inspect.Parameter(name, rest.KEYWORD_ONLY, default=None) for name in PlanInputs.__dataclass_fields__]
+    forward.__signature__ = signature.replace(parameters=[*named, *fields, rest])  # type: ignore[attr-defined]
+    return forward
 
 
 @dataclass
@@ -247,6 +258,7 @@ class PlanLMForCausalLM(ModelFolder, GenerationMixin):
             return plans, None, logits
         return plans, projection.oracle_nll.where(inputs.actions >= 0, 0.0), logits
 
+    @_shows_plan_inputs
     @can_return_tuple  # type: ignore[untyped-decorator]
     def forward(
         self,
@@ -284,7 +296,8 @@ class PlanLMForCausalLM(ModelFolder, GenerationMixin):
         if selection not in SELECTIONS:
             raise ValueError(f"selection: got {selection!r}, needs one of {', '.join(SELECTIONS)}")
         losses = {name: kwargs.pop(name, None) for name in ("shift_labels", "num_items_in_batch")}
-        fields = {name: kwargs.pop(name) for name in PlanInputs.__dataclass_fields__ if name in kwargs}
+        fields = {name: kwargs.pop(name, None) for name in PlanInputs.__dataclass_fields__}
+        fields = {name: value for name, value in fields.items() if value is not None}
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("expected either input_ids or inputs_embeds")
         check_mask(attention_mask)

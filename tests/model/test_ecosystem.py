@@ -199,6 +199,31 @@ def test_trainer_takes_plan_inputs_from_a_collator(gpt2: PlanLMForCausalLM, tmp_
     assert loss != pytest.approx(gpt2(ids, labels=ids).loss.item(), rel=1e-5)
 
 
+def test_trainer_keeps_the_columns_that_are_plan_inputs(gpt2: PlanLMForCausalLM, tmp_path: Path) -> None:
+    """With its default `remove_unused_columns` it drops what `forward`'s signature has no name for."""
+    ids = torch.randint(300, (4, 9))
+    rows = [{"input_ids": row, "segment_ids": torch.zeros(9, dtype=torch.long)} for row in ids]
+    shared = {"segment_rows": torch.tensor([[0, 1]]), "sentence_embeddings": torch.randn(1, 2, A)}
+
+    def collate(columns: list[dict[str, Any]]) -> dict[str, Any]:
+        batch = {name: torch.stack([row[name] for row in columns]) for name in columns[0]}
+        return {**batch, "labels": batch["input_ids"], **shared}
+
+    evaluator = Trainer(
+        model=gpt2, data_collator=collate, eval_dataset=rows,  # type: ignore[arg-type]
+        args=TrainingArguments(str(tmp_path), report_to=[], use_cpu=True, per_device_eval_batch_size=4),
+    )  # fmt: skip
+    expected = gpt2(ids, labels=ids, segment_ids=torch.zeros(4, 9, dtype=torch.long), **shared).loss.item()
+    assert evaluator.evaluate()["eval_loss"] == pytest.approx(expected, rel=1e-5)
+
+
+def test_plan_inputs_that_are_none_are_not_given(gpt2: PlanLMForCausalLM) -> None:
+    ids = torch.randint(300, (2, 9))
+    nothing = dict.fromkeys(PlanInputs.__dataclass_fields__)
+    for options in ({}, {"selection": "none"}):
+        assert torch.equal(gpt2(ids, **nothing, **options).logits, gpt2(ids, **options).logits)
+
+
 # Copies, threads, weights elsewhere
 
 
