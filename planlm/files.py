@@ -30,7 +30,7 @@ from planlm.errors import InputError
 
 _LEFT = re.compile(r"\.planlm-[0-9a-f]{12}\.partial")
 
-_FILE = os.O_WRONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+_FILE = os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
 _FOLDER = os.O_RDONLY | os.O_NOFOLLOW | os.O_DIRECTORY | os.O_CLOEXEC
 
 
@@ -57,8 +57,8 @@ def replacing(path: Path, within: Path | None = None) -> Iterator[IO[bytes]]:
         return os.open(beside, _FILE | os.O_CREAT | os.O_EXCL, 0o666)
 
     with _beside(path, target.parent, make) as (beside, descriptor):
-        with open(descriptor, "wb", closefd=False) as file:
-            yield file
+        with open(descriptor, "w+b", closefd=False) as made:
+            yield made
         os.fsync(descriptor)
         beside.replace(target)
 
@@ -103,7 +103,7 @@ def locked(path: Path) -> Iterator[None]:
         InputError: it is no file.
         OSError: it cannot be made, or is a link.
     """
-    descriptor = os.open(path, os.O_CREAT | os.O_RDWR | _FILE & ~os.O_WRONLY, 0o666)
+    descriptor = os.open(path, os.O_CREAT | _FILE, 0o666)
     try:
         if not stat.S_ISREG(os.fstat(descriptor).st_mode):
             raise InputError(f"{path}: not a file; delete it")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import hashlib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -71,20 +72,22 @@ def write_arrow(path: Path, table: pa.Table) -> None:
 
 def write_sealed(path: Path, table: pa.Table, identity: str) -> None:
     """An Arrow stream that says what it was made from and, behind its end, where no reader looks, its own checksum."""
-    sink = pa.BufferOutputStream()
-    with pa.ipc.new_stream(sink, table.schema.with_metadata({_IDENTITY: identity})) as writer:
-        writer.write_table(table)
     with replacing(path) as file:
-        file.write(sink.getvalue())
-        file.write(xxhash.xxh3_128_digest(sink.getvalue()))
+        with pa.ipc.new_stream(file, table.schema.with_metadata({_IDENTITY: identity})) as writer:
+            writer.write_table(table)
+        file.seek(0)
+        file.write(hashlib.file_digest(file, xxhash.xxh3_128).digest())  # type: ignore[arg-type]
 
 
 def seal(path: Path) -> str | None:
     """The identity with which a sealed file was written, or None where its bytes are not what was written."""
-    data = memoryview(path.read_bytes())
-    if xxhash.xxh3_128_digest(data[:-16]) != data[-16:]:
+    if path.stat().st_size == 0:  # there is nothing to map
         return None
-    return (pa.ipc.open_stream(data[:-16]).schema.metadata or {}).get(_IDENTITY, b"").decode()
+    with pa.memory_map(str(path)) as source:
+        data = memoryview(source.read_buffer())
+        if xxhash.xxh3_128_digest(data[:-16]) != bytes(data[-16:]):
+            return None
+        return (pa.ipc.open_stream(data[:-16]).schema.metadata or {}).get(_IDENTITY, b"").decode()
 
 
 def read_arrow(path: Path, columns: list[str] | None = None) -> pa.Table:
@@ -95,9 +98,6 @@ def read_arrow(path: Path, columns: list[str] | None = None) -> pa.Table:
 
 
 def checksum(path: Path) -> str:
-    """XXH3 of a file's contents, 128 bits in hexadecimal: finds damage, and at 10 GB/s waits for the disk only."""
-    digest = xxhash.xxh3_128()
+    """XXH3 of a file's contents, 128 bits in hexadecimal: finds damage, at 4 GB/s a core."""
     with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
+        return hashlib.file_digest(file, xxhash.xxh3_128).hexdigest()  # type: ignore[arg-type]
