@@ -221,6 +221,7 @@ def in_new_process(function: Callable[..., Result], *arguments: object) -> Resul
     sender.close()
     try:
         result = receiver.recv()
+        process.join(10)  # what it has started itself is put away as it ends
     except EOFError:
         process.join()
         raise MachineError(f"the process of that case ended with status {process.exitcode}") from None

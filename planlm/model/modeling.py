@@ -227,6 +227,34 @@ class PlanLMForCausalLM(ModelFolder, GenerationMixin):
             raise InputError("--compile needs a C++ compiler: install g++, or name one in the variable CXX")
         self.lm.base_model.compile()
 
+    def _plan_inputs(
+        self, plan: PlanInputs | Text | None, fields: dict[str, Any], call: tuple[Any, ...], is_planned: bool
+    ) -> tuple[PlanInputs | None, Text | None]:
+        """What a call's plans are made from, if there are any, and the text where the model finds its sentences itself.
+
+        Args:
+            plan: see `forward`.
+            fields: of `PlanInputs`, given by name.
+            call: the arguments of `text_of`.
+            is_planned: whether the selection wants a plan.
+        """
+        if plan is None and "segment_ids" in fields:
+            return PlanInputs(**fields), None
+        if isinstance(plan, PlanInputs):
+            return (replace(plan, **fields) if fields else plan), None
+        if not is_planned and not fields.get("want_oracle_nll"):
+            return None, None
+        if torch.compiler.is_exporting() or torch.jit.is_tracing():  # type: ignore[attr-defined]
+            raise InputError(
+                "a model that is traced or exported cannot find the sentences of its text: give segment_ids, "
+                "segment_rows and sentence_embeddings among the inputs, or selection='none'"
+            )
+        text = plan or text_of(self, *call)
+        input_ids, inputs_embeds, *_ = call
+        width = (input_ids if inputs_embeds is None else inputs_embeds).shape[1]
+        found = plan_inputs(text, width, self.config.action_dim)
+        return (replace(found, **fields) if fields else found), text
+
     def _plan(self, inputs: PlanInputs, selection: str) -> tuple[LayerPlans, Tensor | None, Tensor | None]:
         """Plan a call's segments.
 
@@ -306,23 +334,12 @@ class PlanLMForCausalLM(ModelFolder, GenerationMixin):
         for wanted in ("output_hidden_states", "output_attentions"):
             if kwargs.get(wanted) is None and getattr(self.config, wanted):
                 kwargs[wanted] = True
-        text = oracle_nll = action_logits = None
-        if plan is None and "segment_ids" in fields:
-            plan, fields = PlanInputs(**fields), {}
-        elif not isinstance(plan, PlanInputs) and (selection != "none" or fields.get("want_oracle_nll")):
-            if torch.compiler.is_exporting() or torch.jit.is_tracing():  # type: ignore[attr-defined]
-                raise InputError(
-                    "a model that is traced or exported cannot find the sentences of its text: give "
-                    "segment_ids, segment_rows and sentence_embeddings among the inputs, or selection='none'"
-                )
-            text = plan or text_of(self, input_ids, inputs_embeds, attention_mask, position_ids, past_key_values)
-            width = (input_ids if inputs_embeds is None else inputs_embeds).shape[1]  # type: ignore[union-attr]
-            plan = plan_inputs(text, width, self.config.action_dim)
-        if isinstance(plan, PlanInputs):
-            plan = replace(plan, **fields) if fields else plan
-            if selection != "none" or plan.want_oracle_nll:
-                layers, oracle_nll, action_logits = self._plan(plan, "uniform" if selection == "none" else selection)
-                kwargs |= {} if selection == "none" else {"plan": layers}  # what attention.attend takes under this name
+        call = (input_ids, inputs_embeds, attention_mask, position_ids, past_key_values)
+        inputs, text = self._plan_inputs(plan, fields, call, selection != "none")
+        oracle_nll = action_logits = None
+        if inputs is not None and (selection != "none" or inputs.want_oracle_nll):
+            layers, oracle_nll, action_logits = self._plan(inputs, "uniform" if selection == "none" else selection)
+            kwargs |= {} if selection == "none" else {"plan": layers}  # what attention.attend takes under this name
         if position_ids is not None and attention_mask is None and past_key_values is None and not kwargs["use_cache"]:
             attention_mask = document_starts(self.lm, position_ids)
         outputs = self.lm.base_model(

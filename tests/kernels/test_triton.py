@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import importlib.util
 import os
 import subprocess
@@ -35,3 +36,20 @@ assert row.has_product and not list(row.violations()), row
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
+
+
+def test_launches_name_arguments_that_their_kernels_have() -> None:
+    """`launch` leaves out what a kernel does not take of a shared table: a misspelled name would be lost."""
+    trees = [ast.parse(path.read_text()) for path in sorted((ROOT / "kernels").glob("triton_*.py"))]
+    nodes = [node for tree in trees for node in ast.walk(tree)]
+    taken = {
+        node.name: {argument.arg for argument in (*node.args.args, *node.args.kwonlyargs)}
+        for node in nodes
+        if isinstance(node, ast.FunctionDef) and node.name.endswith("_kernel")
+    }
+    launches = [node for node in nodes if isinstance(node, ast.Call) and ast.unparse(node.func) == "launch"]
+    assert len(launches) >= 6
+    for call in launches:
+        kernel = ast.unparse(call.args[0])
+        named = {keyword.arg for keyword in call.keywords if keyword.arg} - {"reads", "writes"}
+        assert named <= taken[kernel], (kernel, named - taken[kernel])

@@ -34,7 +34,7 @@ def ids(model: PlanLMForCausalLM) -> Tensor:
     return found
 
 
-def close(found: Tensor, expected: Tensor) -> None:
+def assert_close(found: Tensor, expected: Tensor) -> None:
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
 
 
@@ -43,16 +43,16 @@ def test_a_copied_cache_goes_on_by_itself(model: PlanLMForCausalLM, ids: Tensor)
     cache = model(ids[:, :9], use_cache=True).past_key_values
     branch = copy.deepcopy(cache)
     other = ids.roll(3, dims=1)
-    close(model(ids[:, 9:], past_key_values=cache).logits, model(ids).logits[:, 9:])
+    assert_close(model(ids[:, 9:], past_key_values=cache).logits, model(ids).logits[:, 9:])
     found = model(other[:, 9:], past_key_values=branch).logits
-    close(found[:, -1], model(torch.cat((ids[:, :9], other[:, 9:]), 1)).logits[:, -1])
+    assert_close(found[:, -1], model(torch.cat((ids[:, :9], other[:, 9:]), 1)).logits[:, -1])
 
 
 @torch.no_grad()
 def test_a_cache_may_be_cut(model: PlanLMForCausalLM, ids: Tensor) -> None:
     cache = model(ids[:, :12], use_cache=True).past_key_values
     cache.crop(-3)
-    close(model(ids[:, 9:], past_key_values=cache).logits, model(ids).logits[:, 9:])
+    assert_close(model(ids[:, 9:], past_key_values=cache).logits, model(ids).logits[:, 9:])
 
 
 @torch.no_grad()
@@ -60,7 +60,7 @@ def test_a_static_cache_is_remembered_too(model: PlanLMForCausalLM, ids: Tensor)
     cache = StaticCache(config=model.config, max_cache_len=64)
     model(ids[:, :9], past_key_values=cache, use_cache=True)
     found = [model(ids[:, at : at + 1], past_key_values=cache, use_cache=True).logits for at in range(9, ids.shape[1])]
-    close(torch.cat(found, 1), model(ids).logits[:, 9:])
+    assert_close(torch.cat(found, 1), model(ids).logits[:, 9:])
 
 
 @torch.no_grad()
@@ -114,7 +114,7 @@ def test_a_batch_with_padding_continues_its_cache(model: PlanLMForCausalLM, ids:
     rest = model(
         both[:, at:], attention_mask=mask, position_ids=positions[:, at:], past_key_values=cache.past_key_values
     )
-    close(rest.logits, whole[:, at:])
+    assert_close(rest.logits, whole[:, at:])
 
 
 @torch.no_grad()
@@ -122,14 +122,14 @@ def test_texts_behind_each_other_in_a_row_are_planned_apart(model: PlanLMForCaus
     other = model.tokenizer("Nobody knew. The cat sat there.", return_tensors="pt").input_ids
     positions = torch.cat((torch.arange(ids.shape[1]), torch.arange(other.shape[1])))[None]
     together = model(torch.cat((ids, other), 1), position_ids=positions, use_cache=False).logits
-    close(together[:, : ids.shape[1]], model(ids).logits)
-    close(together[:, ids.shape[1] :], model(other).logits)
+    assert_close(together[:, : ids.shape[1]], model(ids).logits)
+    assert_close(together[:, ids.shape[1] :], model(other).logits)
 
 
 @torch.no_grad()
 def test_embeddings_stand_for_their_tokens(model: PlanLMForCausalLM, ids: Tensor) -> None:
     embeds = model.get_input_embeddings()(ids)
-    close(model(inputs_embeds=embeds).logits, model(ids).logits)
+    assert_close(model(inputs_embeds=embeds).logits, model(ids).logits)
     settings = {"max_new_tokens": 9, "do_sample": False, "eos_token_id": -1, "attention_mask": torch.ones_like(ids)}
     assert torch.equal(model.generate(inputs_embeds=embeds, **settings), model.generate(ids, **settings)[:, -9:])
     with pytest.raises(ValueError, match="either input_ids or inputs_embeds"):
@@ -145,7 +145,7 @@ def test_a_mask_of_four_dimensions_hides_padding(model: PlanLMForCausalLM, ids: 
     positions = (torch.arange(width + pad) - pad).clamp(min=0)[None]
     for form in (mask[None, None], torch.zeros(()).where(mask, -torch.inf)[None, None]):
         found = model(padded, attention_mask=form, position_ids=positions, use_cache=False).logits
-        close(found[:, pad:], model(ids).logits)
+        assert_close(found[:, pad:], model(ids).logits)
 
 
 @torch.no_grad()
@@ -186,7 +186,7 @@ def test_every_row_has_its_own_forced_actions_at_every_use(model: PlanLMForCausa
     both = scores(batch, mask, forcing)
     for row, alone in enumerate((ids, short)):
         for _ in range(2):
-            close(scores(alone, torch.ones_like(alone), forcing)[0], both[row])
+            assert_close(scores(alone, torch.ones_like(alone), forcing)[0], both[row])
         free = scores(alone, torch.ones_like(alone), None)[0]
         assert not torch.allclose(free, both[row], atol=1e-3), "the forced actions make no difference"
 
@@ -273,4 +273,4 @@ def test_zeros_behind_a_text_are_invisible_where_zero_is_a_word(
         padded = torch.stack([nn.functional.pad(row, (0, width - len(row))) for row in rows])
         together = model(padded).logits
         for row, ids in enumerate(rows):
-            close(together[row, : len(ids)], model(ids[None]).logits[0])
+            assert_close(together[row, : len(ids)], model(ids[None]).logits[0])
