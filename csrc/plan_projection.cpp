@@ -26,9 +26,7 @@ namespace {
 template <class R>
 class Largest {
  public:
-  Largest(int64_t kept, int64_t slack, int64_t num_actions) : kept_(kept), most_(kept + slack) {
-    found_.reserve(std::min(most_, num_actions));
-  }
+  Largest(int64_t kept, int64_t slack) : kept_(kept), most_(kept + slack) {}
 
   // A NaN counts as larger than any number, as in torch.sort.
   void offer(R score, int64_t action) {
@@ -64,7 +62,7 @@ void find_largest(const Planner& planner, R* thresholds, int64_t* tie_indices) {
   const Workspace rooms = planner.tiles(whole, planner.projects, planner.real());
   for (int64_t from = 0; from < planner.num_rows; from += group) {
     const int64_t to = std::min(planner.num_rows, from + group);
-    std::vector<Largest<R>> found(to - from, Largest<R>(kept, slack, planner.num_actions));
+    std::vector<Largest<R>> found(to - from, Largest<R>(kept, slack));
     planner.each_tile(whole, rooms, [&](int64_t, const Tile& tile, const Matrix& logits) {
       const int64_t first = std::max(from, tile.row), last = std::min(to, tile.row + tile.rows);
       at::parallel_for(first, std::max(first, last), 1, [&](int64_t begin, int64_t end) {
