@@ -52,8 +52,8 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
         dataset = dataset.select(range(min(config.max_documents, len(dataset))))
     # Read before the work starts, so that a damaged file costs no evaluation.
     earlier = read_json(run / RESULTS) if (run / RESULTS).exists() else {}
-    model, is_planned = _load_model(run, plans, corpus)
-    _check_fit(model, config, corpus)
+    model, is_planned = load_evaluated(run, plans, corpus)
+    check_fit(model, config, corpus)
     window, stride = _window_and_stride(config, model)
     versus = config.versus
     if versus not in plans:
@@ -110,10 +110,13 @@ def _parse(config: EvaluateConfig) -> list[str]:
     return plans
 
 
-def _load_model(run: Path, plans: list[str], corpus: PreparedCorpus) -> tuple[PlanLMForCausalLM, bool]:
+def load_evaluated(run: Path, plans: list[str], corpus: PreparedCorpus) -> tuple[PlanLMForCausalLM, bool]:
     """The model of a run directory or model folder, on the device, and whether it has a planner of its own.
 
     A plain LM's folder serves for the plan `none`, so that an LM can be measured before any training.
+
+    Raises:
+        InputError: there is no model, or one that lacks what a plan needs.
     """
     described = run / "config.json"
     if plans == ["none"] and described.is_file() and read_json(described).get("model_type") != PlanLMConfig.model_type:
@@ -125,7 +128,7 @@ def _load_model(run: Path, plans: list[str], corpus: PreparedCorpus) -> tuple[Pl
     return model, True
 
 
-def _check_fit(model: PlanLMForCausalLM, config: EvaluateConfig, corpus: PreparedCorpus) -> None:
+def check_fit(model: PlanLMForCausalLM, config: EvaluateConfig, corpus: PreparedCorpus) -> None:
     """Refuse a corpus whose tokens or actions are not the model's."""
     manifest = corpus.manifest
     if tokenizer_fingerprint(model.tokenizer) != manifest.tokenizer_fingerprint:

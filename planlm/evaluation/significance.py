@@ -9,6 +9,7 @@ Legend: n documents, R resamples.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -73,19 +74,43 @@ def paired_bootstrap(
     scored = scores.tokens > 0
     difference = (scores.nll_sum - reference.nll_sum)[scored]
     tokens = scores.tokens[scored].astype(np.float64)
-    num_documents = len(tokens)
     delta = float(difference.sum() / tokens.sum())
+
+    def ratio(drawn: NDArray[np.int64]) -> NDArray[np.float64]:
+        return difference[drawn].sum(axis=1) / tokens[drawn].sum(axis=1)
+
+    return delta, bootstrap_interval(ratio, len(tokens), resamples=resamples, seed=seed)
+
+
+def bootstrap_interval(
+    statistic: Callable[[NDArray[np.int64]], NDArray[np.float64]],
+    num_documents: int,
+    *,
+    resamples: int = 2000,
+    seed: int = 0,
+) -> tuple[float, float] | None:
+    """95 % interval of a statistic of documents, as `paired_bootstrap` has it.
+
+    Args:
+        statistic: maps the numbers of drawn documents, `[r, n]`, to its value in each draw, `[r]`.
+        num_documents: n.
+        resamples: draws of n documents.
+        seed: of the draws; the same seed draws the same documents.
+
+    Returns:
+        `(low, high)`, or None below `MIN_DOCUMENTS` documents.
+    """
     if num_documents < MIN_DOCUMENTS:
-        return delta, None
+        return None
     generator = np.random.default_rng(seed)
-    ratios = []
+    values = []
     at_once = max(1, _GATHERED // num_documents)
     for start in range(0, resamples, at_once):
         drawn = generator.integers(num_documents, size=(min(at_once, resamples - start), num_documents))  # [r, n]
-        ratios.append(difference[drawn].sum(axis=1) / tokens[drawn].sum(axis=1))
+        values.append(statistic(drawn))
     tail = float(ndtr(math.sqrt(num_documents / (num_documents - 1)) * stdtrit(num_documents - 1, 0.025)))
-    low, high = np.quantile(np.concatenate(ratios), [tail, 1 - tail])
-    return delta, (float(low), float(high))
+    low, high = np.quantile(np.concatenate(values), [tail, 1 - tail])
+    return float(low), float(high)
 
 
 def compare_rows(
@@ -121,7 +146,7 @@ def compare_rows(
                 "perplexity": math.exp(row.nll),
                 "delta": delta,
                 "ci95": None if is_reference or interval is None else list(interval),
-                "verdict": "reference" if is_reference else _verdict(delta, interval),
+                "verdict": "reference" if is_reference else verdict(delta, interval),
                 "tokens": int(row.tokens.sum()),
                 "documents": int((row.tokens > 0).sum()),
             }
@@ -129,7 +154,8 @@ def compare_rows(
     return rows
 
 
-def _verdict(delta: float, interval: tuple[float, float] | None) -> str:
+def verdict(delta: float, interval: tuple[float, float] | None) -> str:
+    """What a difference means where less is better, in words."""
     if interval is None:
         return f"no interval: fewer than {MIN_DOCUMENTS} documents"
     low, high = interval
