@@ -255,6 +255,11 @@ class TrainConfig(LoopConfig):
         "number of topmost LM layers conditioned; default: all but the first two (the papers')",
         limit=count(10_000),
     )
+    attention_window: int | None = option(
+        None,
+        "tokens that each layer of the LM attends to, its own included, in evaluation and generation too; default: all",
+        limit=TOKENS,
+    )
     gate: bool = option(False, "multiply the plan with a gate per channel, initialised with zero")
     lm_mode: str = option(
         "freeze",

@@ -34,6 +34,7 @@ _RULES: dict[str, Rule] = {
     "plan_temperature": ("a number above 0", lambda value: _is_number(value, Real) and 0 < value < math.inf),
     "plan_top_k": ("null or a whole number of at least 1", lambda value: value is None or COUNT[1](value)),
     "gumbel_scale": ("a number of at least 0", lambda value: _is_number(value, Real) and 0 <= value < math.inf),
+    "attention_window": ("null or a whole number of at least 1", lambda value: value is None or COUNT[1](value)),
     "encoder": TEXT,
     "codebook_fingerprint": TEXT,
     "tokenizer_fingerprint": TEXT,
@@ -72,6 +73,7 @@ class PlanLMConfig(PretrainedConfig):
         conditioned_layers: number of topmost LM layers that receive the plan.
         gate: whether each conditioned channel has a zero-initialised gate [g].
         selection, plan_temperature, plan_top_k, gumbel_scale: how the plan is formed unless a call says otherwise.
+        attention_window: tokens that each layer of the LM attends to, a position's own included; None: all.
         codebook_fingerprint: of the codebook that training started from; see `planner.codebook_fingerprint`.
         encoder: sentence encoder, by hub name or folder, that `generate()` embeds finished sentences with; `./...`
             and `../...` are looked for from the model's own folder first, so that both may be moved together. Empty:
@@ -104,6 +106,7 @@ class PlanLMConfig(PretrainedConfig):
     plan_temperature: float = 1.0
     plan_top_k: int | None = None
     gumbel_scale: float = 1.0
+    attention_window: int | None = None
     encoder: str = ""
     codebook_fingerprint: str = ""
     tokenizer_fingerprint: str = ""

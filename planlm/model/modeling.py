@@ -115,7 +115,7 @@ class PlanLMForCausalLM(ModelFolder, GenerationMixin):
                 f"conditioned layers: {config.conditioned_layers} asked, the LM has {num_layers}; set 1 to {num_layers}"
             )
         speedups.apply(lm)
-        take_plans(lm)
+        take_plans(lm, config.attention_window)
         self.lm = lm
         self.planner = Planner(
             config.action_dim, config.num_actions, config.planner_layers, config.planner_heads, config.planner_dropout

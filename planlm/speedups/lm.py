@@ -47,19 +47,28 @@ def document_starts(lm: PreTrainedModel, position_ids: Tensor) -> Tensor | None:
     """
     config, where = lm.config, position_ids.device
     dropout = getattr(config, "attn_pdrop", getattr(config, "attention_dropout", 0.0))
-    autocast = torch.is_autocast_enabled(where.type)
     if (
-        "attention" not in speedups.ON
-        or config._attn_implementation != "sdpa"
+        config._attn_implementation != "sdpa"
         or getattr(config, "sliding_window", None) is not None
-        or (lm.training and dropout > 0)
-        or not kernels.has_packed_attention(where, torch.get_autocast_dtype(where.type) if autocast else lm.dtype)
+        or not _has_kernel(where, lm.dtype, dropout if lm.training else 0.0)
     ):
         return None
     # transformers' rule: a document begins where positions do not go on by one.
     begins = position_ids.diff(dim=1, prepend=position_ids[:, :1] - 1) != 1
     at = torch.arange(position_ids.shape[1], device=where)
     return at.where(begins, 0).cummax(dim=1).values[:, None, :, None]
+
+
+def has_packed_attention(query: Tensor, dropout: float) -> bool:
+    """Whether `packed_attention` is in use and has a kernel of its own for a query under this dropout."""
+    return _has_kernel(query.device, query.dtype, dropout)
+
+
+def _has_kernel(where: torch.device, dtype: torch.dtype, dropout: float) -> bool:
+    if "attention" not in speedups.ON or dropout > 0:
+        return False
+    autocast = torch.is_autocast_enabled(where.type)
+    return kernels.has_packed_attention(where, torch.get_autocast_dtype(where.type) if autocast else dtype)
 
 
 def packed_attention(query: Tensor, key: Tensor, value: Tensor, starts: Tensor, scaling: float | None) -> Tensor:

@@ -7,7 +7,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 
-def lm_flops(lm: PreTrainedModel, num_tokens: int, window: int, *, trained: bool, first_layer: int = 0) -> float:
+def lm_flops(lm: PreTrainedModel, num_tokens: int, window: float, *, trained: bool, first_layer: int = 0) -> float:
     """Model FLOPs of forward and backward of an LM: its matrix products, once, whatever is computed again.
 
     Two a weight and token forward, two for the gradient of the layer's input, two for that of its weight; attention's
@@ -17,7 +17,7 @@ def lm_flops(lm: PreTrainedModel, num_tokens: int, window: int, *, trained: bool
     Args:
         lm: the LM.
         num_tokens: tokens of the step, padding included.
-        window: positions of a row.
+        window: positions of a row; where attention sees fewer, twice as many as a token sees on average.
         trained: whether the LM's weights get gradients.
         first_layer: frozen layers below this one (0-based) have no backward.
     """

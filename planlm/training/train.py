@@ -57,10 +57,12 @@ def train(config: TrainConfig) -> dict[str, Any]:
     identity = on_rank_zero(lambda: identify(corpus, model.lm, planner))
     parallel = Parallel(model, lm_layers(model.lm) if config.shard else None)
     lowest = model.lm.config.num_hidden_layers - model.config.conditioned_layers if config.lm_mode == "freeze" else 0
+    seen = min(config.window, config.attention_window or config.window)
+    seen_twice = 2 * seen - seen**2 / config.window  # of what a token sees on average
 
     def flops(batches: list[PlanBatch]) -> float:
         num_tokens = sum(batch.input_ids.numel() for batch in batches)
-        return lm_flops(model.lm, num_tokens, config.window, trained=config.lm_mode == "full", first_layer=lowest)
+        return lm_flops(model.lm, num_tokens, seen_twice, trained=config.lm_mode == "full", first_layer=lowest)
 
     task = Task(
         model=parallel,
@@ -125,6 +127,7 @@ def _model(config: TrainConfig, corpus: PreparedCorpus, lm: str, planner: Planne
         plan_temperature=config.temperature,
         plan_top_k=config.top_k,
         gumbel_scale=config.gumbel_scale,
+        attention_window=config.attention_window,
         encoder=corpus.manifest.encoder,
         lora=(config.lora_rank, config.lora_alpha) if config.lm_mode == "lora" else None,
     ).to(device())
