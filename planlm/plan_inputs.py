@@ -34,6 +34,8 @@ class PlanInputs(Movable):
             document.
         actions: int64 `[S]`, the oracle actions, -1 for none.
         oracle_weight: of the oracle action in the mixture, 0 to 1; a number or `[S]`.
+        shuffled_rows: int64 `[S, 2]`, as `segment_rows`, of the other document's sentence whose plan each segment gets
+            under `shuffled`.
         want_oracle_nll: run the planner for its cross-entropy even where the selection does not ask it.
     """
 
@@ -43,4 +45,5 @@ class PlanInputs(Movable):
     sentence_positions: Tensor | None = None
     actions: Tensor | None = None
     oracle_weight: float | Tensor = 0.0
+    shuffled_rows: Tensor | None = None
     want_oracle_nll: bool = False

@@ -1,6 +1,7 @@
 """The selections of docs/method.md: what a sentence's plan can be, and what each of them needs.
 
-A new one takes a row here and its computation in kernels/reference.py. Standard library only, for `planlm --help`.
+A new one takes a row here and its computation in kernels/reference.py; one that `needs_others` is computed as `soft`
+is, from another document's logits. Standard library only, for `planlm --help`.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ class Selection:
         trains_planner: the LM's loss has a gradient for the planner.
         needs_oracle: the plan comes from the sentence itself, which must have been written.
         needs_top_k: it takes a number of actions to keep.
+        needs_others: the plan is the mixture predicted for another document, which must be at hand.
     """
 
     mixes: bool = False
@@ -27,6 +29,7 @@ class Selection:
     trains_planner: bool = False
     needs_oracle: bool = False
     needs_top_k: bool = False
+    needs_others: bool = False
 
     @property
     def asks_planner(self) -> bool:
@@ -44,6 +47,7 @@ SELECTIONS = {
     "oracle": Selection(needs_oracle=True),
     "uniform": Selection(),
     "fixed": Selection(),
+    "shuffled": Selection(mixes=True, needs_others=True),
     "none": Selection(),  # the LM alone: without the adapter
 }
 """By name, in the order of docs/method.md's table."""

@@ -12,7 +12,8 @@ import torch
 from planlm.kernels import plan_projection, reference
 from planlm.selections import SELECTIONS
 
-CONDITIONED = [name for name in SELECTIONS if name != "none"]
+CONDITIONED = [name for name, about in SELECTIONS.items() if name != "none" and not about.needs_others]
+"""What is computed from a sentence's own logits. The others are `soft` with another's: tests/model/test_modeling.py."""
 
 
 def project(name: str, logits: torch.Tensor, **changes: Any) -> torch.Tensor:
@@ -31,7 +32,7 @@ def scores() -> torch.Tensor:
 
 def test_kernels_know_every_selection_that_conditions() -> None:
     assert set(reference.SELECTIONS) == set(CONDITIONED)
-    assert set(reference.MIXED) == {name for name, about in SELECTIONS.items() if about.mixes}
+    assert set(reference.MIXED) == {name for name in CONDITIONED if SELECTIONS[name].mixes}
     assert set(reference.NOISY) == {name for name, about in SELECTIONS.items() if about.noisy}
     straight = {name for name, about in SELECTIONS.items() if about.hard_forward and about.trains_planner}
     assert set(reference.STRAIGHT_THROUGH) == straight

@@ -22,6 +22,7 @@ from torch import Tensor
 from planlm.corpus.mapped import MappedFiles
 from planlm.corpus.packing import fill, packs
 from planlm.corpus.writing import joined
+from planlm.errors import InputError
 from planlm.plan_inputs import Movable, PlanInputs
 
 IGNORED = -100
@@ -145,6 +146,25 @@ def windows(dataset: datasets.Dataset, window: int, stride: int | None = None) -
     )
 
 
+def partners(dataset: datasets.Dataset) -> np.ndarray:
+    """For each document the number of another one, `[D]`, which has as many sentences or nearly so.
+
+    In order of their numbers of sentences, ties by id, every two neighbours are each other's; the last of an odd number
+    has the one before it. Nothing is drawn, and no batch matters.
+
+    Raises:
+        InputError: there is one document only.
+    """
+    order = np.lexsort((np.array(dataset["id"][:]), _lengths(dataset, "actions")))
+    if len(order) < 2:
+        raise InputError("selection shuffled: a plan is another document's, and there is one document; take more")
+    neighbour = np.arange(len(order)) ^ 1
+    neighbour[-1] = np.minimum(neighbour[-1], len(order) - 2) if len(order) % 2 else neighbour[-1]
+    found = np.empty_like(order)
+    found[order] = order[neighbour]
+    return found
+
+
 class _Loader(ABC, Generic[Batch]):
     """One epoch of batches per iteration, in an order that seed and epoch decide, with a position that can be stored.
 
@@ -211,6 +231,7 @@ class PlanLoader(_Loader[PlanBatch]):
         shuffle: sequences in random order, new in every epoch, or in that of the documents.
         stride: see `windows`.
         pack: put several short windows into one sequence, other ones in every epoch; needs `shuffle`.
+        with_others: give `PlanInputs.shuffled_rows` too, see `partners`.
     """
 
     def __init__(
@@ -223,6 +244,7 @@ class PlanLoader(_Loader[PlanBatch]):
         shuffle: bool = True,
         stride: int | None = None,
         pack: bool = False,
+        with_others: bool = False,
     ) -> None:
         if pack and not shuffle:
             raise ValueError("pack: expected shuffle=True, as every epoch draws which windows share a sequence")
@@ -232,6 +254,7 @@ class PlanLoader(_Loader[PlanBatch]):
         super().__init__(num_sequences, batch_size, seed, shuffle)
         self._documents = _Documents(dataset, ("input_ids", "sentence_tokens", "actions", "embeddings"))
         self._window = window
+        self._partners = partners(dataset) if with_others else None
         self._members = np.arange(num_sequences)  # windows, sequence after sequence
         self._first = np.arange(num_sequences + 1)  # of each sequence in `_members`
 
@@ -242,8 +265,9 @@ class PlanLoader(_Loader[PlanBatch]):
 
     def _collate(self, items: np.ndarray) -> PlanBatch:
         members = [self._members[self._first[item] : self._first[item + 1]] for item in items]
-        unique, numbers = np.unique(self.windows.document[np.concatenate(members)], return_inverse=True)
-        document_of = iter(numbers.tolist())
+        shown = self.windows.document[np.concatenate(members)]
+        unique = np.unique(shown) if self._partners is None else np.union1d(shown, self._partners[shown])
+        document_of = iter(np.searchsorted(unique, shown).tolist())
         contents = [self._documents[int(document)] for document in unique]
         ends = [np.cumsum(content["sentence_tokens"]) for content in contents]
         input_ids = np.zeros((len(items), self._window), dtype=np.int64)  # [B, W]
@@ -271,26 +295,41 @@ class PlanLoader(_Loader[PlanBatch]):
                 segments.append(np.stack([np.full_like(shown, own), shown], axis=1))
                 num_segments += len(shown)
                 begin = end
-        document, number = np.concatenate(segments).T  # [num_segments] each
-        needed = np.zeros(len(unique), dtype=np.int64)
-        np.maximum.at(needed, document, number + 1)
-        layout = _Layout(needed)
-        segment_rows = np.zeros((few_sizes(num_segments), 2), dtype=np.int64)
-        segment_rows[:num_segments] = np.stack(np.divmod(layout.begins[document] + number, layout.shape[1]), axis=1)
-        actions = np.full(len(segment_rows), -1)
-        actions[:num_segments] = [contents[own]["actions"][at] for own, at in zip(document, number, strict=True)]
         return PlanBatch(
             input_ids=torch.from_numpy(input_ids),
             position_ids=torch.from_numpy(position_ids),
             labels=torch.from_numpy(labels),
-            plan=PlanInputs(
-                segment_ids=torch.from_numpy(segment_ids),
-                segment_rows=torch.from_numpy(segment_rows),
-                sentence_embeddings=layout.embeddings([content["embeddings"] for content in contents]),
-                sentence_positions=layout.positions(),
-                actions=torch.from_numpy(actions),
-            ),
+            plan=self._plan_inputs(torch.from_numpy(segment_ids), np.concatenate(segments), unique, contents),
             documents=torch.from_numpy(documents),
+        )
+
+    def _plan_inputs(
+        self, segment_ids: Tensor, segments: np.ndarray, unique: np.ndarray, contents: list[dict[str, np.ndarray]]
+    ) -> PlanInputs:
+        """Plan inputs of segments `[s, 2]`, document (as its place in `unique` and `contents`) and sentence of each."""
+        rows = [segments.T]
+        if self._partners is not None:
+            document, number = segments.T
+            other = np.searchsorted(unique, self._partners[unique[document]])
+            last = np.array([len(content["actions"]) - 1 for content in contents])
+            rows.append(np.stack((other, np.minimum(number, last[other]))))
+        needed = np.zeros(len(unique), dtype=np.int64)
+        for document, number in rows:
+            np.maximum.at(needed, document, number + 1)
+        layout = _Layout(needed)
+        placed = np.zeros((len(rows), few_sizes(len(segments)), 2), dtype=np.int64)
+        for at, (document, number) in enumerate(rows):
+            places = np.divmod(layout.begins[document] + number, layout.shape[1])
+            placed[at, : len(segments)] = np.stack(places, axis=1)
+        actions = np.full(placed.shape[1], -1)
+        actions[: len(segments)] = [contents[own]["actions"][number] for own, number in segments]
+        return PlanInputs(
+            segment_ids=segment_ids,
+            segment_rows=torch.from_numpy(placed[0]),
+            sentence_embeddings=layout.embeddings([content["embeddings"] for content in contents]),
+            sentence_positions=layout.positions(),
+            actions=torch.from_numpy(actions),
+            shuffled_rows=None if self._partners is None else torch.from_numpy(placed[1]),
         )
 
 

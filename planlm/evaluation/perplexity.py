@@ -21,6 +21,7 @@ from planlm.distribution import all_reduce, rank, world_size
 from planlm.evaluation.significance import DocumentScores
 from planlm.precision import autocast
 from planlm.progress import Progress
+from planlm.selections import SELECTIONS
 
 if TYPE_CHECKING:
     import datasets
@@ -64,7 +65,14 @@ def score_documents(
     # Documents of like length together, and hardly a column that is padding in every window: pad as little as can be.
     whole = windows(dataset, _WHOLE)
     order = whole.document[np.argsort(-whole.length, kind="stable")]  # [n], less the documents of one token
-    loader = PlanLoader(dataset.select(order), window=window, stride=stride, batch_size=batch_size, shuffle=False)
+    loader = PlanLoader(
+        dataset.select(order),
+        window=window,
+        stride=stride,
+        batch_size=batch_size,
+        shuffle=False,
+        with_others=any(SELECTIONS[selection].needs_others for selection in selections),
+    )
     loader.share = (rank(), world_size())
     nll = torch.zeros(len(selections), len(dataset), dtype=torch.float64)
     tokens = torch.zeros(len(dataset), dtype=torch.int64)

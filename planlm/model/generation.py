@@ -48,6 +48,8 @@ def generate(config: GenerateConfig) -> dict[str, Any]:
     selection = config.selection or model.config.selection
     if SELECTIONS[selection].needs_oracle:
         raise InputError(f"--selection {selection} needs the text that is yet to be written; choose soft or hard")
+    if SELECTIONS[selection].needs_others:
+        raise InputError(f"--selection {selection} needs the plans of another document; choose soft")
     if SELECTIONS[selection].needs_top_k and model.config.plan_top_k is None:
         raise InputError(f"--selection {selection}: {config.run} was not trained with --top-k; choose soft")
     tokenizer = model.tokenizer

@@ -263,8 +263,17 @@ class PlanLMForCausalLM(ModelFolder, GenerationMixin):
             `[S, K]` if it ran).
         """
         facts, logits, noise, oracle = SELECTIONS[selection], None, None, inputs.actions
+        rows = inputs.segment_rows
+        if facts.needs_others:
+            if inputs.shuffled_rows is None:
+                raise InputError(f"selection {selection!r}: a text alone has no other document's plans; choose soft")
+            rows, selection = torch.cat((rows, inputs.shuffled_rows)), "soft"
         if facts.asks_planner or inputs.want_oracle_nll:
-            logits = self.planner(inputs.sentence_embeddings, inputs.sentence_positions, inputs.segment_rows).float()
+            logits = self.planner(inputs.sentence_embeddings, inputs.sentence_positions, rows).float()
+        shown = logits
+        if logits is not None and facts.needs_others:
+            logits, shown = logits.chunk(2)
+            shown = shown.detach()
         if facts.noisy and self.training:  # without noise gumbel is soft, and gumbel-hard takes its arg-max
             assert logits is not None
             # Standard Gumbel noise, drawn once per sentence, for all layers and tokens alike.
@@ -272,7 +281,7 @@ class PlanLMForCausalLM(ModelFolder, GenerationMixin):
         if facts.needs_oracle and oracle is not None:
             oracle = oracle.clamp_min(0)  # segments that only fill a batch have to have some action
         projection, plans = self.adapter(
-            logits,
+            shown,
             inputs.segment_ids,
             len(inputs.segment_rows),
             temperature=self.config.plan_temperature,
@@ -284,6 +293,9 @@ class PlanLMForCausalLM(ModelFolder, GenerationMixin):
         )
         if inputs.actions is None:
             return plans, None, logits
+        if logits is not None and facts.needs_others:  # the planner is right where it predicts its own document
+            oracle_nll = nn.functional.cross_entropy(logits, inputs.actions, ignore_index=-1, reduction="none")
+            return plans, oracle_nll, logits
         return plans, projection.oracle_nll.where(inputs.actions >= 0, 0.0), logits
 
     @_shows_plan_inputs
@@ -318,7 +330,8 @@ class PlanLMForCausalLM(ModelFolder, GenerationMixin):
 
         Raises:
             InputError: labels that are no tokens, a mask of whole numbers in four dimensions, a KV cache whose text is
-                not known, or a text to be planned while the model is traced or exported.
+                not known, a text to be planned while the model is traced or exported, or a selection that needs other
+                documents where none are given.
         """
         selection = selection or generation_selection(self) or self.config.selection
         if selection not in SELECTIONS:

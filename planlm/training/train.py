@@ -49,7 +49,12 @@ def train(config: TrainConfig) -> dict[str, Any]:
     _check_fit(config, corpus, lm)
     planner = Planner.load(Path(config.planner) / "planner") if config.planner else None
     loader = PlanLoader(
-        corpus.split("train"), window=config.window, batch_size=config.batch_size, seed=config.seed, pack=True
+        corpus.split("train"),
+        window=config.window,
+        batch_size=config.batch_size,
+        seed=config.seed,
+        pack=True,
+        with_others=SELECTIONS[config.selection].needs_others,
     )
     loader.share = (rank(), world_size())
     steps = num_steps(config, loader.num_batches, config.accumulate)
@@ -90,7 +95,9 @@ def _check(config: TrainConfig) -> None:
         problems.append(f"--selection {config.selection} needs --top-k")
     if not selection.needs_top_k and config.top_k is not None:
         problems.append("--top-k is for --selection top-k")
-    if max(parse_oracle_mix(config.oracle_mix)) > 0 and (config.selection == "none" or selection.needs_oracle):
+    if max(parse_oracle_mix(config.oracle_mix)) > 0 and (
+        config.selection == "none" or selection.needs_oracle or selection.needs_others
+    ):
         problems.append(f"--oracle-mix has no meaning with --selection {config.selection}")
     if problems:
         raise InputError("; ".join(problems))

@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 import torch
 
-from planlm.corpus.batches import IGNORED, PlanBatch, PlanLoader, SentenceLoader, few_sizes, windows
+from planlm.corpus.batches import IGNORED, PlanBatch, PlanLoader, SentenceLoader, few_sizes, partners, windows
 from planlm.corpus.store import document_features
+from planlm.errors import InputError
 
 DIM = 4
 
@@ -301,3 +302,39 @@ def test_a_packed_run_resumes_within_an_epoch() -> None:
     resumed.load_state_dict(loader.state_dict())
     rest = [batch.input_ids for batch in resumed]
     assert len(rest) == len(whole) - 4 and all(map(torch.equal, rest, whole[4:]))
+
+
+def test_partners_are_neighbours_by_number_of_sentences() -> None:
+    rows = dataset([[1], [1] * 5, [2], [1] * 4, [3, 1], [1] * 4, [1] * 9])
+    lengths = [1, 5, 1, 4, 2, 4, 9]
+    found = partners(rows).tolist()
+    assert found == [2, 5, 0, 4, 3, 1, 1]
+    assert [found[found[document]] for document in range(6)] == list(range(6))
+    order = np.random.default_rng(2).permutation(7)
+    shuffled = partners(rows.select(order))
+    assert [order[other] for other in shuffled[np.argsort(order)]] == found, "the order of rows is none of it"
+    assert max(abs(lengths[other] - lengths[document]) for document, other in enumerate(found)) == 4
+    with pytest.raises(InputError, match=r"selection shuffled: .* there is one document; take more"):
+        partners(rows.select([3]))
+
+
+@pytest.mark.parametrize("pack", [True, False])
+def test_shuffled_rows_are_of_the_partners_sentence(pack: bool) -> None:
+    """Whatever the batch: the partner's sentence of the same number, else its last, seen with all before it."""
+    rows = random_dataset()
+    others, lengths = partners(rows), [len(row["actions"]) for row in rows]
+    loaders = [PlanLoader(rows, window=16, batch_size=5, pack=pack, with_others=others) for others in (True, False)]
+    for batch, without in zip(*loaders, strict=True):
+        assert without.plan.shuffled_rows is None and torch.equal(batch.labels, without.labels)
+        plan, count = batch.plan, check_segments(batch)
+        at = plan.segment_ids >= 0
+        owner = torch.zeros(count, dtype=torch.int64)
+        owner[plan.segment_ids[at]] = batch.documents[at]
+        for segment, number in enumerate(sentence_numbers(batch)[:count].tolist()):
+            own, other = int(owner[segment]), int(others[owner[segment]])
+            for (row, place), document in ((plan.segment_rows[segment], own), (plan.shuffled_rows[segment], other)):
+                expected = min(number, lengths[document] - 1)
+                assert plan.sentence_positions[row, place] == expected
+                before = plan.sentence_embeddings[row, place - expected + 1 : place + 1]
+                assert (before[:, 0] == document + 1).all() and before[:, 1].tolist() == list(range(1, expected + 1))
+        assert (plan.shuffled_rows[count:] == 0).all() and len(plan.shuffled_rows) == len(plan.segment_rows)

@@ -181,6 +181,7 @@ def test_the_plan_that_is_reported_is_the_plan_that_was_used(
         ({"plan": "7"}, "expected actions from 0 to 6"),
         ({"prompt": ""}, "--prompt is empty"),
         ({"selection": "oracle"}, "--selection oracle needs the text"),
+        ({"selection": "shuffled"}, "--selection shuffled needs the plans of another document; choose soft"),
         ({"selection": "top-k"}, "was not trained with --top-k"),
         ({"max_new_tokens": 250}, "more than the context of 256"),
         ({"temperature": 1e-40}, "--temperature 1e-40: expected 0, which is greedy, or at least 0.01"),

@@ -23,6 +23,7 @@ from planlm.selections import SELECTIONS
 
 FAMILIES = ("gpt2", "llama")
 CONDITIONED = [name for name in SELECTIONS if name != "none"]
+OF_A_TEXT = [name for name in CONDITIONED if not (SELECTIONS[name].needs_oracle or SELECTIONS[name].needs_others)]
 K, A = 7, 16
 
 
@@ -45,10 +46,11 @@ def batch() -> dict[str, Tensor]:
         "segment_rows": torch.tensor([[0, 0], [0, 1], [1, 1], [1, 2]]),
         "sentence_embeddings": torch.nn.functional.normalize(torch.randn(2, 4, A), dim=-1),
         "actions": torch.tensor([1, 2, 3, 4]),
+        "shuffled_rows": torch.tensor([[1, 0], [1, 1], [0, 1], [0, 2]]),
     }
 
 
-@pytest.mark.parametrize("selection", [name for name in CONDITIONED if not SELECTIONS[name].needs_oracle])
+@pytest.mark.parametrize("selection", OF_A_TEXT)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_changing_a_sentence_changes_no_plan_before_it(
     family: str, selection: str, lm_folder: Callable[[str], str], encoder: object
@@ -83,6 +85,7 @@ def test_segments_that_fill_a_batch_change_nothing(
     fillers = {
         "segment_rows": torch.cat([inputs["segment_rows"], torch.zeros(2, 2, dtype=torch.int64)]),
         "actions": torch.cat([inputs["actions"], torch.tensor([-1, -1])]),
+        "shuffled_rows": torch.cat([inputs["shuffled_rows"], torch.zeros(2, 2, dtype=torch.int64)]),
     }
     losses, gradients = [], []
     for given in (inputs, inputs | fillers):
@@ -94,6 +97,25 @@ def test_segments_that_fill_a_batch_change_nothing(
         model.zero_grad()
     torch.testing.assert_close(losses[1], losses[0])
     torch.testing.assert_close(gradients[1], gradients[0], rtol=1e-4, atol=1e-5)
+
+
+def test_shuffled_is_the_other_documents_soft_plan(lm_folder: Callable[[str], str], encoder: object) -> None:
+    """And the planner's cross-entropy, the one part that trains it, is that of its own document's prediction."""
+    model, inputs = joint_model(lm_folder("gpt2"), encoder), batch()
+    others = inputs.pop("shuffled_rows")
+    with pytest.raises(InputError, match="selection 'shuffled': a text alone has no other document's plans"):
+        model(**inputs, selection="shuffled")
+    found = model(**inputs, shuffled_rows=others, selection="shuffled")
+    soft, swapped = model(**inputs, selection="soft"), model(**{**inputs, "segment_rows": others}, selection="soft")
+    torch.testing.assert_close(found.logits, swapped.logits)
+    assert (found.logits - soft.logits).abs().max() > 0.1
+    torch.testing.assert_close((found.oracle_nll, found.action_logits), (soft.oracle_nll, soft.action_logits))
+    gradients = []
+    for output in (found, soft):
+        model.zero_grad()
+        output.oracle_nll.sum().backward()
+        gradients.append(model.planner.head.weight.grad.clone())
+    torch.testing.assert_close(*gradients)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

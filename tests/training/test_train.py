@@ -358,6 +358,24 @@ def test_model_folder_is_whole_or_absent(
     assert (tmp_path / "run" / "model" / "config.json").exists()
 
 
+def test_shuffled_plans_and_a_short_window_are_trained_and_evaluated(
+    planted: dict[str, str], planner: dict[str, Any], tmp_path: Path
+) -> None:
+    """The planner, which its own loss alone trains, stays as good as it was on its own documents."""
+    config = settings(planted, tmp_path / "run", selection="shuffled", attention_window=3, planner=planner["run"],
+                      planner_loss=1.0, unfreeze_planner_at=0.0)  # fmt: skip
+    train(config)
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert lines[-1]["planner_accuracy"] > 0.9 and lines[-1]["grad_norm"]["planner"] > 0
+    result = evaluate(
+        EvaluateConfig(run=str(tmp_path / "run"), corpus=planted["corpus"], plans="soft,shuffled,none", window=16)
+    )
+    assert len({row["nll"] for row in result["rows"]}) == 3
+    assert PlanLMForCausalLM.from_pretrained(tmp_path / "run" / "model").config.attention_window == 3
+    with pytest.raises(InputError, match="--oracle-mix has no meaning with --selection shuffled"):
+        train(settings(planted, tmp_path / "other", selection="shuffled", oracle_mix="0.5"))
+
+
 def test_planner_of_another_corpus_is_refused(planted: dict[str, str], tmp_path: Path) -> None:
     from planlm.model import Planner
 
