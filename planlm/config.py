@@ -24,6 +24,9 @@ DEFAULT_LM = "HuggingFaceTB/SmolLM2-135M-Instruct"
 CONDITIONINGS = ("adapter",)
 """Where a plan can enter the LM, see docs/method.md."""
 
+PLANNER_INPUTS = ("embeddings", "lm", "both")
+"""What the planner can read of a sentence, see docs/method.md."""
+
 
 @dataclass(frozen=True)
 class Limit:
@@ -277,6 +280,18 @@ class TrainConfig(LoopConfig):
         0.0, "fraction of training after which the codebook joins; 1: never", limit=FRACTION
     )
     planner_loss: float = option(0.0, "weight of the planner's own cross-entropy in the loss", limit=NOT_NEGATIVE)
+    planner_input: str = option(
+        "embeddings",
+        "what the planner reads of each sentence: the encoder's embedding; lm: the mean of the LM's states of its "
+        "tokens, through which the loss reaches the LM; both: their sum",
+        choices=PLANNER_INPUTS,
+    )
+    planner_lm_layers: int | None = option(
+        None,
+        "with --planner-input lm or both: LM layers below the states that the planner reads; default: all below the "
+        "first conditioned layer, at no extra cost",
+        limit=count(10_000),
+    )
     oracle_mix: str = option("0", "weight of the oracle actions, RHO or RHO:RHO_END over training")
     oracle_mode: str = option(
         "sampled", "sampled: per sentence, either; convex: always the weighted mean", choices=("sampled", "convex")

@@ -37,6 +37,9 @@ class PlanInputs(Movable):
         shuffled_rows: int64 `[S, 2]`, as `segment_rows`, of the other document's sentence whose plan each segment gets
             under `shuffled`.
         want_oracle_nll: run the planner for its cross-entropy even where the selection does not ask it.
+        sentence_states: `[R, n, d]`, at each position the mean of the LM's states over the sentence before, 0 where
+            there is none; for a planner that reads them, by default from the windows themselves. Then each window has
+            a planner sequence of its own.
     """
 
     segment_ids: Tensor
@@ -47,3 +50,4 @@ class PlanInputs(Movable):
     oracle_weight: float | Tensor = 0.0
     shuffled_rows: Tensor | None = None
     want_oracle_nll: bool = False
+    sentence_states: Tensor | None = None

@@ -56,8 +56,8 @@ class PlanBatch(Movable):
         position_ids: [B, W] int64, from 0 in every window. Where one begins within a sequence, transformers' attention
             sees a new one that does not attend to what stands before it.
         labels: [B, W] int64, already shifted: the token after each input; -100 is not scored.
-        plan: what the model plans from; each document once, as far as a segment needs it. Segments at the end that no
-            position has bring S to one of few sizes; they have no action.
+        plan: what the model plans from; each document once (or for each window), as far as a segment needs it.
+            Segments at the end that no position has bring S to one of few sizes; they have no action.
         documents: [B, W] int64, number of the document in the split, -1 on padding.
     """
 
@@ -232,6 +232,8 @@ class PlanLoader(_Loader[PlanBatch]):
         stride: see `windows`.
         pack: put several short windows into one sequence, other ones in every epoch; needs `shuffle`.
         with_others: give `PlanInputs.shuffled_rows` too, see `partners`.
+        planner_sequence_per_window: give the planner a document once for each of its windows in a batch, and not once
+            for all: what it reads of a sentence may depend on the window.
     """
 
     def __init__(
@@ -245,6 +247,7 @@ class PlanLoader(_Loader[PlanBatch]):
         stride: int | None = None,
         pack: bool = False,
         with_others: bool = False,
+        planner_sequence_per_window: bool = False,
     ) -> None:
         if pack and not shuffle:
             raise ValueError("pack: expected shuffle=True, as every epoch draws which windows share a sequence")
@@ -253,7 +256,7 @@ class PlanLoader(_Loader[PlanBatch]):
         num_sequences = len(self.windows) if self._packs is None else sum(count for count, _ in self._packs)
         super().__init__(num_sequences, batch_size, seed, shuffle)
         self._documents = _Documents(dataset, ("input_ids", "sentence_tokens", "actions", "embeddings"))
-        self._window = window
+        self._window, self._per_window = window, planner_sequence_per_window
         self._partners = partners(dataset) if with_others else None
         self._members = np.arange(num_sequences)  # windows, sequence after sequence
         self._first = np.arange(num_sequences + 1)  # of each sequence in `_members`
@@ -266,8 +269,12 @@ class PlanLoader(_Loader[PlanBatch]):
     def _collate(self, items: np.ndarray) -> PlanBatch:
         members = [self._members[self._first[item] : self._first[item + 1]] for item in items]
         shown = self.windows.document[np.concatenate(members)]
-        unique = np.unique(shown) if self._partners is None else np.union1d(shown, self._partners[shown])
-        document_of = iter(np.searchsorted(unique, shown).tolist())
+        if self._per_window:
+            unique, numbers = shown, np.arange(len(shown))
+        else:
+            unique = np.unique(shown) if self._partners is None else np.union1d(shown, self._partners[shown])
+            numbers = np.searchsorted(unique, shown)
+        document_of = iter(numbers.tolist())
         contents = [self._documents[int(document)] for document in unique]
         ends = [np.cumsum(content["sentence_tokens"]) for content in contents]
         input_ids = np.zeros((len(items), self._window), dtype=np.int64)  # [B, W]

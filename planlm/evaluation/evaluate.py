@@ -83,7 +83,9 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
             "documents": rows[0]["documents"],
             "versus": versus,
             "rows": rows,
-            "planner": planner_metrics(model.planner, dataset, corpus.action_counts) if is_planned else None,
+            "planner": planner_metrics(model.planner, dataset, corpus.action_counts)
+            if is_planned and model.planner_input is None
+            else None,
         }
         if (run / "model").is_dir():
             nll = {plan: score.nll_sum.tolist() for plan, score in scores.items()}
@@ -125,6 +127,8 @@ def load_evaluated(run: Path, plans: list[str], corpus: PreparedCorpus) -> tuple
     for plan in plans:
         if SELECTIONS[plan].needs_top_k and model.config.plan_top_k is None:
             raise InputError(f"--plans {','.join(plans)}: {run} was not trained with --top-k; leave {plan} out")
+        if SELECTIONS[plan].needs_others and model.planner_input is not None:
+            raise InputError(f"--plans {','.join(plans)}: the planner of {run} reads the LM's states; leave {plan} out")
     return model, True
 
 

@@ -65,6 +65,7 @@ def score_documents(
     # Documents of like length together, and hardly a column that is padding in every window: pad as little as can be.
     whole = windows(dataset, _WHOLE)
     order = whole.document[np.argsort(-whole.length, kind="stable")]  # [n], less the documents of one token
+    reads_lm = model.planner_input is not None
     loader = PlanLoader(
         dataset.select(order),
         window=window,
@@ -72,6 +73,7 @@ def score_documents(
         batch_size=batch_size,
         shuffle=False,
         with_others=any(SELECTIONS[selection].needs_others for selection in selections),
+        planner_sequence_per_window=reads_lm,
     )
     loader.share = (rank(), world_size())
     nll = torch.zeros(len(selections), len(dataset), dtype=torch.float64)
@@ -92,6 +94,7 @@ def score_documents(
                     shift_labels=on_device.labels[:, :width],
                     plan=plan,
                     selection=selection,
+                    use_cache=False if reads_lm else None,  # so that no layer is computed twice
                 )
                 nll[row].index_add_(0, documents, output.token_nll.double().sum(dim=1).cpu())
                 progress.advance()

@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 from transformers import AutoConfig, PretrainedConfig
 from transformers.configuration_utils import SubConfigSpec
 
-from planlm.config import CONDITIONINGS
+from planlm.config import CONDITIONINGS, PLANNER_INPUTS
 from planlm.errors import InputError
 from planlm.selections import SELECTIONS
 
@@ -26,6 +26,8 @@ _RULES: dict[str, Rule] = {
     "planner_layers": COUNT,
     "planner_heads": COUNT,
     "planner_dropout": DROPOUT,
+    "planner_input": (f"one of {', '.join(PLANNER_INPUTS)}", lambda value: value in PLANNER_INPUTS),
+    "planner_lm_layers": ("null or a whole number of at least 1", lambda value: value is None or COUNT[1](value)),
     "conditioning": (f"one of {', '.join(CONDITIONINGS)}", lambda value: value in CONDITIONINGS),
     "conditioned_layers": ("a whole number", lambda value: _is_number(value, Integral)),  # the model knows how many
     "gate": ("true or false", lambda value: isinstance(value, bool)),
@@ -69,6 +71,8 @@ class PlanLMConfig(PretrainedConfig):
         num_actions: number of actions [K].
         action_dim: dimension of an action embedding [d_a]; also the planner's width.
         planner_layers, planner_heads, planner_dropout: shape of the planner.
+        planner_input: what the planner reads of a sentence.
+        planner_lm_layers: number of LM layers below the states that it reads; None: all below the first conditioned.
         conditioning: where the plan enters the LM.
         conditioned_layers: number of topmost LM layers that receive the plan.
         gate: whether each conditioned channel has a zero-initialised gate [g].
@@ -99,6 +103,8 @@ class PlanLMConfig(PretrainedConfig):
     planner_layers: int = 2
     planner_heads: int = 6
     planner_dropout: float = 0.1
+    planner_input: str = "embeddings"
+    planner_lm_layers: int | None = None
     conditioning: str = "adapter"
     conditioned_layers: int = 1
     gate: bool = False

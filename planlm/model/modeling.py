@@ -28,6 +28,7 @@ from planlm.model.loading import ModelFolder, load_lm
 from planlm.model.lora import add_lora
 from planlm.model.loss import token_losses
 from planlm.model.planner import Planner, codebook_fingerprint
+from planlm.model.states import StateInput, lower_part, read_states, text_states
 from planlm.model.text import Text, generating, generation_inputs, generation_selection, plan_inputs, remember, text_of
 from planlm.model.tracking import SentenceTracker
 from planlm.plan_inputs import PlanInputs
@@ -121,6 +122,14 @@ class PlanLMForCausalLM(ModelFolder, GenerationMixin):
             config.action_dim, config.num_actions, config.planner_layers, config.planner_heads, config.planner_dropout
         )
         self.adapter = PlanAdapter(lm, config.num_actions, config.action_dim, config.conditioned_layers, config.gate)
+        self.planner_input: StateInput | None = None
+        if config.planner_input != "embeddings":
+            if (config.planner_lm_layers or 0) > num_layers:
+                raise InputError(
+                    f"planner LM layers: {config.planner_lm_layers} asked, the LM has {num_layers}; set fewer"
+                )
+            width = lm.get_input_embeddings().weight.shape[1]
+            self.planner_input = StateInput(width, config.action_dim, config.planner_input)
         self.vocab_size = config.vocab_size
         self.post_init()
 
@@ -228,7 +237,7 @@ class PlanLMForCausalLM(ModelFolder, GenerationMixin):
         self.lm.base_model.compile()
 
     def _plan_inputs(
-        self, plan: PlanInputs | Text | None, fields: dict[str, Any], call: tuple[Any, ...], is_planned: bool
+        self, plan: PlanInputs | Text | None, fields: dict[str, Any], call: tuple[Any, ...], selection: str
     ) -> tuple[PlanInputs | None, Text | None]:
         """What a call's plans are made from, if there are any, and the text where the model finds its sentences itself.
 
@@ -236,13 +245,13 @@ class PlanLMForCausalLM(ModelFolder, GenerationMixin):
             plan: see `forward`.
             fields: of `PlanInputs`, given by name.
             call: the arguments of `text_of`.
-            is_planned: whether the selection wants a plan.
+            selection: how plans are made.
         """
         if plan is None and "segment_ids" in fields:
             return PlanInputs(**fields), None
         if isinstance(plan, PlanInputs):
             return (replace(plan, **fields) if fields else plan), None
-        if not is_planned and not fields.get("want_oracle_nll"):
+        if selection == "none" and not fields.get("want_oracle_nll"):
             return None, None
         if torch.compiler.is_exporting() or torch.jit.is_tracing():  # type: ignore[attr-defined]
             raise InputError(
@@ -252,8 +261,20 @@ class PlanLMForCausalLM(ModelFolder, GenerationMixin):
         text = plan or text_of(self, *call)
         input_ids, inputs_embeds, *_ = call
         width = (input_ids if inputs_embeds is None else inputs_embeds).shape[1]
-        found = plan_inputs(text, width, self.config.action_dim)
+        reads = self._reads(selection, bool(fields.get("want_oracle_nll")))
+        lower = lower_part(self.lm, self.state_layers) if reads else None
+        read = None if lower is None else lambda texts: text_states(lower, texts, text.ids.device)
+        found = plan_inputs(text, width, self.config.action_dim, read)
         return (replace(found, **fields) if fields else found), text
+
+    def _reads(self, selection: str, want_oracle_nll: bool) -> bool:
+        """Whether a call's planner reads the LM's states."""
+        return self.planner_input is not None and (SELECTIONS[selection].asks_planner or want_oracle_nll)
+
+    @property
+    def state_layers(self) -> int:
+        """LM layers below the states that the planner reads."""
+        return self.config.planner_lm_layers or self.adapter.first_layer
 
     def _plan(self, inputs: PlanInputs, selection: str) -> tuple[LayerPlans, Tensor | None, Tensor | None]:
         """Plan a call's segments.
@@ -267,9 +288,17 @@ class PlanLMForCausalLM(ModelFolder, GenerationMixin):
         if facts.needs_others:
             if inputs.shuffled_rows is None:
                 raise InputError(f"selection {selection!r}: a text alone has no other document's plans; choose soft")
+            if self.planner_input is not None:
+                raise InputError(
+                    f"selection {selection!r}: this planner reads the LM's states, and another document has none; "
+                    "choose fixed or uniform"
+                )
             rows, selection = torch.cat((rows, inputs.shuffled_rows)), "soft"
         if facts.asks_planner or inputs.want_oracle_nll:
-            logits = self.planner(inputs.sentence_embeddings, inputs.sentence_positions, rows).float()
+            sentences = inputs.sentence_embeddings
+            if self.planner_input is not None:
+                sentences = self.planner_input(sentences, inputs.sentence_states)
+            logits = self.planner(sentences, inputs.sentence_positions, rows).float()
         shown = logits
         if logits is not None and facts.needs_others:
             logits, shown = logits.chunk(2)
@@ -348,21 +377,26 @@ class PlanLMForCausalLM(ModelFolder, GenerationMixin):
             if kwargs.get(wanted) is None and getattr(self.config, wanted):
                 kwargs[wanted] = True
         call = (input_ids, inputs_embeds, attention_mask, position_ids, past_key_values)
-        inputs, text = self._plan_inputs(plan, fields, call, selection != "none")
+        inputs, text = self._plan_inputs(plan, fields, call, selection)
         oracle_nll = action_logits = None
-        if inputs is not None and (selection != "none" or inputs.want_oracle_nll):
-            layers, oracle_nll, action_logits = self._plan(inputs, "uniform" if selection == "none" else selection)
-            kwargs |= {} if selection == "none" else {"plan": layers}  # what attention.attend takes under this name
         if position_ids is not None and attention_mask is None and past_key_values is None and not kwargs["use_cache"]:
             attention_mask = document_starts(self.lm, position_ids)
-        outputs = self.lm.base_model(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            past_key_values=past_key_values,
-            inputs_embeds=inputs_embeds,
+        base: nn.Module = self.lm.base_model
+        arguments = {
+            "input_ids": input_ids,
+            "attention_mask": attention_mask,
+            "position_ids": position_ids,
+            "past_key_values": past_key_values,
+            "inputs_embeds": inputs_embeds,
             **kwargs,
-        )
+        }
+        if inputs is not None and (selection != "none" or inputs.want_oracle_nll):
+            if text is None and inputs.sentence_states is None and self._reads(selection, inputs.want_oracle_nll):
+                layers = (self.state_layers, self.adapter.first_layer)
+                inputs, base, arguments = read_states(self.lm, layers, inputs, arguments)
+            plans, oracle_nll, action_logits = self._plan(inputs, "uniform" if selection == "none" else selection)
+            arguments |= {} if selection == "none" else {"plan": plans}  # what attention.attend takes under this name
+        outputs = base(**arguments)
         if text is not None:
             remember(text, outputs.past_key_values, action_logits)
         return PlanLMOutput(

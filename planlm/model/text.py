@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from planlm.errors import InputError
-from planlm.model.tracking import SentenceTracker
+from planlm.model.tracking import ReadStates, SentenceTracker
 from planlm.plan_inputs import PlanInputs
 
 if TYPE_CHECKING:
@@ -108,13 +108,16 @@ def text_of(
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]
-def plan_inputs(text: Text, width: int, dim: int) -> PlanInputs:
-    """Plan inputs of the last `width` positions of a text whose sentence embeddings have `dim` dimensions."""
+def plan_inputs(text: Text, width: int, dim: int, read: ReadStates | None = None) -> PlanInputs:
+    """Plan inputs of the last `width` positions of a text whose sentence embeddings have `dim` dimensions.
+
+    With `read` they hold the LM's states of each sentence too, where there are sentences.
+    """
     length = min(width, text.ids.shape[1])
     if text.tracker is None:
         inputs = _one_sentence(text, length, dim)
     else:
-        inputs = text.tracker.inputs(text.ids, text.real, length, text.positions)
+        inputs = text.tracker.inputs(text.ids, text.real, length, text.positions, read)
     # Positions that are no tokens of the text, as peft's trained prompts, stand before it.
     return replace(inputs, segment_ids=nn.functional.pad(inputs.segment_ids, (width - length, 0), value=-1))
 

@@ -12,6 +12,7 @@ Sizes: B sequences of W positions, S plan segments, n sentences, A dimensions of
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -19,10 +20,14 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from planlm.model.states import segment_means
 from planlm.plan_inputs import PlanInputs
 from planlm.text.alignment import tokenize
 from planlm.text.encoder import SentenceEncoder
 from planlm.text.sentences import ends_sentence, may_end_sentence, split_sentences
+
+ReadStates = Callable[[list[list[int]]], list[Tensor]]
+"""From the tokens of texts to the LM's states that the planner reads, `[T, d]` of each."""
 
 _LAST = 16
 """Tokens at the end of a text in which nearly every mark that ends a sentence is seen whole."""
@@ -37,12 +42,14 @@ class Sentence:
         text: its text.
         embedding: float32 `[A]`.
         logits: `[K]`, the planner's for the sentence after it, as they were used; None where it was not asked.
+        state: `[d]`, mean of the LM's states of its tokens; None where the planner does not read them.
     """
 
     before: int
     text: str
     embedding: np.ndarray
     logits: Tensor | None = None
+    state: Tensor | None = None
 
 
 class TrackedText(NamedTuple):
@@ -80,6 +87,7 @@ class SentenceTracker:
         self.forced_actions = forced_actions or []
         self._prompts: list[_Prompt] = []
         self._asked: list[Sentence] = []  # for each segment of the inputs given last, the sentence before it
+        self._read: list[Sentence] = []  # those whose states the inputs given last brought
 
     def __deepcopy__(self, memo: dict[int, Any]) -> SentenceTracker:
         """A copy with the same tokenizer and encoder: a cache is copied for a branch of its text, not they."""
@@ -97,7 +105,12 @@ class SentenceTracker:
         return self._prompt(ids, 0, 1).follow(ids)
 
     def inputs(
-        self, input_ids: Tensor, real: Tensor | None = None, length: int | None = None, positions: Tensor | None = None
+        self,
+        input_ids: Tensor,
+        real: Tensor | None = None,
+        length: int | None = None,
+        positions: Tensor | None = None,
+        read: ReadStates | None = None,
     ) -> PlanInputs:
         """Plan inputs of the last `length` positions (default: all) of texts from their beginning on.
 
@@ -107,6 +120,7 @@ class SentenceTracker:
             length: positions to give segments for.
             positions: `[B, W]`, where a sequence holds several texts behind each other: one begins where these do not
                 go on by one.
+            read: makes the LM's states for a planner that reads them; asked once for each finished sentence.
 
         Returns:
             Each text as one sequence of the planner; actions that are forced as oracles of weight 1.
@@ -118,10 +132,12 @@ class SentenceTracker:
         segments = torch.full(input_ids.shape, -1, dtype=torch.long)
         segment_rows: list[tuple[int, int]] = []
         embeddings, forced, self._asked = [], [], []
+        followed: list[tuple[list[int], TrackedText]] = []
         texts = _texts(input_ids, real, positions)
         for number, (row, columns, tokens) in enumerate(texts):
             prompt = self._prompt(tokens, number, len(texts))
             text = prompt.follow(tokens)
+            followed.append((tokens, text))
             embeddings.append(torch.from_numpy(np.stack([sentence.embedding for sentence in text.finished])).float())
             shown = torch.tensor(text.segments, dtype=torch.long)[columns >= first_column]
             if not len(shown):
@@ -139,12 +155,45 @@ class SentenceTracker:
             sentence_embeddings=nn.utils.rnn.pad_sequence(embeddings, batch_first=True).to(device),
             actions=actions,
             oracle_weight=0.0 if actions is None else (actions >= 0).float(),
+            sentence_states=None if read is None else self._states(followed, read),
         )
+
+    def _states(self, texts: list[tuple[list[int], TrackedText]], read: ReadStates) -> Tensor | None:
+        """The LM's mean states `[B, n, d]` of texts' finished sentences, behind a zero that stands before the first.
+
+        None where no sentence is finished.
+        """
+        new: dict[int, tuple[Sentence, int, int]] = {}  # by identity, for texts may share sentences
+        asked: list[tuple[list[int], TrackedText]] = []
+        for tokens, text in texts:
+            missing = [
+                (at, one) for at, one in enumerate(text.finished[1:]) if one.state is None and id(one) not in new
+            ]
+            if missing:
+                new |= {id(one): (one, len(asked), at) for at, one in missing}
+                asked.append((tokens[: text.open_start], text))
+        means = []
+        found = read([tokens for tokens, _ in asked]) if asked else []
+        for (tokens, text), states in zip(asked, found, strict=True):
+            # Position t carries the sentence of token t + 1.
+            owners = [0 if text.segments[0] == 0 else -1, *text.segments[: len(tokens) - 1]]
+            means.append(segment_means(states, torch.tensor(owners, device=states.device), len(text.finished) - 1))
+        for one, number, at in new.values():
+            one.state = means[number][at]
+        self._read = [one for one, _, _ in new.values()]
+        known = [[one.state for one in text.finished[1:] if one.state is not None] for _, text in texts]
+        zero = next((torch.zeros_like(states[0]) for states in known if states), None)
+        if zero is None:
+            return None
+        return nn.utils.rnn.pad_sequence([torch.stack([zero, *states]) for states in known], batch_first=True)
 
     def record(self, logits: Tensor) -> None:
         """Keep the planner's logits `[S, K]` for the segments of the inputs given last: they are used now."""
         for before, used in zip(self._asked, logits.detach(), strict=False):
             before.logits = used
+        for one in self._read:  # a later call has nothing to do with this one's gradients
+            one.state = None if one.state is None else one.state.detach()
+        self._read = []
 
     def forced(self, number: int) -> int:
         """Action forced on the `number`-th sentence behind the one that its prompt leaves open, or -1."""

@@ -63,6 +63,8 @@ def trainable_groups(model: PlanLMForCausalLM, config: TrainConfig, steps: int) 
     learns = SELECTIONS[config.selection].trains_planner or config.planner_loss > 0
     if learns and not config.freeze_planner:
         planner = dict(model.planner.named_parameters(prefix="planner"))
+        if model.planner_input is not None:
+            planner |= dict(model.planner_input.named_parameters(prefix="planner_input"))
         add("planner", planner, config.planner_lr, config.unfreeze_planner_at)
     # LoRA's best learning rate is about ten times that of all weights (Schulman et al., LoRA Without Regret, 2025).
     if config.lm_mode == "full":

@@ -55,6 +55,7 @@ def train(config: TrainConfig) -> dict[str, Any]:
         seed=config.seed,
         pack=True,
         with_others=SELECTIONS[config.selection].needs_others,
+        planner_sequence_per_window=config.planner_input != "embeddings",
     )
     loader.share = (rank(), world_size())
     steps = num_steps(config, loader.num_batches, config.accumulate)
@@ -99,6 +100,17 @@ def _check(config: TrainConfig) -> None:
         config.selection == "none" or selection.needs_oracle or selection.needs_others
     ):
         problems.append(f"--oracle-mix has no meaning with --selection {config.selection}")
+    reads_lm = config.planner_input != "embeddings"
+    learns = (selection.trains_planner or config.planner_loss > 0) and not config.freeze_planner
+    if reads_lm and selection.asks_planner and not selection.needs_others and not learns:
+        problems.append(
+            f"--planner-input {config.planner_input}: its projection starts untrained, and the planner does not train "
+            "(--freeze-planner, or a --selection without gradient and no --planner-loss); leave it out"
+        )
+    if reads_lm and selection.needs_others:
+        problems.append(f"--selection {config.selection} is for --planner-input embeddings: others have no LM states")
+    if config.planner_lm_layers is not None and not reads_lm:
+        problems.append("--planner-lm-layers is for --planner-input lm or both")
     if problems:
         raise InputError("; ".join(problems))
 
@@ -135,6 +147,8 @@ def _model(config: TrainConfig, corpus: PreparedCorpus, lm: str, planner: Planne
         plan_top_k=config.top_k,
         gumbel_scale=config.gumbel_scale,
         attention_window=config.attention_window,
+        planner_input=config.planner_input,
+        planner_lm_layers=config.planner_lm_layers,
         encoder=corpus.manifest.encoder,
         lora=(config.lora_rank, config.lora_alpha) if config.lm_mode == "lora" else None,
     ).to(device())

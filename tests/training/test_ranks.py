@@ -116,6 +116,18 @@ def test_sampled_oracles_do_not_depend_on_who_draws(still: dict[str, str], tmp_p
         np.testing.assert_allclose(found[1], found[0], rtol=1e-5)
 
 
+@pytest.mark.parametrize("flags", [[], ["--shard"]], ids=["replicated", "divided"])
+def test_a_planner_that_reads_the_lm(still: dict[str, str], tmp_path: Path, flags: list[str]) -> None:
+    """Some ranks see windows without sentences before them; the planner joins late; layers are computed again."""
+    found = []
+    reads = ["--planner-input", "lm", "--conditioned-layers", "1", "--checkpoint-activations", "--planner-lr", "1e-3"]
+    for processes in (1, 2):
+        out = tmp_path / str(processes)
+        train(still, out, processes, "--steps", "8", *reads, *(flags if processes > 1 else []))
+        found.append(logged(out, "loss"))
+    np.testing.assert_allclose(found[1], found[0], rtol=1e-5)
+
+
 @pytest.mark.parametrize("ranks", [1, 2, 3])
 def test_an_epoch_has_every_token_as_a_label_once(planted: dict[str, str], ranks: int) -> None:
     """Whatever the number of processes and wherever they are started anew."""
