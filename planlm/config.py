@@ -221,6 +221,20 @@ class LoopConfig(CommandConfig):
     max_grad_norm: float = option(
         1.0, "gradient norm, per parameter group, above which gradients are scaled down", limit=POSITIVE
     )
+    validate_every: int | None = option(
+        None,
+        "steps between measurements of the loss on the validation split; what is trained is then that of the best one, "
+        "whose checkpoint is kept, and not of the last step; default: never",
+        limit=COUNT,
+    )
+    validate_documents: int = option(
+        100, "documents of the validation split, from its first on, that --validate-every measures on", limit=COUNT
+    )
+    patience: int | None = option(
+        None,
+        "end training after so many measurements of --validate-every in a row without a better one; default: never",
+        limit=COUNT,
+    )
     checkpoint_every: int = option(500, "steps between checkpoints", limit=COUNT)
     keep_checkpoints: int = option(2, "checkpoints kept", limit=COUNT)
     log_every: int = option(10, "steps between lines of metrics.jsonl", limit=COUNT)

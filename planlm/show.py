@@ -28,7 +28,8 @@ def corpus(result: Any, settings: config.PrepareConfig) -> str:
 
 def planner(result: dict[str, Any], settings: config.PlannerConfig) -> str:
     """A pre-trained planner's metrics on the validation split."""
-    return f"{format_planner(result)}\n\nplanner in {result['run']}"
+    step = f", of step {result['best_step']:,}" if "best_step" in result else ""
+    return f"{format_planner(result)}\n\nplanner in {result['run']}{step}"
 
 
 def training(result: dict[str, Any], settings: config.TrainConfig) -> str:

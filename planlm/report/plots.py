@@ -37,6 +37,7 @@ _VARIABLES = {INK: "--ink", MUTED: "--muted", GRID: "--grid", PAPER: "--paper"} 
 
 CURVES = (
     ("lm_loss", "LM loss (nats per token)"),
+    ("validation_loss", "validation loss (nats)"),
     ("planner_loss", "planner loss (nats per sentence)"),
     ("planner_accuracy", "planner accuracy@1"),
     ("planner_entropy", "planner entropy (nats)"),

@@ -20,7 +20,16 @@ from planlm.report.tables import PLANNER_METRICS
 CONFIG, METRICS, PLANNER = "config.yaml", "metrics.jsonl", "planner_metrics.json"
 EVALUATION, GENERATION = "evaluation.json", "generation.json"
 SPLITS = ("test", "validation", "train")
-LOGGED = ("lm_loss", "planner_loss", "planner_accuracy", "planner_entropy", "loss", "tokens_per_second", "seconds")
+LOGGED = (
+    "lm_loss",
+    "validation_loss",
+    "planner_loss",
+    "planner_accuracy",
+    "planner_entropy",
+    "loss",
+    "tokens_per_second",
+    "seconds",
+)
 """What is shown of lines of metrics.jsonl, besides the step."""
 
 LARGEST_NLL = 700.0

@@ -30,10 +30,14 @@ from planlm.files import replacing_folder
 
 FORMAT_VERSION = 2
 
+_DAMAGE = (OSError, ValueError, AttributeError, TypeError, KeyError, RecursionError)
+"""What reading a damaged checkpoint raises; valid JSON need be no object."""
+
 
 def save_checkpoint(folder: Path, tensors: dict[str, torch.Tensor], state: dict[str, Any], keep: int) -> None:
     """Write `folder/step-N`, N being the "step" of `state`, then delete all but the newest `keep` checkpoints.
 
+    What these name as the best step of their "validation" stays as well: whichever is taken up, its best is there.
     Several ranks write one file each, with their shards and some of the tensors that all of them have.
     """
     made = contextlib.ExitStack()
@@ -46,8 +50,11 @@ def save_checkpoint(folder: Path, tensors: dict[str, torch.Tensor], state: dict[
         sums = {path.name: _digest(path) for path in sorted(beside.iterdir())}
         (beside / "checksums.json").write_text(json.dumps(sums, indent=1))
         made.close()
-        for old in _newest_first(folder)[max(1, keep) :]:
-            shutil.rmtree(old)
+        found = _newest_first(folder)
+        best = {_best_step(path) for path in found[: max(1, keep)]}
+        for old in found[max(1, keep) :]:
+            if old.name not in best:
+                shutil.rmtree(old)
 
     with made:
         beside = Path(broadcast_text(on_rank_zero(begin)))
@@ -109,7 +116,7 @@ def _newest_sound(folder: Path, log: Callable[[str], None]) -> int | None:
     for path in _newest_first(folder):
         try:
             is_sound = _is_sound(path)
-        except (OSError, ValueError, AttributeError, TypeError, KeyError, RecursionError):  # valid JSON, and no object
+        except _DAMAGE:
             is_sound = False
         if is_sound:
             return int(path.name[5:])
@@ -133,6 +140,24 @@ def _is_sound(path: Path) -> bool:
         return False
     state = json.loads((path / "state.json").read_text())
     return bool(state["step"] == int(path.name[5:]))
+
+
+def check_sound(path: Path) -> None:
+    """Raises MachineError where the checkpoint `path`, which there has to be, is damaged or gone."""
+    try:
+        is_sound = _is_sound(path)
+    except _DAMAGE:
+        is_sound = False
+    if not is_sound:
+        raise MachineError(f"{path}: the best checkpoint is damaged or gone; put a copy there, or choose another --out")
+
+
+def _best_step(path: Path) -> str:
+    """Name of the best checkpoint, as this one has it."""
+    try:
+        return f"step-{json.loads((path / 'state.json').read_text())['validation']['best_step']}"
+    except _DAMAGE:  # or none
+        return ""
 
 
 def _sums(path: Path) -> dict[str, str]:

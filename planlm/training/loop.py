@@ -7,7 +7,7 @@ import math
 import signal
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
 
@@ -19,7 +19,14 @@ from planlm.distribution import any_rank, on_rank_zero, rank
 from planlm.errors import InputError, MachineError
 from planlm.progress import Progress
 from planlm.signals import handling
-from planlm.training.checkpoint import check_room, newest_checkpoint, read_tensors, save_checkpoint, stored_shapes
+from planlm.training.checkpoint import (
+    check_room,
+    check_sound,
+    newest_checkpoint,
+    read_tensors,
+    save_checkpoint,
+    stored_shapes,
+)
 from planlm.training.groups import (
     ParameterGroup,
     all_finite,
@@ -33,6 +40,7 @@ from planlm.training.prefetch import Loader, Prefetch
 from planlm.training.run_directory import Run, differences
 from planlm.training.schedules import is_logged, learning_rate_factor
 from planlm.training.throughput import Throughput, summary
+from planlm.training.validation import Validation
 
 MAX_SKIPPED = 10
 """Steps in a row with a non-finite gradient after which training stops: the state is beyond recovery by skipping."""
@@ -54,6 +62,7 @@ class Task:
             metrics to log, "loss" and "tokens" (labels) among them, each summed or averaged over all ranks.
         flops: floating-point operations of a step over these batches; None where they are not counted.
         rate: FLOP/s of matrix products on this machine.
+        validation: by default none.
     """
 
     model: Parallel
@@ -64,6 +73,7 @@ class Task:
     backward: Callable[[int, list[Any]], dict[str, float]]
     flops: Callable[[list[Any]], float] | None = None
     rate: float = math.inf
+    validation: Validation = field(default_factory=Validation)
 
 
 def num_steps(config: LoopConfig, num_batches: int, accumulate: int = 1) -> int:
@@ -103,6 +113,8 @@ def update(
 def fit(task: Task, run: Run, config: LoopConfig) -> None:
     """Train `task` to its last step, from the newest sound checkpoint of `run` if there is one.
 
+    With validation it may end before, and the model is left as it was at the best step.
+
     Raises:
         KeyboardInterrupt: after SIGINT or SIGTERM, once the state is in a checkpoint.
         MachineError: losses, gradients or weights are not finite, for many steps or at the end; or no checkpoint is
@@ -116,6 +128,8 @@ def fit(task: Task, run: Run, config: LoopConfig) -> None:
         with Prefetch(task.loader, ahead=2 * task.accumulate) as batches:
             throughput = Throughput(task.flops, task.rate, first, task.steps)
             for step in range(first, task.steps):
+                if task.validation.is_over:
+                    break
                 if step == first or any(step == group.start for group in task.groups):
                     for group in task.groups:
                         for parameter in group.parameters.values():
@@ -133,18 +147,22 @@ def fit(task: Task, run: Run, config: LoopConfig) -> None:
                 throughput.step(num_tokens, window)
                 stopping = any_rank(stop.asked)
                 note = ""
-                if is_logged(step, task.steps, config.log_every):
+                with throughput.aside():
+                    found = task.validation.after(done, task.steps)
+                if found or is_logged(step, task.steps, config.log_every):
                     speed = throughput.metrics()
-                    run.log({"step": done, **metrics, "tokens": tokens, **speed})
-                    note = summary(metrics["loss"], speed)
+                    run.log({"step": done, **metrics, **found, "tokens": tokens, **speed})
+                    note = summary(metrics["loss"], speed) + task.validation.note
                 progress.advance(note=note)
                 if skipped >= (1 if done == task.steps else MAX_SKIPPED):
                     raise MachineError(f"step {done}: {skipped} steps in a row skipped; {_START_ANEW}")
-                if done % config.checkpoint_every == 0 or done == task.steps or stopping:
+                is_end = done == task.steps or task.validation.is_over or done == task.validation.best_step
+                if done % config.checkpoint_every == 0 or is_end or stopping:
                     state = {"step": done, "tokens": tokens, "skipped": skipped, "loader": batches.position}
                     _save(task, run, optimizer, state, config.keep_checkpoints)
                 if stopping:
                     raise KeyboardInterrupt(f"stopped after step {done}; continue with --resume")
+    _take_best(task, run)
 
 
 def _clip(groups: list[ParameterGroup], max_norm: float) -> dict[str, float]:
@@ -168,10 +186,15 @@ def _set_rates(task: Task, optimizer: torch.optim.Optimizer, step: int, config: 
     return rates
 
 
+def _weights(task: Task) -> dict[str, Tensor]:
+    return {f"model/{name}": parameter.detach() for name, parameter in by_name(task.groups).items()}
+
+
 def _tensors(task: Task, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     """What a checkpoint holds, under its names there."""
-    weights = {f"model/{name}": parameter.detach() for name, parameter in by_name(task.groups).items()}
-    return weights | {f"optimizer/{name}": value for name, value in optimizer_tensors(task.groups, optimizer).items()}
+    return _weights(task) | {
+        f"optimizer/{name}": value for name, value in optimizer_tensors(task.groups, optimizer).items()
+    }
 
 
 def _save(task: Task, run: Run, optimizer: torch.optim.Optimizer, state: dict[str, Any], keep: int) -> None:
@@ -184,7 +207,16 @@ def _save(task: Task, run: Run, optimizer: torch.optim.Optimizer, state: dict[st
     if any_rank(not all_finite(tensors.values())):
         raise MachineError(f"step {state['step']}: weights or moments are not finite; {_START_ANEW}")
     run.sync()
-    save_checkpoint(run.checkpoints, tensors, {**state, "identity": run.identity}, keep)
+    state |= {"validation": task.validation.state_dict(), "identity": run.identity}
+    save_checkpoint(run.checkpoints, tensors, state, keep)
+
+
+def _take_best(task: Task, run: Run) -> None:
+    """Give the model the weights of the best step, where there is one."""
+    if step := task.validation.best_step:
+        path = run.checkpoints / f"step-{step}"
+        on_rank_zero(lambda: check_sound(path))
+        read_tensors(path, _weights(task))
 
 
 def _restore(
@@ -215,6 +247,7 @@ def _restore(
     if any_rank(not all_finite(tensors.values())):
         raise MachineError(f"{path}: weights or moments are not finite; {_START_ANEW}")
     task.loader.load_state_dict(state["loader"])
+    task.validation.load_state_dict(state.get("validation", {}))
     run.forget_after(state["step"])
     log(f"resumed after step {state['step']}")
     return int(state["step"]), int(state["tokens"]), int(state["skipped"])

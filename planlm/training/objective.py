@@ -64,6 +64,18 @@ class Objective:
             }
         return {"loss": metrics["lm_loss"] + planner_loss * (planner_nll / count), **metrics}
 
+    def losses(self, batch: PlanBatch) -> tuple[Tensor, Tensor]:
+        """Of a batch: the sum of its labels' NLL, predicted without oracle actions, and their number."""
+        with autocast(self.config.precision, self.model.device):
+            output = self.model(
+                batch.input_ids,
+                position_ids=batch.position_ids,
+                shift_labels=batch.labels,
+                plan=batch.plan,
+                use_cache=False,
+            )
+        return output.nll_sum, (batch.labels != -100).sum()
+
     def _forward(self, batch: PlanBatch, step: int, ratio: float, last: bool) -> PlanLMOutput:
         weight: float | Tensor = ratio
         if ratio > 0 and self.config.oracle_mode == "sampled":

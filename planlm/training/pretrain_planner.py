@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from planlm.config import PlannerConfig
 from planlm.corpus.batches import SentenceBatch, SentenceLoader
@@ -21,6 +22,7 @@ from planlm.training.identity import identify
 from planlm.training.loop import Task, fit, num_steps
 from planlm.training.parallel import Parallel
 from planlm.training.run_directory import Run, check_run
+from planlm.training.validation import first_documents, validation
 
 
 def pretrain_planner(config: PlannerConfig) -> dict[str, Any]:
@@ -44,6 +46,10 @@ def pretrain_planner(config: PlannerConfig) -> dict[str, Any]:
     planner = Planner.of_codebook(corpus.codebook, config.layers, config.heads, config.dropout)
     planner.to(device()).train()
     loader = SentenceLoader(corpus.split("train"), batch_size=config.batch_size, seed=config.seed, shuffle=True)
+    held_out = None
+    if config.validate_every is not None:
+        held_out = SentenceLoader(first_documents(corpus, config), batch_size=config.batch_size, shuffle=False)
+        held_out.share = (rank(), world_size())
 
     loader.share = (rank(), world_size())
     model = Parallel(planner)
@@ -60,6 +66,12 @@ def pretrain_planner(config: PlannerConfig) -> dict[str, Any]:
         loss = nll_sum / count
         return {"loss": loss, "planner_loss": loss, "planner_accuracy": right / count, "tokens": count}
 
+    def losses(batch: SentenceBatch) -> tuple[Tensor, Tensor]:
+        labelled = batch.actions != -100
+        states = planner(batch.sentence_embeddings, sentence_positions=batch.sentence_positions)
+        nll = F.cross_entropy(planner.head(states[labelled]), batch.actions[labelled], reduction="sum")
+        return nll, labelled.sum()
+
     group = ParameterGroup("planner", dict(planner.named_parameters()), config.lr)
     task = Task(
         model=model,
@@ -68,13 +80,14 @@ def pretrain_planner(config: PlannerConfig) -> dict[str, Any]:
         accumulate=1,
         steps=num_steps(config, loader.num_batches),
         backward=backward,
+        validation=validation(config, planner, held_out, losses),
     )
     with Run(config, on_rank_zero(lambda: identify(corpus))) as run:
         fit(task, run, config)
-        return _finish(planner.eval(), corpus, run)
+        return _finish(planner.eval(), corpus, run, task.validation.best)
 
 
-def _finish(planner: Planner, corpus: PreparedCorpus, run: Run) -> dict[str, Any]:
+def _finish(planner: Planner, corpus: PreparedCorpus, run: Run, best: dict[str, Any]) -> dict[str, Any]:
     """Measure the planner and write `planner/`; what `pretrain_planner` returns."""
     validation = corpus.split("validation")
 
@@ -82,7 +95,8 @@ def _finish(planner: Planner, corpus: PreparedCorpus, run: Run) -> dict[str, Any
         metrics = planner_metrics(planner, validation, corpus.action_counts)
         with replacing_folder(run.path / "planner") as folder:
             planner.cpu().save(folder)
-        result = {"run": str(run.path), "planner": str(run.path / "planner"), "split": "validation", **metrics}
+        paths = {"run": str(run.path), "planner": str(run.path / "planner")}
+        result = {**paths, "split": "validation", **metrics, **best}
         with beside_result(run.path / "planner_metrics.json"):
             write_json(run.path / "planner_metrics.json", result)
         return result

@@ -37,10 +37,13 @@ def check_run(config: LoopConfig) -> None:
     """Find what is wrong with a run's settings before anything is loaded; nothing is written.
 
     Raises:
-        InputError: as `Run` does, the folder cannot be written, or a batch has less than one item a rank.
+        InputError: as `Run` does, the folder cannot be written, a batch has less than one item a rank, or settings
+            contradict each other.
     """
     if config.batch_size < world_size():
         raise InputError(f"--batch-size {config.batch_size}: {world_size()} processes share it; set at least that")
+    if config.patience is not None and config.validate_every is None:
+        raise InputError("--patience: counts measurements on the validation split; set --validate-every too")
     if config.tensorboard and importlib.util.find_spec("tensorboard") is None:
         raise InputError("--tensorboard: needs the package tensorboard: pip install planlm[tensorboard]")
 

@@ -31,6 +31,13 @@ class Throughput:
         yield
         self._waited += time.monotonic() - start
 
+    @contextlib.contextmanager
+    def aside(self) -> Iterator[None]:
+        """Time spent within is none of training's; `seconds` and what is left have it."""
+        start = time.monotonic()
+        yield
+        self._since += time.monotonic() - start
+
     def step(self, tokens: int, batches: list[Any]) -> None:
         """A step over `batches` with so many labelled tokens is done."""
         self._done += 1

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import datasets
 import torch
 
 from planlm.config import TrainConfig
@@ -29,6 +30,7 @@ from planlm.training.objective import Objective
 from planlm.training.parallel import Parallel
 from planlm.training.run_directory import Run, check_run
 from planlm.training.schedules import parse_oracle_mix
+from planlm.training.validation import first_documents, validation
 
 
 def train(config: TrainConfig) -> dict[str, Any]:
@@ -48,16 +50,8 @@ def train(config: TrainConfig) -> dict[str, Any]:
     lm = config.lm or corpus.manifest.tokenizer
     _check_fit(config, corpus, lm)
     planner = Planner.load(Path(config.planner) / "planner") if config.planner else None
-    loader = PlanLoader(
-        corpus.split("train"),
-        window=config.window,
-        batch_size=config.batch_size,
-        seed=config.seed,
-        pack=True,
-        with_others=SELECTIONS[config.selection].needs_others,
-        planner_sequence_per_window=config.planner_input != "embeddings",
-    )
-    loader.share = (rank(), world_size())
+    loader = _loader(config, corpus.split("train"))
+    held_out = None if config.validate_every is None else _loader(config, first_documents(corpus, config))
     steps = num_steps(config, loader.num_batches, config.accumulate)
     model = _model(config, corpus, lm, planner)
     identity = on_rank_zero(lambda: identify(corpus, model.lm, planner))
@@ -70,19 +64,36 @@ def train(config: TrainConfig) -> dict[str, Any]:
         num_tokens = sum(batch.input_ids.numel() for batch in batches)
         return lm_flops(model.lm, num_tokens, seen_twice, trained=config.lm_mode == "full", first_layer=lowest)
 
+    objective = Objective(parallel, config, steps)
     task = Task(
         model=parallel,
         groups=trainable_groups(model, config, steps),
         loader=loader,
         accumulate=config.accumulate,
         steps=steps,
-        backward=Objective(parallel, config, steps).backward,
+        backward=objective.backward,
         flops=flops,
         rate=matrix_product_rate(compute_dtype(config.precision, model.device), model.device),
+        validation=validation(config, model, held_out, objective.losses),
     )
     with Run(config, identity) as run:
         fit(task, run, config)
-        return _finish(parallel, run, config)
+        return _finish(parallel, run, config) | task.validation.best
+
+
+def _loader(config: TrainConfig, dataset: datasets.Dataset) -> PlanLoader:
+    """Packed windows of a split, this rank's share of them."""
+    loader = PlanLoader(
+        dataset,
+        window=config.window,
+        batch_size=config.batch_size,
+        seed=config.seed,
+        pack=True,
+        with_others=SELECTIONS[config.selection].needs_others,
+        planner_sequence_per_window=config.planner_input != "embeddings",
+    )
+    loader.share = (rank(), world_size())
+    return loader
 
 
 def _check(config: TrainConfig) -> None:

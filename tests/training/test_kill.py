@@ -24,7 +24,7 @@ def start(planted: dict[str, str], out: Path, *flags: str) -> subprocess.Popen[s
     settings = {
         "--out": out, "--steps": STEPS, "--batch-size": 4, "--window": 16, "--conditioned-layers": 2,
         "--log-every": 1, "--checkpoint-every": 7, "--selection": "gumbel", "--oracle-mix": "0.5:0",
-        "--planner-loss": 0.1, "--lm-mode": "full",
+        "--planner-loss": 0.1, "--lm-mode": "full", "--validate-every": 5, "--validate-documents": 2,
     }  # fmt: skip
     command += [str(part) for pair in settings.items() for part in pair]
     return subprocess.Popen([*command, *flags], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)

@@ -128,6 +128,17 @@ def test_a_planner_that_reads_the_lm(still: dict[str, str], tmp_path: Path, flag
     np.testing.assert_allclose(found[1], found[0], rtol=1e-5)
 
 
+def test_ranks_validate_and_end_alike(still: dict[str, str], tmp_path: Path) -> None:
+    """Divided and replicated, with ranks that have no window of a batch; every rank stops at the same step."""
+    flags = ["--steps", "20", "--validate-every", "2", "--validate-documents", "3", "--patience", "2"]
+    flags += ["--lm-lr", "1", "--warmup", "0", "--schedule", "constant", "--max-grad-norm", "1e9"]
+    found = [train(still, tmp_path / str(size), size, *flags, *more) for size, more in ((2, ["--shard"]), (3, []))]
+    assert found[0]["step"] == found[0]["best_step"] + 4 < 20
+    for key in ("step", "best_step"):
+        assert found[0][key] == found[1][key]
+    np.testing.assert_allclose(found[1]["best_loss"], found[0]["best_loss"], rtol=1e-4)
+
+
 @pytest.mark.parametrize("ranks", [1, 2, 3])
 def test_an_epoch_has_every_token_as_a_label_once(planted: dict[str, str], ranks: int) -> None:
     """Whatever the number of processes and wherever they are started anew."""
