@@ -91,6 +91,12 @@ COMMANDS = {
         "planlm evaluate run --corpus corpus --plans none,fixed,hard,soft,oracle",
         distributed=True,
     ),
+    "evaluate-generation": Command(
+        config.EvaluateGenerationConfig,
+        "planlm.evaluation.generation:evaluate_generation",
+        show.generation_evaluation,
+        "planlm evaluate-generation run --corpus corpus --plans none,soft",
+    ),
     "generate": Command(
         config.GenerateConfig,
         "planlm.model.generation:generate",

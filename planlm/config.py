@@ -359,6 +359,25 @@ class EvaluateConfig(CommandConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
+class EvaluateGenerationConfig(CommandConfig):
+    """Quality of continuations of held-out documents under each plan, with paired intervals over prompts."""
+
+    run: str = required("run directory of train, or a model folder", positional=True)
+    corpus: str = required("prepared corpus")
+    split: str = option("test", "split whose documents are continued", choices=("train", "validation", "test"))
+    plans: str = option("none,soft", "comma-separated selections, each one row")
+    versus: str = option("none", "row that differences and intervals refer to")
+    prompts: int = option(100, "documents continued: the first ones that are long enough", limit=BATCH)
+    prompt_sentences: int = option(3, "sentences of a document that are the prompt", limit=count(10_000))
+    max_new_tokens: int = option(128, "tokens of every continuation, and of the true one (the papers')", limit=BATCH)
+    temperature: float = option(1.0, "sampling temperature (the papers'); 0: greedy", limit=SAMPLING)
+    top_p: float = option(0.95, "nucleus of the sampling distribution", limit=FRACTION_NOT_ZERO)
+    batch_size: int = option(32, "texts generated at once", limit=BATCH)
+    bootstrap: int = option(2000, "resamples of prompts for the 95 % intervals; MAUVE's takes at most 200", limit=BATCH)
+    seed: int = option(0, "seed of the sampling, the bootstrap and MAUVE's k-means", limit=SEED)
+
+
+@dataclass(frozen=True, kw_only=True)
 class GenerateConfig(CommandConfig):
     """Continue a text, planning each sentence."""
 

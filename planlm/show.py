@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from planlm import config
+from planlm.report.generation import format_generation
 from planlm.report.tables import align, difference_cells, format_planner, format_rows
 
 
@@ -41,6 +42,11 @@ def evaluation(result: dict[str, Any], settings: config.EvaluateConfig) -> str:
     """The table of perplexities and the planner's metrics."""
     planner = result.get("planner")
     return format_rows(result) + (f"\n\n{format_planner(planner)}" if planner else "")
+
+
+def generation_evaluation(result: dict[str, Any], settings: config.EvaluateGenerationConfig) -> str:
+    """The table of generation metrics, and where each plan helps."""
+    return format_generation(result)
 
 
 def generation(result: dict[str, Any], settings: config.GenerateConfig) -> str:

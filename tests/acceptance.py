@@ -36,6 +36,7 @@ ARTICLES, SHORTEST = 100, 700
 SIZES = {
     "pretrain-planner": "--epochs 1",
     "train": "--steps 12 --window 64 --batch-size 8 --lr 0.1 --checkpoint-every 5 --log-every 1",
+    "evaluate-generation": "--prompt-sentences 1 --max-new-tokens 24",
     "generate": "--max-new-tokens 40",
 }
 """What is added to README's lines for the tiny LMs; with that --lr the plan is loud after a few steps."""
@@ -43,6 +44,7 @@ SMALLEST = {
     "pretrain-planner": "--steps 2",
     "train": "--steps 2 --window 32 --batch-size 4 --log-every 1",
     "evaluate": "--max-documents 2 --window 128",
+    "evaluate-generation": "--prompts 2 --prompt-sentences 1 --max-new-tokens 12",
     "generate": "--max-new-tokens 12",
 }
 """And for README's own LM."""
@@ -164,6 +166,15 @@ def check_evaluation(folder: Path) -> None:
     check_rows(read(folder / "run" / "evaluation.json")["test"], words[words.index("--plans") + 1].split(","))
 
 
+def check_generation_metrics(folder: Path) -> None:
+    result = read(folder / "run" / "generation_evaluation.json")["test"]
+    rows = {row["plan"]: row["metrics"] for row in result["rows"]}
+    expect(list(rows) == ["none", "soft"] and result["prompts"] > 1, f"rows: {result['rows']}")
+    expect(all(0 <= row["rouge2"] <= 1 < row["latent_perplexity"] for row in rows.values()), f"metrics: {rows}")
+    kept = [folder / "run" / "generation_evaluation" / f"{plan}.jsonl" for plan in rows]
+    expect(all(len(path.read_text().splitlines()) == 1 + result["prompts"] for path in kept), "texts are missing")
+
+
 def check_generation(folder: Path, run: str = "run") -> None:
     result = read(folder / run / "generation.json")
     expect(result["text"] and result["plan"], f"nothing generated: {result}")
@@ -181,6 +192,7 @@ CHECKS = {
     "pretrain-planner": check_planner,
     "train": check_run,
     "evaluate": check_evaluation,
+    "evaluate-generation": check_generation_metrics,
     "generate": check_generation,
     "report": check_report,
 }

@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from planlm.config import EvaluateConfig
+from planlm.config import EvaluateConfig, EvaluateGenerationConfig
 from planlm.corpus.store import PreparedCorpus
 from planlm.distribution import on_rank_zero, rank
 from planlm.errors import InputError
@@ -132,7 +132,9 @@ def load_evaluated(run: Path, plans: list[str], corpus: PreparedCorpus) -> tuple
     return model, True
 
 
-def check_fit(model: PlanLMForCausalLM, config: EvaluateConfig, corpus: PreparedCorpus) -> None:
+def check_fit(
+    model: PlanLMForCausalLM, config: EvaluateConfig | EvaluateGenerationConfig, corpus: PreparedCorpus
+) -> None:
     """Refuse a corpus whose tokens or actions are not the model's."""
     manifest = corpus.manifest
     if tokenizer_fingerprint(model.tokenizer) != manifest.tokenizer_fingerprint:

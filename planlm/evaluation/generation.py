@@ -1,0 +1,205 @@
+"""`planlm evaluate-generation`: what a plan does to continuations of held-out documents.
+
+Sizes: n prompts.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from planlm.config import EvaluateGenerationConfig
+from planlm.corpus.store import PreparedCorpus
+from planlm.errors import InputError
+from planlm.evaluation import generation_metrics as measure
+from planlm.evaluation.evaluate import check_fit, load_evaluated
+from planlm.evaluation.generation_statistics import Continuations, make_rows, values
+from planlm.evaluation.generation_texts import (
+    KeptTexts,
+    Prompt,
+    continue_prompts,
+    find_prompts,
+    texts_folder,
+    weights_checksum,
+)
+from planlm.files import beside_result, read_json, write_json
+from planlm.model.modeling import PlanLMForCausalLM
+from planlm.progress import Progress
+from planlm.selections import SELECTIONS
+from planlm.text.encoder import SentenceEncoder
+
+RESULTS = "generation_evaluation.json"
+
+def evaluate_generation(config: EvaluateGenerationConfig) -> dict[str, Any]:
+    """Continue the beginnings of held-out documents under each plan, and measure the continuations.
+
+    In a run directory finished texts are kept in `generation_evaluation/`, from which an interrupted call goes on, and
+    the result in `generation_evaluation.json` under the split's name, with every prompt's values.
+
+    Args:
+        config: a run directory or model folder, the corpus, what to generate and how.
+
+    Returns:
+        The settings, `features` and `clusters` of MAUVE, `rows` (of each plan its `metrics` and, by metric, its
+        `differences` to `versus`: `delta`, `ci95`, `verdict`) and `human`, the true continuations' own metrics; ready
+        for JSON. A metric that is not defined is null.
+
+    Raises:
+        InputError: anything wrong with the arguments, the model, the corpus, or their fit.
+    """
+    plans = _parse(config)
+    measure.check_packages()
+    run = Path(config.run)
+    corpus = PreparedCorpus.load(config.corpus)
+    dataset = corpus.split(config.split)
+    earlier = read_json(run / RESULTS) if (run / RESULTS).exists() else {}
+    model, _ = load_evaluated(run, plans, corpus)
+    check_fit(model, config, corpus)
+    prompts = find_prompts(dataset, config, model.lm.config.max_position_embeddings)
+    settings = corpus.manifest.settings
+    encoder = SentenceEncoder(corpus.manifest.encoder, precision=settings.get("precision", "auto"))
+    if encoder.dim != corpus.manifest.action_dim:
+        raise InputError(f"{encoder.name}: embeds in {encoder.dim} dimensions, the corpus in {corpus.manifest.action_dim}")
+    model.encoder = encoder
+    ids = dataset["id"]
+    texts = _generate(model, prompts, plans, config, corpus.fingerprint, [ids[prompt.document] for prompt in prompts])
+    critic = measure.BigramCritic.fit(
+        corpus.split("train").select_columns(["actions"]).with_format("arrow").iter(1000), corpus.manifest.num_actions
+    )
+    true = [prompt.truth for prompt in prompts]
+    codebook = corpus.codebook.numpy()
+    scored = {
+        name: _score(tokens, true, prompts, (model.tokenizer, encoder, codebook, critic))
+        for name, tokens in [*texts.items(), ("", true)]
+    }
+    human = scored.pop("")
+    result = _describe(config, scored, human, encoder.name)
+    if (run / "model").is_dir():
+        with beside_result(run / RESULTS):
+            kept = {plan: {k: v.tolist() for k, v in one.per_prompt.items()} for plan, one in scored.items()}
+            documents = [prompt.document for prompt in prompts]
+            content = earlier | {config.split: result | {"documents": documents, "scores": kept}}
+            write_json(run / RESULTS, content, within=run)
+    return result
+
+
+def _parse(config: EvaluateGenerationConfig) -> list[str]:
+    """The plans asked for, `versus` among them, in order and each once."""
+    plans = list(dict.fromkeys(plan.strip() for plan in config.plans.split(",") if plan.strip()))
+    possible = [name for name, about in SELECTIONS.items() if not about.needs_oracle]
+    problems = []
+    if not plans or set(plans) - set(possible):
+        problems.append(f"--plans {config.plans}: expected some of {', '.join(possible)}")
+    if config.versus not in plans:
+        problems.append(f"--versus {config.versus}: not among --plans {config.plans}")
+    if problems:
+        raise InputError("; ".join(problems))
+    return plans
+
+
+def _generate(
+    model: PlanLMForCausalLM,
+    prompts: list[Prompt],
+    plans: list[str],
+    config: EvaluateGenerationConfig,
+    corpus: str,
+    names: list[str],
+) -> dict[str, list[list[int]]]:
+    """New tokens of every prompt by plan; in a run directory those that are on disk already are not made again.
+
+    Args:
+        model: with its encoder.
+        prompts: what to continue.
+        plans: under which.
+        config: the command's.
+        corpus: its fingerprint.
+        names: of the prompts' documents.
+    """
+    run, named = Path(config.run), dict(zip([prompt.document for prompt in prompts], names, strict=True))
+    decisive = ("split", "prompt_sentences", "max_new_tokens", "temperature", "top_p", "seed")
+    made_with: dict[str, Any] = {name: getattr(config, name) for name in decisive} | {"corpus": corpus}
+    texts: dict[str, list[list[int]]] = {}
+    total = len(plans) * len(prompts) * config.max_new_tokens
+    with texts_folder(run) as folder, Progress("generate", total=total, unit="tokens") as progress:
+        if folder is not None:
+            made_with["model"] = weights_checksum(run)
+        for plan in plans:
+            kept = KeptTexts(folder / f"{plan}.jsonl", made_with, run) if folder is not None else None
+            tokens: dict[int, list[int]] = {} if kept is None else kept.tokens
+            left = [prompt for prompt in prompts if prompt.document not in tokens]
+            progress.start_at(progress.count + (len(prompts) - len(left)) * config.max_new_tokens)
+            for batch in continue_prompts(model, left, plan, config, progress.advance):
+                done = [_line(model.tokenizer, named, prompt, new) for prompt, new in batch]
+                if kept is not None:
+                    kept.add(done)
+                tokens |= {prompt.document: new for prompt, new in batch}
+            texts[plan] = [tokens[prompt.document] for prompt in prompts]
+    return texts
+
+
+def _line(tokenizer: Any, named: dict[int, str], prompt: Prompt, new: list[int]) -> dict[str, Any]:
+    """A finished text for its file."""
+    begin = _text(tokenizer, prompt.ids)
+    about = {"document": prompt.document, "id": named[prompt.document], "prompt": begin}
+    return about | {"text": _text(tokenizer, new), "tokens": new}
+
+
+def _text(tokenizer: Any, ids: list[int]) -> str:
+    text: str = tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    return text
+
+
+def _score(
+    tokens: list[list[int]],
+    true: list[list[int]],
+    prompts: list[Prompt],
+    tools: tuple[Any, SentenceEncoder, NDArray[np.float32], measure.BigramCritic],
+) -> Continuations:
+    """Measure continuations, or the true ones, which are not held against themselves.
+
+    Args:
+        tokens: n continuations.
+        true: the true ones.
+        prompts: what they continue.
+        tools: the LM's tokenizer, the corpus's encoder and codebook, and the model of action sequences.
+    """
+    tokenizer, encoder, codebook, critic = tools
+    texts = [_text(tokenizer, own) for own in tokens]
+    actions = measure.action_sequences(texts, encoder, codebook)
+    found: dict[str, list[float]] = {}
+    if tokens is not true:
+        references = [_text(tokenizer, own) for own in true]
+        found["rouge2"] = measure.rouge2(texts, references)
+        true_actions = measure.action_sequences(references, encoder, codebook)
+        found["edit_distance"], found["edit_distance_normalised"] = measure.edit_distances(actions, true_actions)
+    for n in (1, 2, 3):
+        found[f"distinct{n}"] = [measure.distinct(own, n) for own in tokens]
+    found["repetition"] = [measure.repetition(own) for own in tokens]
+    found["words"] = [float(len(text.split())) for text in texts]
+    found["sentences"] = [float(len(own)) for own in actions]
+    nll = [critic.nll(prompt.last_action, own) for prompt, own in zip(prompts, actions, strict=True)]
+    return Continuations(
+        per_prompt={name: np.array(values) for name, values in found.items()},
+        latent=(np.array(nll), np.array(found["sentences"])),
+        features=encoder.encode(texts),
+    )
+
+
+def _describe(
+    config: EvaluateGenerationConfig, measured: dict[str, Continuations], human: Continuations, encoder: str
+) -> dict[str, Any]:
+    """The result, from what was measured of each plan's texts."""
+    shown = ("split", "prompt_sentences", "max_new_tokens", "temperature", "top_p", "seed", "versus", "bootstrap")
+    num_prompts = len(human.features)
+    return {
+        "run": config.run,
+        "prompts": num_prompts,
+        **{name: getattr(config, name) for name in shown},
+        "features": f"{encoder}, of a whole continuation",
+        "clusters": measure.num_clusters(num_prompts),
+        "rows": make_rows(measured, human, config.versus, resamples=config.bootstrap, seed=config.seed),
+        "human": values(human, None, config.seed),
+    }

@@ -1,0 +1,75 @@
+"""Generation metrics as text."""
+
+from __future__ import annotations
+
+import textwrap
+from typing import Any
+
+from planlm.report.tables import SHORT, align
+
+GENERATION_METRICS = (
+    ("rouge2", "ROUGE-2", 4),
+    ("edit_distance", "edit distance of actions", 3),
+    ("edit_distance_normalised", "  normalised", 4),
+    ("mauve", "MAUVE", 4),
+    ("latent_perplexity", "latent perplexity", 2),
+    ("distinct1", "distinct-1", 4),
+    ("distinct2", "distinct-2", 4),
+    ("distinct3", "distinct-3", 4),
+    ("repetition", "repetition", 4),
+    ("words", "words", 2),
+    ("sentences", "sentences", 3),
+)
+"""Keys of the metrics, what they are called in front of readers, and decimals shown."""
+
+
+def format_generation(result: dict[str, Any]) -> str:
+    """The tables of `evaluate-generation`, below what they show, and in words where each plan helps.
+
+    Args:
+        result: what `planlm.evaluation.generation` returns.
+    """
+    sampling = f"temperature {result['temperature']:g}, top-p {result['top_p']:g}" if result["temperature"] else "greedy"
+    about = (
+        f"Continuations of {result['prompts']:,} documents of the {result['split']} split: {result['max_new_tokens']} "
+        f"tokens behind {result['prompt_sentences']} sentences, {sampling}, seed {result['seed']}. MAUVE of "
+        f"{result['clusters']} clusters, its features: {result['features']}."
+    )
+    rows = result["rows"]
+    heading = ["", *(row["plan"] for row in rows), "human"]
+    columns = [*(row["metrics"] for row in rows), result["human"]]
+    table = [[label, *(_number(one[key], places) for one in columns)] for key, label, places in GENERATION_METRICS]
+    parts = [textwrap.fill(about, 80), align([heading, *table], left=(0,))]
+    for row in rows:
+        if (differences := row["differences"]) is not None:
+            cells = [_cells(label, differences[key], places) for key, label, places in GENERATION_METRICS]
+            parts.append(f"{row['plan']} against {result['versus']}, with paired 95 % intervals over prompts:")
+            parts += [align(cells, left=(0, 3)), "\n".join(_in_words(row["plan"], differences))]
+    return "\n\n".join(parts)
+
+
+def _cells(label: str, difference: dict[str, Any], places: int) -> list[str]:
+    interval = difference["ci95"]
+    return [
+        label,
+        _number(difference["delta"], places, sign="+"),
+        "–" if interval is None else f"[{', '.join(_number(end, places, sign='+') for end in interval)}]",
+        SHORT.get(difference["verdict"], difference["verdict"]),
+    ]
+
+
+def _in_words(plan: str, differences: dict[str, Any]) -> list[str]:
+    """Which metrics a plan makes better, which worse, and on which it has no measurable effect."""
+    kinds: dict[str, list[str]] = {"better in": [], "worse in": [], "no measurable difference in": []}
+    verdicts = {"better": 0, "nearer to human": 0, "worse": 1, "farther from human": 1}
+    for key, label, _ in GENERATION_METRICS:
+        said = differences[key]["verdict"]
+        if differences[key]["ci95"] is not None:
+            name = "normalised edit distance" if key == "edit_distance_normalised" else label
+            list(kinds.values())[verdicts.get(said, 2)].append(name)
+    lines = [f"{plan} is {what} {', '.join(names)}" for what, names in kinds.items() if names]
+    return [textwrap.fill(line.replace("is no measurable", "makes no measurable"), 80) for line in lines]
+
+
+def _number(value: float | None, places: int, sign: str = "") -> str:
+    return "–" if value is None else f"{value:{sign}.{places}f}".replace("-", "−")

@@ -1,0 +1,167 @@
+"""`planlm evaluate-generation`: texts that depend on seed and document alone, kept as they are finished; its result."""
+
+import json
+import os
+
+import numpy as np
+import pytest
+import torch
+from scipy.stats import chisquare
+
+import planlm.evaluation.generation as generation
+from planlm.config import EvaluateGenerationConfig
+from planlm.errors import InputError
+from planlm.evaluation.generation_statistics import METRICS
+from planlm.evaluation.generation_texts import SharedGumbel, continue_prompts, find_prompts, gumbel
+from planlm.files import locked
+from planlm.model.loading import load_model
+from planlm.report.generation import GENERATION_METRICS, format_generation
+
+SIZES = {"prompts": 8, "prompt_sentences": 1, "max_new_tokens": 20, "batch_size": 4, "bootstrap": 50}
+
+
+@pytest.fixture
+def config(make_corpus, make_run, encoder, monkeypatch):
+    """Settings of a call on a tiny run, by the family of its LM."""
+    monkeypatch.setattr(generation, "SentenceEncoder", lambda name, precision: encoder)
+
+    def make(family="gpt2", **options):
+        corpus = make_corpus(family, test=[" ".join(["The cat sat on the mat. It was warm there. Rain fell."] * 4)] * 9)
+        return EvaluateGenerationConfig(
+            run=str(make_run(corpus, family)), corpus=str(corpus.path), **SIZES | options
+        )
+
+    return make
+
+
+def tokens_by_document(run, plan):
+    lines = [json.loads(line) for line in (run / "generation_evaluation" / f"{plan}.jsonl").read_text().splitlines()]
+    return {line["document"]: line["tokens"] for line in lines[1:]}
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_texts_do_not_depend_on_the_batch_and_figures_come_out_twice(family, config, tmp_path):
+    settings = config(family)
+    result = generation.evaluate_generation(settings)
+    texts = {plan: tokens_by_document(tmp_path / "run", plan) for plan in ("none", "soft")}
+    assert {len(tokens) for tokens in texts["soft"].values()} == {20} and len(texts["soft"]) == 8
+    assert texts["none"] != texts["soft"]
+    assert len({tuple(tokens) for tokens in texts["none"].values()}) == 8, "equal prompts have noise of their own"
+    for plan in texts:
+        (tmp_path / "run" / "generation_evaluation" / f"{plan}.jsonl").unlink()
+    again = generation.evaluate_generation(EvaluateGenerationConfig(**vars(settings) | {"batch_size": 3}))
+    assert again == result
+    assert {plan: tokens_by_document(tmp_path / "run", plan) for plan in texts} == texts
+    stored = json.loads((tmp_path / "run" / "generation_evaluation.json").read_text())["test"]
+    assert {key: stored[key] for key in result} == json.loads(json.dumps(result))
+    assert stored["documents"] == list(range(8)) and len(stored["scores"]["soft"]["rouge2"]) == 8
+    assert [row["plan"] for row in result["rows"]] == ["none", "soft"]
+    assert set(result["rows"][0]["metrics"]) == set(METRICS) == {key for key, _, _ in GENERATION_METRICS}
+    shown = format_generation(result)
+    assert all(label in shown for _, label, _ in GENERATION_METRICS)
+    assert max(map(len, shown.splitlines())) <= 80
+
+
+@torch.no_grad()
+def test_a_text_is_the_arg_max_of_noisy_logits_of_its_nucleus(config, make_corpus, tmp_path):
+    """Token by token, without a cache, a batch or a library's sampling."""
+    settings = config(plans="none", temperature=0.7, top_p=0.6, seed=5)
+    generation.evaluate_generation(settings)
+    model = load_model(settings.run)
+    for document, tokens in list(tokens_by_document(tmp_path / "run", "none").items())[:2]:
+        ids = make_corpus(name="again", test=["The cat sat on the mat. It was warm there."]).split("test")[0]
+        ids = ids["input_ids"][: ids["sentence_tokens"][0]]
+        for position in range(20):
+            logits = model(torch.tensor([ids]), selection="none").logits[0, -1].float()
+            logits[model.tokenizer.all_special_ids] = -torch.inf
+            probabilities = (logits / 0.7).softmax(dim=-1)
+            more = torch.stack([probabilities[probabilities > one].sum() for one in probabilities])
+            noisy = (logits / 0.7).masked_fill(more >= 0.6, -torch.inf) + gumbel(5, document, position, len(logits))
+            ids = [*ids, int(noisy.argmax())]
+        assert ids[-20:] == tokens
+
+
+def test_noise_draws_from_the_distribution():
+    logits = torch.tensor([[2.0, 1.0, 0.0, -torch.inf, -1.0]])
+    counts = np.zeros(5)
+    for document in range(4000):
+        scores = SharedGumbel(1, [document], 3, lambda texts: None)(torch.zeros(1, 7, dtype=torch.long), logits)
+        counts[int(scores.argmax())] += 1
+    kept = [0, 1, 2, 4]
+    assert counts[3] == 0
+    assert chisquare(counts[kept], 4000 * logits.double().softmax(-1).numpy()[0, kept]).pvalue > 0.001
+
+
+def test_an_interrupted_call_goes_on(config, tmp_path, monkeypatch):
+    settings = config()
+    expected = generation.evaluate_generation(settings)
+    folder = tmp_path / "run" / "generation_evaluation"
+    whole = tokens_by_document(tmp_path / "run", "soft")
+    lines = (folder / "soft.jsonl").read_text().splitlines(keepends=True)
+    (folder / "soft.jsonl").write_text("".join(lines[:6]) + lines[6][:30])  # killed while it wrote the sixth text
+    made = []
+
+    def watched(model, prompts, *more):
+        made.append(len(prompts))
+        return continue_prompts(model, prompts, *more)
+
+    monkeypatch.setattr(generation, "continue_prompts", watched)
+    assert generation.evaluate_generation(settings) == expected
+    assert made == [0, 3]
+    assert tokens_by_document(tmp_path / "run", "soft") == whole
+    for other in ({"seed": 1}, {"temperature": 0}):
+        made.clear()
+        generation.evaluate_generation(EvaluateGenerationConfig(**vars(settings) | other))
+        assert made == [8, 8], "texts of other settings are none of this call"
+
+
+def test_a_folder_that_cannot_be_written_costs_a_warning_and_one_in_use_is_refused(config, tmp_path, capsys):
+    settings = config(plans="none")
+    folder = tmp_path / "run" / "generation_evaluation"
+    folder.write_text("")
+    result = generation.evaluate_generation(settings)
+    assert "cannot be written (File exists); texts are not kept" in capsys.readouterr().err
+    os.unlink(folder)
+    folder.mkdir()
+    with locked(folder / "lock"), pytest.raises(InputError, match=f"process {os.getpid()} on .* is at work here"):
+        generation.evaluate_generation(settings)
+    assert generation.evaluate_generation(settings) == result
+
+
+def test_a_plain_lm_is_measured_without_plan(config, lm_folder, tmp_path):
+    settings = config(plans="none")
+    before = sorted(os.listdir(lm_folder("gpt2")))
+    plain = generation.evaluate_generation(EvaluateGenerationConfig(**vars(settings) | {"run": lm_folder("gpt2")}))
+    assert sorted(os.listdir(lm_folder("gpt2"))) == before
+    assert plain["rows"] == generation.evaluate_generation(settings)["rows"], "the LM was not trained"
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"plans": "none,oracle"}, "--plans none,oracle: expected some of soft, hard"),
+        ({"plans": "soft"}, "--versus none: not among --plans soft"),
+        ({"plans": "none,top-k"}, "was not trained with --top-k"),
+        ({"prompt_sentences": 12}, "no document of the test split has 20 tokens behind 12 sentences"),
+        ({"max_new_tokens": 256}, "--max-new-tokens 256: the LM's context is 256 tokens; set less"),
+        ({"split": "validation", "prompts": 9}, None),
+    ],
+)
+def test_bad_options_are_refused(options, message, config, capsys):
+    settings = config(**options)
+    if message is None:
+        assert len(find_prompts(load_corpus(settings), settings, 256)) < 9
+        assert "only" in capsys.readouterr().err
+        return
+    with pytest.raises(InputError, match=message):
+        generation.evaluate_generation(settings)
+
+
+def load_corpus(settings):
+    return generation.PreparedCorpus.load(settings.corpus).split(settings.split)
+
+
+def test_missing_packages_are_named(config, monkeypatch):
+    monkeypatch.setattr(generation.measure, "_PACKAGES", ("no_such_package",))
+    with pytest.raises(InputError, match=r"needs no_such_package: pip install 'planlm\[metrics\]'"):
+        generation.evaluate_generation(config())
