@@ -110,6 +110,13 @@ COMMANDS = {
         "planlm report run other-run --out report.html",
         data=lambda page: {"report": page},
     ),
+    "experiment": Command(
+        config.ExperimentConfig,
+        "planlm.experiments.run:experiment",
+        show.experiment,
+        "planlm experiment experiments/small.yaml",
+        distributed=True,
+    ),
     "doctor": Command(config.DoctorConfig, "planlm.doctor:doctor", show.doctor, "planlm doctor"),
 }
 

@@ -29,6 +29,11 @@ def local_rank() -> int:
     return _whole("LOCAL_RANK", 0, 0, 1_000_000)
 
 
+def local_world_size() -> int:
+    """Processes of this run on this machine (LOCAL_WORLD_SIZE)."""
+    return _whole("LOCAL_WORLD_SIZE", 1, 1, 1_000_000)
+
+
 def master_address() -> tuple[str, int]:
     """Where the processes meet (MASTER_ADDR, MASTER_PORT)."""
     host = os.environ.get("MASTER_ADDR", "").strip()

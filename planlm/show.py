@@ -99,6 +99,11 @@ def quickstart(result: dict[str, Any], settings: config.QuickstartConfig) -> str
     return "\n\n".join(parts)
 
 
+def experiment(result: dict[str, Any], settings: config.ExperimentConfig) -> str:
+    """The tables, and where they and the plots are."""
+    return f"{result['tables']}\n{_pairs(result['paths'])}"
+
+
 def report(result: Any, settings: config.ReportConfig) -> str:
     """Where the page is."""
     return f"report in {result}"

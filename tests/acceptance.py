@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from planlm.cli import COMMANDS
-from planlm.quickstart.leads import leads
+from planlm.experiments.leads import leads
 from tests.test_readme import README, blocks
 
 PLANLM = str(Path(sys.executable).with_name("planlm"))

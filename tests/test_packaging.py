@@ -54,7 +54,7 @@ def archives(tmp_path_factory: pytest.TempPathFactory) -> Path:
     if Version(pytest.importorskip("setuptools").__version__) < Version("77"):
         pytest.skip("setuptools is older than the project asks for")
     folder = tmp_path_factory.mktemp("archives")
-    for name in ("planlm", "kernels", "csrc", "tests", "docs", "benchmarks", "dev"):
+    for name in ("planlm", "kernels", "csrc", "tests", "docs", "benchmarks", "dev", "experiments"):
         shutil.copytree(ROOT / name, folder / "tree" / name, ignore=shutil.ignore_patterns("__pycache__"))
     for path in ROOT.iterdir():
         if path.is_file() and not path.name.startswith("."):
@@ -84,7 +84,9 @@ def test_a_source_archive_can_be_tested_and_read(archives: Path) -> None:
     with tarfile.open(sdist) as archive:
         held = {name.partition("/")[2] for name in archive.getnames()}
     wanted = files("*.md", "*.toml", "LICENSE", "Makefile", "constraints.txt", "tests/**/*.py", "docs/**/*", "dev/*")
-    wanted |= files("benchmarks/**/*.py", "csrc/*", "kernels/*.py", "planlm/**/*.py", "planlm/**/*.html")
+    wanted |= files(
+        "experiments/*", "benchmarks/**/*.py", "csrc/*", "kernels/*.py", "planlm/**/*.py", "planlm/**/*.html"
+    )
     assert {"tests/conftest.py", "docs/method.md", "constraints.txt"} <= wanted
     assert not wanted - held
 

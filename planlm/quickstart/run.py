@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
 import os
 import subprocess
 import sys
@@ -33,9 +32,9 @@ from planlm.corpus.actions import describe_actions
 from planlm.corpus.prepare import prepare
 from planlm.corpus.store import FORMAT_VERSION, MANIFEST
 from planlm.errors import InputError, MachineError
-from planlm.files import check_own, read_json, write_json, write_text
+from planlm.experiments.leads import leads, write_leads
+from planlm.files import check_own, read_json, write_json
 from planlm.model.generation import generate
-from planlm.quickstart.leads import leads
 from planlm.quickstart.table import KEPT, Table, collect
 from planlm.report.page import write_report
 from planlm.report.plots import perplexity_figure, save_png
@@ -141,9 +140,7 @@ def _stage(out: Path, name: str) -> Iterator[None]:
 def _corpus(out: Path, seed: int) -> None:
     """Prepare the corpus of the longer leads; the shorter ones, on which the small LM is trained, go to a file."""
     source, others = out / "leads.jsonl", out / "short-leads.json"
-    if not source.is_file():
-        rows = (json.dumps({"id": title, "text": text}, ensure_ascii=False) for title, text in leads().items())
-        write_text(source, "".join(f"{row}\n" for row in rows))
+    write_leads(source)
     corpus = prepare(
         PrepareConfig(
             inputs=(str(source),),

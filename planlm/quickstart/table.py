@@ -16,12 +16,12 @@ from typing import Any
 
 import numpy as np
 
-from planlm.config import EvaluateConfig, TrainConfig
+from planlm.config import EvaluateConfig, SmallLMConfig, TrainConfig
 from planlm.corpus.store import PreparedCorpus
 from planlm.errors import InputError, MachineError
 from planlm.evaluation.evaluate import evaluate
 from planlm.evaluation.significance import DocumentScores, compare_rows
-from planlm.quickstart.small_lm import SmallLM, pretrain_lm, retokenize
+from planlm.experiments.small_lm import pretrain_lm, retokenize
 from planlm.report.results import EVALUATION
 from planlm.terminal import note, silence_libraries
 from planlm.training.train import train
@@ -80,7 +80,7 @@ def make_rows(table: Table) -> None:
     """Train and evaluate every row, each under the plan it was trained with; `none` comes with the first."""
     if table.texts is not None:
         texts = json.loads(Path(table.texts).read_text(encoding="utf-8"))
-        pretrain_lm(texts, Path(table.lm), table.seed, SmallLM())
+        pretrain_lm(texts, Path(table.lm), SmallLMConfig(seed=table.seed))
         retokenize(PreparedCorpus.load(table.source), table.lm, Path(table.corpus))
     for number, (run, settings) in enumerate(zip(table.runs(), ROWS.values(), strict=True), start=1):
         if (run / EVALUATION).exists():

@@ -132,6 +132,32 @@ def curves_figure(runs: dict[str, Sequence[dict[str, Any]]]) -> Figure | None:
     return figure
 
 
+def lines_figure(lines: dict[str, Sequence[dict[str, Any]]], *, x: str, y: str, title: str) -> Figure:
+    """Lines through points with error bars.
+
+    Args:
+        lines: by name, points with `x`, `nll` and `half_width`, of the bar, or None.
+        x, y: what the axes show.
+        title: of the figure.
+    """
+    with mpl.rc_context(_STYLE):
+        figure = Figure(figsize=(8.4, 4.0), layout="constrained")
+        axes = figure.add_subplot()
+        for color, (name, points) in zip(itertools.cycle(SERIES), lines.items(), strict=False):
+            axes.errorbar(
+                [point["x"] for point in points], [point["nll"] for point in points],
+                yerr=[point["half_width"] or 0.0 for point in points],
+                color=color, marker="o", markersize=5, linewidth=1.6, elinewidth=1.2, capsize=3, label=name,
+            )  # fmt: skip
+        axes.set_xlabel(x)
+        axes.set_ylabel(y)
+        axes.set_title(f"{title}; bars: 95 % interval over seeds", pad=10)
+        axes.grid(linewidth=0.8)
+        axes.set_axisbelow(True)
+        axes.legend(frameon=False)
+    return figure
+
+
 def save_png(figure: Figure, path: str | Path) -> None:
     """Write a figure as PNG."""
     with mpl.rc_context(_STYLE), replacing(Path(path)) as file:

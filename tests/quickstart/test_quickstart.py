@@ -12,17 +12,17 @@ import datasets
 import numpy as np
 import pytest
 
-from planlm.config import QuickstartConfig
+from planlm.config import QuickstartConfig, SmallLMConfig
 from planlm.corpus.store import PreparedCorpus
 from planlm.errors import InputError
+from planlm.experiments.leads import leads
+from planlm.experiments.small_lm import pretrain_lm, retokenize
 from planlm.pretrained.tokenizer import load_tokenizer
 from planlm.quickstart import run as quickstart_run
-from planlm.quickstart.leads import leads
-from planlm.quickstart.small_lm import SmallLM, pretrain_lm, retokenize
 from planlm.quickstart.table import LABELS, ROWS, Table, collect
 from tests.conftest import SAMPLE
 
-SHAPE = SmallLM(vocabulary=300, layers=1, width=64, window=8, batch_size=4, steps=3)
+SHAPE = SmallLMConfig(vocabulary=300, layers=1, width=64, window=8, batch_size=4, steps=3)
 
 
 def test_leads_are_prose_and_their_package_is_not_imported() -> None:
@@ -45,7 +45,7 @@ def test_small_lm_is_the_same_every_time_and_its_corpus_keeps_sentences_and_acti
 ) -> None:
     source = PreparedCorpus.load(planted["corpus"])
     for name in ("a", "b"):
-        pretrain_lm(SAMPLE * 4, tmp_path / name, seed=0, shape=SHAPE)
+        pretrain_lm(SAMPLE * 4, tmp_path / name, SHAPE)
     weights = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("a", "b")]
     assert weights[0] == weights[1]
 

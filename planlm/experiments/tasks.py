@@ -1,0 +1,325 @@
+"""What an experiment still has to do: tasks, each known by a hash of its options and of the tasks that it needs.
+
+    corpus → lm → tokens (the corpus in the LM's) → train → evaluate on validation → choose → train → evaluate on test
+           → planner                              ↗
+
+All follows from the file and the records of finished tasks, so nothing else has to survive a kill.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from planlm import __version__
+from planlm.config import CommandConfig, EvaluateConfig, PlannerConfig, PrepareConfig, SmallLMConfig, TrainConfig
+from planlm.corpus.store import MANIFEST, PreparedCorpus
+from planlm.errors import InputError
+from planlm.experiments.spec import CORPUS_OPTIONS, Backbone, Experiment, Row
+from planlm.files import read_json
+
+RECORDS = "cells"
+"""Folder of the records of finished tasks."""
+
+
+@dataclass(frozen=True)
+class Task:
+    """Something for a process of its own.
+
+    Attributes:
+        key: hash of what decides its result.
+        kind: "corpus", "lm", "tokens", "planner", "train" or "evaluate".
+        name: for people.
+        backbone: that it is of, if any; tasks of the same kind and backbone take about as long.
+        settings: what the process is told.
+        needs: tasks whose records it reads.
+        folder: where it works, alone.
+    """
+
+    key: str
+    kind: str
+    name: str
+    backbone: str
+    settings: dict[str, Any]
+    needs: tuple[Task, ...]
+    folder: str
+
+
+@dataclass
+class Planned:
+    """All tasks that are known by now.
+
+    Attributes:
+        tasks: by key, each behind what it needs.
+        trains, tests: keys of the tasks of each (backbone, row, seed).
+        budgets: of each (backbone, seed) the rows by the key of their training, for the equality of their tokens.
+        chosen: for rows with a grid, by (backbone, row): `values`, and `validation`, the mean NLL of each candidate.
+        later: kinds and backbones of tasks that depend on a choice which is still to be made.
+        awaited: keys of trained models that such a choice may ask for.
+    """
+
+    tasks: dict[str, Task] = field(default_factory=dict)
+    trains: dict[tuple[str, str, int], str] = field(default_factory=dict)
+    tests: dict[tuple[str, str, int], str] = field(default_factory=dict)
+    budgets: dict[tuple[str, int], dict[str, str]] = field(default_factory=dict)
+    chosen: dict[tuple[str, str], dict[str, Any]] = field(default_factory=dict)
+    later: list[tuple[str, str]] = field(default_factory=list)
+    awaited: set[str] = field(default_factory=set)
+
+    def add(self, task: Task) -> Task:
+        """Take a task in, behind what it needs."""
+        for needed in task.needs:
+            self.add(needed)
+        return self.tasks.setdefault(task.key, task)
+
+
+class Store:
+    """The folder of an experiment: records of finished tasks, and the models that are there."""
+
+    def __init__(self, out: Path) -> None:
+        self.out = out
+        self._records: dict[str, dict[str, Any]] = {}
+
+    def path(self, key: str) -> Path:
+        """The file of a record."""
+        return self.out / RECORDS / f"{key}.json"
+
+    def record(self, key: str) -> dict[str, Any] | None:
+        """What a finished task has left; None where it is not finished."""
+        if key not in self._records and self.path(key).exists():
+            self._records[key] = read_json(self.path(key))
+        return self._records.get(key)
+
+    def forget(self, key: str) -> None:
+        """A task is to be done again: its model is asked for and is not there any more."""
+        self._records.pop(key, None)
+        self.path(key).unlink(missing_ok=True)
+
+    def model(self, task: Task) -> Path:
+        """Folder of the model that a task trains."""
+        return self.out / task.folder / "model"
+
+
+class Planning:
+    """Makes the tasks of an experiment.
+
+    Args:
+        experiment: the file.
+        corpus: folder of the prepared corpus, in place of the one in the file.
+        store: what is finished.
+
+    Raises:
+        InputError: a corpus that is neither there nor to be made.
+    """
+
+    def __init__(self, experiment: Experiment, corpus: str | None, store: Store) -> None:
+        self.experiment, self.store = experiment, store
+        main = {"corpus": corpus or experiment.corpus, "prepare": experiment.prepare}
+        self._sources = {name: self._source(name, **each) for name, each in {"": main, **experiment.corpora}.items()}
+        self._lms = {backbone.name: self._lm(backbone) for backbone in experiment.backbones}
+
+    def plan(self) -> Planned:
+        """The tasks that follow from the file and from what is finished now."""
+        planned = Planned()
+        for backbone in self.experiment.backbones:
+            for row in self.experiment.rows.values():
+                self._choose(planned, backbone, row)
+        for seed in self.experiment.seeds:
+            for backbone in self.experiment.backbones:
+                for row in self.experiment.rows.values():
+                    self._test(planned, backbone, row, seed)
+        return planned
+
+    def _choose(self, planned: Planned, backbone: Backbone, row: Row) -> None:
+        """The values of the row's grid with the least NLL on validation; tasks for what is missing to say so."""
+        base = self._base_values(planned, backbone, row)
+        if base is None:
+            return
+        found: list[dict[str, Any]] = []
+        for values in row.candidates():
+            if not row.grid:
+                continue
+            nll = []
+            for seed in self.experiment.tune_seeds:
+                task = planned.add(self._evaluate(backbone, row, seed, values, base, "validation"))
+                if (record := self.store.record(task.key)) is not None:
+                    nll.append(record["result"]["rows"][0]["nll"])
+            if len(nll) == len(self.experiment.tune_seeds):
+                found.append({"values": values, "nll": float(np.mean(nll))})
+        if len(found) == len(row.candidates()):
+            best = min(found, key=lambda candidate: candidate["nll"])
+            planned.chosen[backbone.name, row.name] = {"values": best["values"], "validation": found}
+
+    def _test(self, planned: Planned, backbone: Backbone, row: Row, seed: int) -> None:
+        base, chosen = self._base_values(planned, backbone, row), planned.chosen.get((backbone.name, row.name))
+        if base is None or (row.grid and chosen is None):
+            planned.later += [("train", backbone.name)] * (not row.model_of) + [("evaluate", backbone.name)]
+            trained = self.experiment.base(row)
+            for values in trained.candidates():
+                planned.awaited.add(self._train(backbone, trained, seed, values).key)
+            return
+        task = planned.add(
+            self._evaluate(backbone, row, seed, chosen["values"] if chosen else {}, base, "test", chosen)
+        )
+        (train,) = (needed for needed in task.needs if needed.kind == "train")
+        planned.tests[backbone.name, row.name, seed] = task.key
+        planned.trains[backbone.name, row.name, seed] = train.key
+        if not self.experiment.base(row).own_budget:
+            planned.budgets.setdefault((backbone.name, seed), {})[row.name] = train.key
+
+    def _base_values(self, planned: Planned, backbone: Backbone, row: Row) -> dict[str, Any] | None:
+        """The chosen values of the row whose model this one evaluates; None while they are open."""
+        if row.model_of is None or not self.experiment.rows[row.model_of].grid:
+            return {}
+        chosen = planned.chosen.get((backbone.name, row.model_of))
+        return chosen["values"] if chosen else None
+
+    def _source(self, name: str, corpus: str | None, prepare: dict[str, Any] | None) -> tuple[str, Path, Task | None]:
+        """A prepared corpus: what identifies it, its folder, and the task that makes it if need be."""
+        folder = Path(corpus) if corpus else self.store.out / "corpora" / (name or "corpus")
+        if prepare is not None and not (corpus and (folder / MANIFEST).is_file()):
+            options = _changed(PrepareConfig, prepare)
+            settings = {"prepare": options, "folder": str(folder)}
+            task = _task("corpus", f"corpus {name}".strip(), "", settings, (), str(folder), identity=options)
+            return task.key, folder, task
+        if corpus is None:
+            raise InputError("no corpus: give --corpus, or corpus: or prepare: in the file")
+        return PreparedCorpus.load(folder).fingerprint, folder, None
+
+    def _lm(self, backbone: Backbone) -> tuple[str, str, Task | None]:
+        """An LM: what identifies it, its name or folder, and the task that trains it if need be."""
+        if backbone.pretrain is None:
+            assert backbone.lm is not None
+            return _fingerprint(backbone.lm), backbone.lm, None
+        source, folder, made = self._sources[""]
+        options = _changed(
+            SmallLMConfig, {name.name: getattr(backbone.pretrain, name.name) for name in fields(backbone.pretrain)}
+        )
+        identity = {"pretrain": options, "corpus": source}
+        settings = {"pretrain": options, "corpus": str(folder)}
+        task = _task(
+            "lm", f"{backbone.name}: pre-training", backbone.name, settings, (made,), f"lms/{backbone.name}", identity
+        )
+        return task.key, str(self.store.out / task.folder), task
+
+    def _tokens(self, backbone: Backbone, name: str) -> Task:
+        source, folder, made = self._sources[name]
+        lm_key, lm, lm_task = self._lms[backbone.name]
+        title = f"{backbone.name}: corpus {name}".strip()
+        settings = {"corpus": str(folder), "lm": lm}
+        identity = {"corpus": source, "lm": lm_key}
+        where = f"tokens/{backbone.name}-{name or 'corpus'}"
+        return _task("tokens", title, backbone.name, settings, (made, lm_task), where, identity)
+
+    def _planner(self, row: Row, seed: int) -> Task | None:
+        if row.planner is None:
+            return None
+        source, folder, made = self._sources[""]
+        seed = seed if self.experiment.planner_per_seed else self.experiment.seeds[0]
+        options = _changed(PlannerConfig, {**self.experiment.planner, **row.planner, "seed": seed})
+        settings = {"options": options, "corpus": str(folder)}
+        identity = {"options": options, "corpus": source}
+        return _task("planner", f"planner, seed {seed}", "", settings, (made,), "planners/planner", identity)
+
+    def _train(self, backbone: Backbone, row: Row, seed: int, values: dict[str, Any]) -> Task:
+        options = {**self.experiment.train_options(backbone, row, values), "seed": seed}
+        tokens, options, others = self._other_corpora(backbone, options)
+        planner = self._planner(row, seed)
+        lm_key, lm, lm_task = self._lms[backbone.name]
+        settings = {
+            "options": _changed(TrainConfig, options),
+            "corpora": others,
+            "lm": lm,
+            "tokens": tokens.key,
+            "planner": planner.key if planner else None,
+        }
+        name = f"{backbone.name}: {row.name}{_shown(values)}, seed {seed}"
+        identity = {**settings, "lm": lm_key}
+        needs = (tokens, *(self._tokens(backbone, options[name]) for name in others), planner, lm_task)
+        return _task("train", name, backbone.name, settings, needs, f"runs/{backbone.name}.{row.name}.{seed}", identity)
+
+    def _evaluate(
+        self, backbone: Backbone, row: Row, seed: int, values: dict[str, Any], base: dict[str, Any], split: str,
+        chosen: dict[str, Any] | None = None,
+    ) -> Task:  # fmt: skip
+        trained = self.experiment.base(row)
+        train = self._train(backbone, trained, seed, base if row.model_of else values)
+        options = self.experiment.evaluate_options(backbone, row, values)
+        tokens, options, others = self._other_corpora(backbone, options)
+        settings = {
+            "options": _changed(EvaluateConfig, {**options, "split": split}),
+            "corpora": others,
+            "tokens": tokens.key,
+            "train": train.key,
+        }
+        name = f"{backbone.name}: {row.name}{_shown(values)}, seed {seed}, {split}"
+        needs = (train, tokens, *(self._tokens(backbone, options[name]) for name in others))
+        return _task(
+            "evaluate", name, backbone.name, settings | {"chosen": chosen}, needs, train.folder, identity=settings
+        )
+
+    def _other_corpora(
+        self, backbone: Backbone, options: dict[str, Any]
+    ) -> tuple[Task, dict[str, Any], dict[str, str]]:
+        """The corpus in the LM's tokens, the options, and the keys of other corpora that they name."""
+        others = {name: self._tokens(backbone, options[name]).key for name in CORPUS_OPTIONS if options.get(name)}
+        return self._tokens(backbone, ""), options, others
+
+
+def pending(planned: Planned, store: Store) -> Iterator[Task]:
+    """Tasks to be done; among them trainings whose model has gone and is asked for again."""
+    evaluations = [task for task in planned.tasks.values() if task.kind == "evaluate"]
+    users: dict[str, list[str]] = {}
+    for task in evaluations:
+        for needed in task.needs:
+            users.setdefault(needed.key, []).append(task.key)
+    for task in planned.tasks.values():
+        is_gone = task.kind == "train" and store.record(task.key) is not None and not store.model(task).is_dir()
+        # In this order: another rank deletes a model once its evaluations have their records.
+        if is_gone and any(store.record(user) is None for user in users.get(task.key, ())):
+            store.forget(task.key)
+        if store.record(task.key) is None:
+            yield task
+
+
+def _task(
+    kind: str, name: str, backbone: str, settings: dict[str, Any], needs: tuple[Task | None, ...], folder: str,
+    identity: Any,
+) -> Task:  # fmt: skip
+    """A task; `identity` is what decides its result, and its folder is told from others by its key if it is ours."""
+    key = hashlib.sha256(json.dumps([__version__, kind, identity], sort_keys=True).encode()).hexdigest()[:16]
+    own = kind not in ("corpus", "evaluate")
+    needed = tuple(dict.fromkeys(need.key for need in needs if need))
+    by_key = {need.key: need for need in needs if need}
+    return Task(
+        key, kind, name, backbone, settings, tuple(by_key[k] for k in needed), f"{folder}-{key[:8]}" if own else folder
+    )
+
+
+def _changed(config: type[CommandConfig], options: dict[str, Any]) -> dict[str, Any]:
+    """Options that differ from the command's defaults: a new option does not make old results others."""
+    defaults = {each.name: each.default for each in fields(config)}
+    return {name: value for name, value in sorted(options.items()) if value != defaults[name]}
+
+
+def _fingerprint(lm: str) -> str:
+    """What identifies an LM: the content of its folder, or its name."""
+    folder = Path(lm)
+    if not folder.is_dir():
+        return lm
+    digests = []
+    for path in sorted(folder.iterdir()):
+        if path.suffix in (".json", ".safetensors", ".txt", ".model") and path.is_file():
+            with path.open("rb") as file:
+                digests.append((path.name, hashlib.file_digest(file, "sha256").hexdigest()))
+    return hashlib.sha256(json.dumps(digests).encode()).hexdigest()
+
+
+def _shown(values: dict[str, Any]) -> str:
+    return "".join(f", {name} {value}" for name, value in values.items())
