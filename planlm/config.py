@@ -345,7 +345,15 @@ class EvaluateConfig(CommandConfig):
     run: str = required("run directory of train, or a model folder", positional=True)
     corpus: str = required("prepared corpus")
     split: str = option("test", "split to evaluate", choices=("train", "validation", "test"))
-    plans: str = option("none,fixed,uniform,hard,soft,oracle", "comma-separated selections, each one row")
+    plans: str = option(
+        "none,fixed,uniform,hard,soft,oracle",
+        "comma-separated selections, each one row; also sampled: the LM's probabilities averaged over plans drawn for "
+        "each sentence",
+    )
+    num_plans: int | None = option(None, "plans drawn for the row sampled; default: 8", limit=count(10_000))
+    temperature: float | None = option(
+        None, "softmax temperature of the plans; default: the one trained with", limit=POSITIVE
+    )
     window: int | None = option(None, "tokens of context; default: the LM's, at most 1024", limit=TOKENS)
     stride: int | None = option(None, "tokens scored per window; default: the window", limit=TOKENS)
     batch_size: int = option(8, "windows per forward pass", limit=BATCH)
@@ -355,7 +363,7 @@ class EvaluateConfig(CommandConfig):
     precision: str = option(
         "fp32", "arithmetic; auto: bf16 where the processor has it", choices=("auto", "bf16", "fp32")
     )
-    seed: int = option(0, "seed of the bootstrap", limit=SEED)
+    seed: int = option(0, "seed of the bootstrap and of the row sampled", limit=SEED)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,7 +8,14 @@ from typing import Any
 
 from planlm import config
 from planlm.report.generation import format_generation
-from planlm.report.tables import align, difference_cells, format_planner, format_rows
+from planlm.report.tables import (
+    align,
+    difference_cells,
+    format_breakdown,
+    format_cost,
+    format_planner,
+    format_rows,
+)
 
 
 def corpus(result: Any, settings: config.PrepareConfig) -> str:
@@ -39,9 +46,10 @@ def training(result: dict[str, Any], settings: config.TrainConfig) -> str:
 
 
 def evaluation(result: dict[str, Any], settings: config.EvaluateConfig) -> str:
-    """The table of perplexities and the planner's metrics."""
-    planner = result.get("planner")
-    return format_rows(result) + (f"\n\n{format_planner(planner)}" if planner else "")
+    """The table of perplexities, where the differences arise, what planning costs, and the planner's metrics."""
+    parts = [format_rows(result), format_breakdown(result), format_cost(result["cost"])]
+    parts += [format_planner(result["planner"])] if result.get("planner") else []
+    return "\n\n".join(filter(None, parts))
 
 
 def generation_evaluation(result: dict[str, Any], settings: config.EvaluateGenerationConfig) -> str:

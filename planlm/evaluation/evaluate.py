@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import sys
+from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +12,8 @@ from planlm.config import EvaluateConfig, EvaluateGenerationConfig
 from planlm.corpus.store import PreparedCorpus
 from planlm.distribution import on_rank_zero, rank
 from planlm.errors import InputError
-from planlm.evaluation.perplexity import MAX_WINDOW, score_documents
+from planlm.evaluation.breakdown import SplitScores, by_length, by_position
+from planlm.evaluation.perplexity import MAX_WINDOW, SAMPLED, Sampling, score_documents
 from planlm.evaluation.planner_metrics import planner_metrics
 from planlm.evaluation.significance import DocumentScores, compare_rows
 from planlm.files import beside_result, read_json, write_json
@@ -20,7 +23,7 @@ from planlm.model.modeling import PlanLMForCausalLM
 from planlm.model.planner import codebook_fingerprint
 from planlm.precision import device
 from planlm.pretrained.tokenizer import tokenizer_fingerprint
-from planlm.selections import SELECTIONS
+from planlm.selections import SELECTIONS, Selection
 
 RESULTS = "evaluation.json"
 
@@ -38,8 +41,9 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
         config: a run directory or model folder, the corpus, and how to evaluate.
 
     Returns:
-        `run`, `split`, `window`, `stride`, `tokens`, `documents`, `versus`, `rows` (see `compare_rows`) and `planner`
-        (see `planner_metrics`; None for an LM without one), ready for JSON.
+        `run`, `split`, `window`, `stride`, `temperature` of the plans, `tokens`, `documents`, `versus`, `rows` (see
+        `compare_rows`), `by_position` and `by_length` (see those), `cost` (see `_cost`) and `planner` (see
+        `planner_metrics`; None for an LM without one), ready for JSON.
 
     Raises:
         InputError: anything wrong with the arguments, the model, the corpus, or their fit.
@@ -54,6 +58,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     earlier = read_json(run / RESULTS) if (run / RESULTS).exists() else {}
     model, is_planned = load_evaluated(run, plans, corpus)
     check_fit(model, config, corpus)
+    model.config.plan_temperature = config.temperature or model.config.plan_temperature
     window, stride = _window_and_stride(config, model)
     versus = config.versus
     if versus not in plans:
@@ -69,28 +74,32 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
         stride=stride,
         batch_size=config.batch_size,
         precision=config.precision,
+        sampling=Sampling(config.num_plans or Sampling.num_plans, config.seed),
     )
     _check_scores(scores, config)
 
     def finish() -> dict[str, Any]:
-        rows = compare_rows(scores, versus, resamples=config.bootstrap, seed=config.seed)
+        how = {"resamples": config.bootstrap, "seed": config.seed}
+        rows = compare_rows(dict(scores), versus, **how)
         result = {
             "run": str(run),
             "split": config.split,
             "window": window,
             "stride": stride,
+            "temperature": model.config.plan_temperature,
             "tokens": rows[0]["tokens"],
             "documents": rows[0]["documents"],
             "versus": versus,
             "rows": rows,
+            "by_position": by_position(scores, versus, **how),
+            "by_length": by_length(scores, versus, **how),
+            "cost": _cost(model, scores),
             "planner": planner_metrics(model.planner, dataset, corpus.action_counts)
             if is_planned and model.planner_input is None
             else None,
         }
         if (run / "model").is_dir():
-            nll = {plan: score.nll_sum.tolist() for plan, score in scores.items()}
-            kept = {"tokens": scores[versus].tokens.tolist(), "nll": nll}
-            results = earlier | {config.split: result | {"scores": kept}}
+            results = earlier | {config.split: result | {"scores": _kept(scores)}}
             with beside_result(run / RESULTS):
                 write_json(run / RESULTS, results, within=run)
         return result
@@ -102,8 +111,10 @@ def _parse(config: EvaluateConfig) -> list[str]:
     """The plans asked for, in order and each once."""
     plans = list(dict.fromkeys(plan.strip() for plan in config.plans.split(",") if plan.strip()))
     problems = []
-    if not plans or set(plans) - SELECTIONS.keys():
-        problems.append(f"--plans {config.plans}: expected some of {', '.join(SELECTIONS)}")
+    if not plans or set(plans) - {*SELECTIONS, SAMPLED}:
+        problems.append(f"--plans {config.plans}: expected some of {', '.join([*SELECTIONS, SAMPLED])}")
+    if config.num_plans is not None and SAMPLED not in plans:
+        problems.append(f"--num-plans {config.num_plans}: is for the row {SAMPLED}; add it to --plans")
     default = EvaluateConfig.__dataclass_fields__["versus"].default
     if config.versus not in plans and config.versus != default:
         problems.append(f"--versus {config.versus}: not among --plans {config.plans}")
@@ -125,9 +136,10 @@ def load_evaluated(run: Path, plans: list[str], corpus: PreparedCorpus) -> tuple
         return PlanLMForCausalLM.from_lm(str(run), corpus.codebook).to(device()), False  # type: ignore[arg-type]
     model = load_model(str(run))
     for plan in plans:
-        if SELECTIONS[plan].needs_top_k and model.config.plan_top_k is None:
+        facts = SELECTIONS.get(plan, Selection())
+        if facts.needs_top_k and model.config.plan_top_k is None:
             raise InputError(f"--plans {','.join(plans)}: {run} was not trained with --top-k; leave {plan} out")
-        if SELECTIONS[plan].needs_others and model.planner_input is not None:
+        if facts.needs_others and model.planner_input is not None:
             raise InputError(f"--plans {','.join(plans)}: the planner of {run} reads the LM's states; leave {plan} out")
     return model, True
 
@@ -160,7 +172,33 @@ def _window_and_stride(config: EvaluateConfig, model: PlanLMForCausalLM) -> tupl
     return window, stride
 
 
-def _check_scores(scores: dict[str, DocumentScores], config: EvaluateConfig) -> None:
+def _cost(model: PlanLMForCausalLM, scores: dict[str, SplitScores]) -> dict[str, Any]:
+    """What planning costs beside what it gains.
+
+    Returns:
+        `parameters` of `lm`, `planner`, `codebook` and `adapter` (whatever else the plan enters the LM through); the
+        `selection` that was trained with; `seconds_per_1000_tokens` that a process took under each plan, in this pass.
+    """
+    sizes = Counter(lm=0, planner=0, codebook=0, adapter=0)
+    for name, parameter in model.named_parameters():
+        part = "planner" if name.startswith("planner") else "lm" if name.startswith("lm.") else "adapter"
+        sizes["codebook" if "codebook" in name else part] += parameter.numel()
+    seconds = {plan: score.seconds for plan, score in scores.items()}
+    return {"parameters": dict(sizes), "selection": model.config.selection, "seconds_per_1000_tokens": seconds}
+
+
+def _kept(scores: dict[str, SplitScores]) -> dict[str, Any]:
+    """Every document's scores for evaluation.json, those by sentence to the ten thousandth of a nat."""
+    some = next(iter(scores.values()))
+    return {
+        "tokens": some.tokens.tolist(),
+        "nll": {plan: score.nll_sum.tolist() for plan, score in scores.items()},
+        "position_tokens": some.position_tokens.tolist(),
+        "position_nll": {plan: score.position_nll.round(4).tolist() for plan, score in scores.items()},
+    }
+
+
+def _check_scores(scores: Mapping[str, DocumentScores], config: EvaluateConfig) -> None:
     """Refuse scores that make no table."""
     for plan, score in scores.items():
         if score.tokens.sum() == 0:

@@ -24,6 +24,9 @@ holds the truth with probability 1 - 2^(1-n) where they are symmetric: 94 % at f
 NO_DIFFERENCE = "no measurable difference"
 """Verdict on a row whose interval covers zero."""
 
+_LARGEST_NLL = 700.0
+"""Nats per token; float64 ends at a perplexity of exp(709)."""
+
 _GATHERED = 1 << 22
 """Documents drawn at once: 2^22 indices and two gathered columns stay under 100 MB whatever n and R are."""
 
@@ -143,7 +146,7 @@ def compare_rows(
             {
                 "plan": name,
                 "nll": row.nll,
-                "perplexity": math.exp(row.nll),
+                "perplexity": math.exp(min(row.nll, _LARGEST_NLL)),
                 "delta": delta,
                 "ci95": None if is_reference or interval is None else list(interval),
                 "verdict": "reference" if is_reference else verdict(delta, interval),

@@ -13,7 +13,7 @@ from markupsafe import Markup
 from planlm.config import ReportConfig
 from planlm.errors import InputError
 from planlm.files import write_text
-from planlm.report.plots import SERIES, curves_figure, perplexity_figure, to_svg
+from planlm.report.plots import SERIES, breakdown_figure, curves_figure, perplexity_figure, to_svg
 from planlm.report.results import SPLITS, Run, compare_runs, load_runs
 from planlm.report.tables import PLANNER_METRICS, ROW_HEADINGS, describe, row_cells
 from planlm.selections import SELECTIONS
@@ -74,7 +74,11 @@ def _describe_run(run: Run, number: int) -> dict[str, Any]:
         "headline": _headline(run),
         "summary": _summary(run) if run.metrics else [],
         "evaluations": [
-            {"result": result, "plot": _svg(perplexity_figure(result), f"run{number + 1}-{split}")}
+            {
+                "result": result,
+                "plot": _svg(perplexity_figure(result), f"run{number + 1}-{split}"),
+                "breakdown": (figure := breakdown_figure(result)) and _svg(figure, f"parts{number + 1}-{split}"),
+            }
             for split, result in sorted(run.evaluation.items(), key=lambda item: SPLITS.index(item[0]))
         ],
         "evaluate_command": f"planlm evaluate {folder} --corpus {corpus}",

@@ -103,6 +103,41 @@ def perplexity_figure(result: dict[str, Any]) -> Figure:
     return figure
 
 
+def breakdown_figure(result: dict[str, Any]) -> Figure | None:
+    """Differences to the reference by sentence and by length of the document, with their 95 % intervals.
+
+    Args:
+        result: what `planlm evaluate` writes for a split.
+
+    Returns:
+        The figure, or None for a result without such parts.
+    """
+    titles = {"by_position": "number of the sentence", "by_length": "tokens of the document"}
+    parts = {key: title for key, title in titles.items() if result.get(key)}
+    plans = [row["plan"] for row in result["rows"] if row["plan"] != result["versus"]]
+    if not parts or not plans:
+        return None
+    with mpl.rc_context(_STYLE):
+        figure = Figure(figsize=(8.4, 3.4), layout="constrained")
+        panels = figure.subplots(1, len(parts), sharey=True, squeeze=False)[0]
+        for axes, (key, title) in zip(panels, parts.items(), strict=True):
+            axes.axhline(0, color=MUTED, linewidth=1, linestyle=(0, (2, 3)), zorder=1)
+            at = np.arange(len(result[key]))
+            for number, (plan, color) in enumerate(zip(plans, itertools.cycle(SERIES), strict=False)):
+                rows = [next(row for row in bucket["rows"] if row["plan"] == plan) for bucket in result[key]]
+                delta = np.array([row["delta"] for row in rows])
+                ends = np.array([row["ci95"] or [row["delta"]] * 2 for row in rows]).T
+                beside = at + 0.06 * (number - (len(plans) - 1) / 2)
+                axes.plot(beside, delta, "o-", color=color, linewidth=1.4, markersize=4, label=plan)
+                axes.vlines(beside, *ends, color=color, linewidth=1.4, alpha=0.5)
+            axes.set_xticks(at, [bucket["bucket"] for bucket in result[key]])
+            axes.set_xlabel(title)
+            axes.grid(axis="y", linewidth=0.8)
+        panels[0].set_ylabel(f"nats per token against {result['versus']}")
+        figure.legend(*panels[0].get_legend_handles_labels(), loc="outside upper left", ncols=4, frameon=False)
+    return figure
+
+
 def curves_figure(runs: dict[str, Sequence[dict[str, Any]]]) -> Figure | None:
     """Training curves, one panel a quantity and one line a run: logged values faint, their running mean strong.
 

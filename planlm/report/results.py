@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -36,6 +37,7 @@ LARGEST_NLL = 700.0
 """Nats per token; float64 ends at a perplexity of exp(709)."""
 
 _PLANNER = {"num_actions": int, "sentences": int, **{f"{key}?": float for key, _ in PLANNER_METRICS}}
+_BUCKETS = [{"bucket": str, "rows": [{"plan": str, "delta": float, "ci95": (None, [float])}]}]
 _RESULT = {
     "split": str, "window": int, "stride": int, "tokens": int, "documents": int, "versus": str,
     "rows": [
@@ -43,7 +45,7 @@ _RESULT = {
          "documents": int, "verdict": str}
     ],
     "scores": {"tokens": [int], "nll": {"*": [float]}},
-    "planner?": (None, _PLANNER),
+    "planner?": (None, _PLANNER), "by_position?": _BUCKETS, "by_length?": _BUCKETS,
 }  # fmt: skip
 _GENERATION = {
     "prompt": str, "text": str, "selection": str,
@@ -177,8 +179,13 @@ def _contradiction(split: str, result: dict[str, Any]) -> str | None:
     references = [row["plan"] for row in rows if row["verdict"] == "reference"]
     if references != [result["versus"]] or len(set(plans)) < len(rows):
         return f"rows: expected every plan once, and {result['versus']!r} as the only reference"
-    for row in rows:
-        if row["perplexity"] <= 0 or any(abs(nats) > LARGEST_NLL for nats in (row["delta"], *(row["ci95"] or ()))):
+    buckets = [bucket["rows"] for key in ("by_position", "by_length") for bucket in result.get(key, [])]
+    if any([row["plan"] for row in inside] != plans for inside in buckets):
+        return "by_position, by_length: expected the plans of the rows in each bucket"
+    for row in itertools.chain(rows, *buckets):
+        if row.get("perplexity", 1) <= 0 or any(
+            abs(nats) > LARGEST_NLL for nats in (row["delta"], *(row["ci95"] or ()))
+        ):
             return f"rows: {row['plan']!r} has metrics that cannot be"
         if row["ci95"] is not None and len(row["ci95"]) != 2:
             return f"rows: {row['plan']!r} has an interval without two ends"

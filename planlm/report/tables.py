@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import textwrap
 from collections.abc import Sequence
 from typing import Any
@@ -62,6 +63,45 @@ def format_rows(result: dict[str, Any]) -> str:
     """
     about = "\n".join(textwrap.fill(line, 80) for line in describe(result).splitlines())
     return f"{about}\n\n{align([ROW_HEADINGS, *map(row_cells, result['rows'])], left=(0, 4))}"
+
+
+def format_breakdown(result: dict[str, Any]) -> str:
+    """Differences to the reference by sentence and by length of the document, as many plans as 80 columns hold.
+
+    Those of which no interval leaves zero out stand in brackets. Empty for results that have no such parts.
+    """
+    parts = []
+    for key, heading in (("by_position", "sentence"), ("by_length", "document")):
+        if not result.get(key):
+            continue
+        rows = [
+            [heading, "tokens", *(row["plan"] for row in result[key][0]["rows"] if row["plan"] != result["versus"])]
+        ]
+        for part in result[key]:
+            cells = [_bracketed(row) for row in part["rows"] if row["plan"] != result["versus"]]
+            rows.append([part["bucket"], f"{part['rows'][0]['tokens']:,}", *cells])
+        widths = [2 + max(map(len, column)) for column in zip(*rows, strict=True)]
+        shown = sum(total <= 82 for total in itertools.accumulate(widths))
+        parts.append(align([row[:shown] for row in rows], left=(0,)))
+    about = (
+        f"Nats per token against {result['versus']}, by number of the sentence and by tokens of the document; in "
+        "brackets where no interval leaves zero out."
+    )
+    return "\n\n".join([textwrap.fill(about, 80), *parts]) if parts else ""
+
+
+def _bracketed(row: dict[str, Any]) -> str:
+    difference, _, verdict = difference_cells(row)
+    return difference if verdict in ("better", "worse") else f"({difference})"
+
+
+def format_cost(cost: dict[str, Any]) -> str:
+    """Parameters and time of planning, in a sentence each."""
+    sizes = ", ".join(f"{name} {size:,}" for name, size in cost["parameters"].items())
+    seconds = cost["seconds_per_1000_tokens"]
+    chosen = [plan for plan in ("none", cost["selection"]) if plan in seconds] or list(seconds)
+    times = ", ".join(f"{plan} {seconds[plan]:.3f}" for plan in dict.fromkeys(chosen))
+    return textwrap.fill(f"Parameters: {sizes}. Seconds per 1,000 tokens of a process: {times}.", 80)
 
 
 def format_planner(planner: dict[str, Any]) -> str:

@@ -7,7 +7,8 @@ from xml.etree import ElementTree
 import matplotlib.image
 import pytest
 
-from planlm.report.plots import curves_figure, perplexity_figure, save_png, to_svg
+from planlm.report.plots import breakdown_figure, curves_figure, perplexity_figure, save_png, to_svg
+from planlm.report.tables import format_breakdown
 
 
 def texts(figure):
@@ -73,3 +74,18 @@ def test_curves_take_what_was_logged_and_leave_out_the_rest():
     assert [axes.get_title(loc="left") for axes in figure.axes] == ["LM loss (nats per token)"]
     assert curves_figure({"a": [{"step": 1}]}) is None
     assert curves_figure({}) is None
+
+
+def test_gains_by_sentence_and_length_are_drawn_where_a_result_has_them(result):
+    assert breakdown_figure(result) is None and format_breakdown(result) == ""
+    parts = [{"bucket": name, "rows": result["rows"]} for name in ("1", "2", "3-4")]
+    figure = breakdown_figure(result | {"by_position": parts, "by_length": parts[:2]})
+    first, second = figure.axes
+    assert [label.get_text() for label in first.get_xticklabels()] == ["1", "2", "3-4"]
+    lines = {line.get_label(): line.get_ydata() for line in second.lines}
+    soft = next(row for row in result["rows"] if row["plan"] == "soft <joint>")
+    assert list(lines["soft <joint>"]) == [soft["delta"]] * 2 and "fixed" not in lines
+    ElementTree.fromstring(to_svg(figure, "parts"))
+    rows = format_breakdown(result | {"by_position": parts}).splitlines()
+    assert rows[3].split() == ["sentence", "tokens", "none", "uniform", "hard", "soft", "<joint>"]
+    assert "(" in rows[4].split()[3] and "(" not in rows[4].split()[-1], "uniform shows no difference"

@@ -173,7 +173,8 @@ def test_two_processes_evaluate_as_one_does(alone: Path, still: dict[str, str], 
     for processes in (1, 2):
         run = tmp_path / str(processes)
         shutil.copytree(alone, run)
-        flags = ["--corpus", still["corpus"], "--plans", "none,hard,soft", "--window", "16", "--versus", "none"]
+        flags = ["--corpus", still["corpus"], "--plans", "none,hard,soft,shuffled,sampled", "--window", "16"]
+        flags += ["--versus", "none", "--num-plans", "2"]
         done = command(processes, ["evaluate", str(run), *flags, "--batch-size", "5", "--json"])
         assert done.returncode == 0, done.stderr[-3000:]
         assert done.stdout.count("\n") == 1
@@ -184,6 +185,9 @@ def test_two_processes_evaluate_as_one_does(alone: Path, still: dict[str, str], 
     assert second["scores"]["tokens"] == first["scores"]["tokens"]
     for plan, scores in first["scores"]["nll"].items():
         np.testing.assert_allclose(second["scores"]["nll"][plan], scores, rtol=1e-6)
+        parts = [table["scores"]["position_nll"][plan] for table in tables]
+        np.testing.assert_allclose(*parts, rtol=1e-6, atol=1e-4)
+    assert second["scores"]["position_tokens"] == first["scores"]["position_tokens"]
     assert second["planner"] == first["planner"]
 
 

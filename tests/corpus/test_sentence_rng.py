@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 
 from planlm.corpus.batches import PlanLoader
-from planlm.corpus.store import PreparedCorpus
-from planlm.training.sentence_rng import _splitmix64, uniform_by_sentence
+from planlm.corpus.sentence_rng import _splitmix64, uniform_by_sentence
+
+from .test_batches import dataset
 
 
 def test_first_number_of_splitmix64() -> None:
@@ -14,12 +15,12 @@ def test_first_number_of_splitmix64() -> None:
     assert int(_splitmix64(torch.zeros(1, dtype=torch.int64))[0]) % 2**64 == 16294208416658607535
 
 
-def test_a_sentence_has_its_number_whatever_batch_it_is_in(planted: dict[str, str]) -> None:
-    dataset = PreparedCorpus.load(planted["corpus"]).split("train")
+def test_a_sentence_has_its_number_whatever_batch_it_is_in() -> None:
+    rows = dataset([[2, 1] * 6] * 60)
     numbers: list[dict[tuple[int, int], float]] = []
     for size in (3, 8):
         found: dict[tuple[int, int], float] = {}
-        for batch in PlanLoader(dataset, window=16, batch_size=size, pack=True):
+        for batch in PlanLoader(rows, window=16, batch_size=size, pack=True):
             drawn = uniform_by_sentence(batch, seed=5, step=7)
             for at, position in (batch.plan.segment_ids >= 0).nonzero().tolist():
                 segment = int(batch.plan.segment_ids[at, position])
