@@ -33,6 +33,7 @@ from planlm.text.encoder import SentenceEncoder
 
 RESULTS = "generation_evaluation.json"
 
+
 def evaluate_generation(config: EvaluateGenerationConfig) -> dict[str, Any]:
     """Continue the beginnings of held-out documents under each plan, and measure the continuations.
 
@@ -61,8 +62,9 @@ def evaluate_generation(config: EvaluateGenerationConfig) -> dict[str, Any]:
     prompts = find_prompts(dataset, config, model.lm.config.max_position_embeddings)
     settings = corpus.manifest.settings
     encoder = SentenceEncoder(corpus.manifest.encoder, precision=settings.get("precision", "auto"))
-    if encoder.dim != corpus.manifest.action_dim:
-        raise InputError(f"{encoder.name}: embeds in {encoder.dim} dimensions, the corpus in {corpus.manifest.action_dim}")
+    dim = corpus.manifest.action_dim
+    if encoder.dim != dim:
+        raise InputError(f"{encoder.name}: embeds in {encoder.dim} dimensions, the corpus in {dim}; prepare it again")
     model.encoder = encoder
     ids = dataset["id"]
     texts = _generate(model, prompts, plans, config, corpus.fingerprint, [ids[prompt.document] for prompt in prompts])
@@ -89,7 +91,7 @@ def evaluate_generation(config: EvaluateGenerationConfig) -> dict[str, Any]:
 def _parse(config: EvaluateGenerationConfig) -> list[str]:
     """The plans asked for, `versus` among them, in order and each once."""
     plans = list(dict.fromkeys(plan.strip() for plan in config.plans.split(",") if plan.strip()))
-    possible = [name for name, about in SELECTIONS.items() if not about.needs_oracle]
+    possible = [name for name, about in SELECTIONS.items() if not (about.needs_oracle or about.needs_others)]
     problems = []
     if not plans or set(plans) - set(possible):
         problems.append(f"--plans {config.plans}: expected some of {', '.join(possible)}")

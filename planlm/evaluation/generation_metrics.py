@@ -11,6 +11,7 @@ import os
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pyarrow as pa
@@ -18,8 +19,10 @@ import pyarrow as pa
 from planlm.corpus.codebook import assign_actions
 from planlm.corpus.writing import joined
 from planlm.errors import InputError
-from planlm.text.encoder import SentenceEncoder
 from planlm.text.sentences import ends_sentence, split_sentences
+
+if TYPE_CHECKING:
+    from planlm.text.encoder import SentenceEncoder
 
 _PACKAGES = ("mauve", "rapidfuzz", "rouge_score")
 
@@ -35,7 +38,7 @@ def check_packages() -> None:
 
 
 def finished_sentences(text: str) -> list[str]:
-    """Sentences of a text as preparation cuts them; a last one that was cut off counts only where it is the only one."""
+    """Sentences of a text as preparation cuts them, without a last one that was cut off where there are others."""
     sentences = [text[begin:end] for begin, end in split_sentences(text)]
     return sentences if len(sentences) < 2 or ends_sentence(text) else sentences[:-1]
 
@@ -166,7 +169,7 @@ def mauve(features: np.ndarray, references: np.ndarray, seed: int) -> float:
 
 @contextlib.contextmanager
 def _silence() -> Iterator[None]:
-    """Close the process's stderr to faiss, which says at each of hundreds of runs that there are few texts a cluster."""
+    """Close stderr to faiss, which says at each of hundreds of runs that there are few texts a cluster."""
     sys.stderr.flush()
     kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
     try:

@@ -74,7 +74,7 @@ def find_prompts(dataset: datasets.Dataset, config: EvaluateGenerationConfig, co
         ids, counts = row["input_ids"], row["sentence_tokens"]
         length = sum(counts[: config.prompt_sentences])
         end = length + config.max_new_tokens
-        if 0 < length and end <= min(len(ids), context) and len(counts) > config.prompt_sentences:
+        if length > 0 and end <= min(len(ids), context) and len(counts) > config.prompt_sentences:
             last_action = row["actions"][config.prompt_sentences - 1]
             prompts.append(Prompt(document, ids[:length], ids[length:end], last_action))
         if len(prompts) == config.prompts:

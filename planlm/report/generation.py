@@ -29,7 +29,8 @@ def format_generation(result: dict[str, Any]) -> str:
     Args:
         result: what `planlm.evaluation.generation` returns.
     """
-    sampling = f"temperature {result['temperature']:g}, top-p {result['top_p']:g}" if result["temperature"] else "greedy"
+    greedy = result["temperature"] == 0
+    sampling = "greedy" if greedy else f"temperature {result['temperature']:g}, top-p {result['top_p']:g}"
     about = (
         f"Continuations of {result['prompts']:,} documents of the {result['split']} split: {result['max_new_tokens']} "
         f"tokens behind {result['prompt_sentences']} sentences, {sampling}, seed {result['seed']}. MAUVE of "

@@ -2,6 +2,8 @@
 
 import json
 import os
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -27,9 +29,7 @@ def config(make_corpus, make_run, encoder, monkeypatch):
 
     def make(family="gpt2", **options):
         corpus = make_corpus(family, test=[" ".join(["The cat sat on the mat. It was warm there. Rain fell."] * 4)] * 9)
-        return EvaluateGenerationConfig(
-            run=str(make_run(corpus, family)), corpus=str(corpus.path), **SIZES | options
-        )
+        return EvaluateGenerationConfig(run=str(make_run(corpus, family)), corpus=str(corpus.path), **SIZES | options)
 
     return make
 
@@ -140,6 +140,7 @@ def test_a_plain_lm_is_measured_without_plan(config, lm_folder, tmp_path):
     ("options", "message"),
     [
         ({"plans": "none,oracle"}, "--plans none,oracle: expected some of soft, hard"),
+        ({"plans": "none,shuffled"}, "--plans none,shuffled: expected some of soft, hard"),
         ({"plans": "soft"}, "--versus none: not among --plans soft"),
         ({"plans": "none,top-k"}, "was not trained with --top-k"),
         ({"prompt_sentences": 12}, "no document of the test split has 20 tokens behind 12 sentences"),
@@ -155,6 +156,14 @@ def test_bad_options_are_refused(options, message, config, capsys):
         return
     with pytest.raises(InputError, match=message):
         generation.evaluate_generation(settings)
+
+
+def test_the_command_starts_in_a_process_of_its_own(tmp_path):
+    """What other tests have imported hides circles among imports."""
+    command = [sys.executable, "-m", "planlm", "evaluate-generation", "run", "--corpus", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "no prepared corpus" in done.stderr and len(done.stderr.splitlines()) == 1
 
 
 def load_corpus(settings):

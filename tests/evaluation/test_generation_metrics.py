@@ -72,9 +72,7 @@ def test_mauve_tells_texts_apart_silently_and_twice_alike(capfd):
 
 
 def continuations(generator, shift, num=40):
-    per_prompt = {
-        name: generator.random(num) + shift for name in METRICS if name not in ("mauve", "latent_perplexity")
-    }
+    per_prompt = {name: generator.random(num) + shift for name in METRICS if name not in ("mauve", "latent_perplexity")}
     counts = generator.integers(1, 6, num).astype(float)
     return Continuations(per_prompt, ((1 + shift) * counts, counts), generator.random((num, 4)).astype(np.float32))
 
