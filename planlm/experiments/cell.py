@@ -132,6 +132,7 @@ def _planner(out: Path, task: dict[str, Any]) -> dict[str, Any]:
 
 def _train(out: Path, task: dict[str, Any]) -> dict[str, Any]:
     from planlm.config import TrainConfig
+    from planlm.precision import device, device_name
     from planlm.training.train import train
 
     settings, run = task["settings"], out / task["folder"]
@@ -153,6 +154,7 @@ def _train(out: Path, task: dict[str, Any]) -> dict[str, Any]:
         "seconds": lines[-1].get("seconds"),
         "tokens_per_second": sorted(rates)[len(rates) // 2] if rates else None,
         "memory": lines[-1].get("memory"),
+        "device": device_name(device()),
         "parameters_added": _parameters_added(run / "model"),
         "last": {name: value for name, value in last.items() if isinstance(value, int | float)},
     }

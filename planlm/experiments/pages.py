@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from planlm.errors import InputError
+from planlm.evaluation.significance import NO_DIFFERENCE
 from planlm.terminal import note
 
 MINUS = "−"
@@ -63,7 +64,8 @@ def _backbone(backbone: dict[str, Any], versus: str) -> Iterator[str]:
     if chosen:
         yield "Chosen on validation, before test was read:"
         yield _table(("row", "chosen", "mean NLL on validation"), [_chosen_cells(*each) for each in chosen])
-    yield "Cost of training, means over seeds:"
+    device = next((row["device"] for row in rows.values() if row["device"]), None)
+    yield f"Cost of training, means over seeds{f', on {device}' if device else ''}:"
     yield _table(
         ("row", "tokens", "seconds", "tokens/s", "peak memory", "parameters added"),
         [_cost_cells(row) for row in rows.values() if not row["model_of"]],
@@ -77,14 +79,15 @@ def _plan_cells(row: dict[str, Any], plan: str, found: dict[str, Any]) -> list[s
     versus = found["versus"] or {}
     return [
         row["label"], plan, f"{found['perplexity']:.2f}", f"{found['nll']:.4f}", _number(found["nll_sd"], "{:.4f}"),
-        *_difference_cells(versus), str(len(found["by_seed"])),
+        *(["reference", "–", "–", "–"] if found["is_reference"] else _difference_cells(versus)),
+        str(len(found["by_seed"])),
     ]  # fmt: skip
 
 
 def _difference_cells(found: dict[str, Any]) -> list[str]:
     if "problem" in found:
         return [found["problem"], "–", "–", "–"]
-    if not found or found["verdict"] == "reference":
+    if not found:
         return ["–"] * 4
     return [
         _number(found["delta"], "{:+.4f}"), _interval(found["ci95"]), _interval(found["seeds_ci95"]),
@@ -141,7 +144,7 @@ def write_plots(results: dict[str, Any], out: Path) -> None:
         note(f"no plots: {error}")
         return
     for name, backbone in results["backbones"].items():
-        if (table := _figure_rows(backbone, results["versus"])) is not None:
+        if (table := _figure_rows(backbone)) is not None:
             save_png(perplexity_figure(table), out / f"{_file(name)}-rows.png")
         for curve_name, curve in backbone["curves"].items():
             if any(curve["lines"].values()):
@@ -151,28 +154,28 @@ def write_plots(results: dict[str, Any], out: Path) -> None:
                 save_png(figure, out / f"{_file(name)}-{_file(curve_name)}.png")
 
 
-def _figure_rows(backbone: dict[str, Any], versus: str) -> dict[str, Any] | None:
+def _figure_rows(backbone: dict[str, Any]) -> dict[str, Any] | None:
     """Rows as `perplexity_figure` takes them, their intervals over seeds where there are several."""
     rows = []
-    for key, row in backbone["rows"].items():
-        for number, (plan, found) in enumerate(row["plans"].items()):
+    for row in backbone["rows"].values():
+        for plan, found in row["plans"].items():
             compared = found["versus"]
             if compared is None or "problem" in compared:
                 continue
-            is_reference = number == 0 and key == versus.partition("/")[0]
             interval = compared["seeds_ci95"] or compared["ci95"]
-            sign = "no measurable difference" if not interval or interval[0] <= 0 <= interval[1] else "worse"
+            if found["is_reference"]:
+                interval, verdict = None, "reference"
+            elif interval is None or interval[0] <= 0 <= interval[1]:
+                verdict = NO_DIFFERENCE
+            else:
+                verdict = "better" if compared["delta"] < 0 else "worse"
             rows.append(
                 {
-                    "plan": row["label"] if number == 0 and len(row["plans"]) == 1 else f"{row['label']} / {plan}",
+                    "plan": row["label"] if len(row["plans"]) == 1 else f"{row['label']} / {plan}",
                     "perplexity": found["perplexity"],
                     "delta": compared["delta"],
-                    "ci95": None if is_reference else interval,
-                    "verdict": "reference"
-                    if is_reference
-                    else "better"
-                    if sign == "worse" and compared["delta"] < 0
-                    else sign,
+                    "ci95": interval,
+                    "verdict": verdict,
                 }
             )
     reference = next((row["plan"] for row in rows if row["verdict"] == "reference"), None)

@@ -127,6 +127,7 @@ class _Backbone:
                 "perplexity": math.exp(float(np.mean(nll))),
                 "by_seed": {str(seed): score.nll for seed, score in scores.items()},
                 "versus": _compare(scores, reference) if both else None,
+                "is_reference": self.experiment.side(self.experiment.versus) == (row, plan),
             }
         first = next(iter(records.values()))["result"]
         trained = [record["result"] for record in self._trained(row)]
@@ -138,6 +139,7 @@ class _Backbone:
             "model_of": row.model_of,
             "own_budget": self.experiment.base(row).own_budget,
             "chosen": self.planned.chosen.get((self.backbone.name, row.name)),
+            "device": trained[0].get("device") if trained else None,
             "cost": {name: _mean(result.get(name) for result in trained) for name in COST},
             "planner": {name: _mean(each.get(name) for each in planners) for name in (planners[0] if planners else {})},
             **{

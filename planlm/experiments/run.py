@@ -95,7 +95,8 @@ class _Loop:
     def run(self) -> dict[str, str]:
         """Work until all is done that can be; what failed by its key, and why."""
         planned, todo = self._look()
-        note(f"{self.described.title}: {_count(planned, todo)}")
+        if rank() == 0:
+            note(f"{self.described.title}: {_count(planned, todo)}")
         while todo:
             self._start(todo)
             if not self.workers.running and not any(task.key in self._later for task in todo):
@@ -150,7 +151,7 @@ class _Loop:
 
     def _note(self, task: Task, planned: Planned, todo: list[Task]) -> None:
         record = self.store.record(task.key)
-        if record is not None:
+        if record is not None and rank() == 0:
             left = self._left(planned, todo)
             note(f"{task.kind:8} {task.name}: {_outcome(record)}{record['seconds']:.0f} s; {left}")
         self._told = time.monotonic()

@@ -455,6 +455,10 @@ def _check_budgets(path: Path, experiment: Experiment) -> None:
                     continue
                 options = experiment.train_options(backbone, row, values)
                 config = TrainConfig(**options, corpus="-", out="-")
+                if config.patience is not None:
+                    raise InputError(
+                        f"{path}: rows: {row.name}: patience may stop it early; own_budget: REASON allows it"
+                    )
                 budgets[tuple(getattr(config, name) for name in BUDGET)] = row.name
         if len(budgets) > 1:
             ways = "; ".join(

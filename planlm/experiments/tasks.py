@@ -106,6 +106,19 @@ class Store:
         return self.out / task.folder / "model"
 
 
+@dataclass(frozen=True)
+class _Source:
+    """A prepared corpus: what identifies it, its folder, and the task that makes it if it is not there."""
+
+    key: str
+    folder: Path
+    made: Task | None
+
+    @property
+    def parts(self) -> tuple[str, Path, Task | None]:
+        return self.key, self.folder, self.made
+
+
 class Planning:
     """Makes the tasks of an experiment.
 
@@ -120,12 +133,16 @@ class Planning:
 
     def __init__(self, experiment: Experiment, corpus: str | None, store: Store) -> None:
         self.experiment, self.store = experiment, store
-        main = {"corpus": corpus or experiment.corpus, "prepare": experiment.prepare}
-        self._sources = {name: self._source(name, **each) for name, each in {"": main, **experiment.corpora}.items()}
-        self._lms = {backbone.name: self._lm(backbone) for backbone in experiment.backbones}
+        self._corpora = {
+            "": {"corpus": corpus or experiment.corpus, "prepare": experiment.prepare},
+            **experiment.corpora,
+        }
+        self._sources: dict[str, _Source] = {}
+        self._lms: dict[str, tuple[str, str, Task | None]] = {}
 
     def plan(self) -> Planned:
         """The tasks that follow from the file and from what is finished now."""
+        self._open()
         planned = Planned()
         for backbone in self.experiment.backbones:
             for row in self.experiment.rows.values():
@@ -135,6 +152,12 @@ class Planning:
                 for row in self.experiment.rows.values():
                     self._test(planned, backbone, row, seed)
         return planned
+
+    def _open(self) -> None:
+        """Find corpora and LMs; a corpus that has been made meanwhile is known by its content from then on."""
+        if not self._sources or any(source.made for source in self._sources.values()):
+            self._sources = {name: self._source(name, **each) for name, each in self._corpora.items()}
+            self._lms = {backbone.name: self._lm(backbone) for backbone in self.experiment.backbones}
 
     def _choose(self, planned: Planned, backbone: Backbone, row: Row) -> None:
         """The values of the row's grid with the least NLL on validation; tasks for what is missing to say so."""
@@ -180,24 +203,26 @@ class Planning:
         chosen = planned.chosen.get((backbone.name, row.model_of))
         return chosen["values"] if chosen else None
 
-    def _source(self, name: str, corpus: str | None, prepare: dict[str, Any] | None) -> tuple[str, Path, Task | None]:
-        """A prepared corpus: what identifies it, its folder, and the task that makes it if need be."""
-        folder = Path(corpus) if corpus else self.store.out / "corpora" / (name or "corpus")
-        if prepare is not None and not (corpus and (folder / MANIFEST).is_file()):
-            options = _changed(PrepareConfig, prepare)
-            settings = {"prepare": options, "folder": str(folder)}
-            task = _task("corpus", f"corpus {name}".strip(), "", settings, (), str(folder), identity=options)
-            return task.key, folder, task
-        if corpus is None:
+    def _source(self, name: str, corpus: str | None, prepare: dict[str, Any] | None) -> _Source:
+        if prepare is None and corpus is None:
             raise InputError("no corpus: give --corpus, or corpus: or prepare: in the file")
-        return PreparedCorpus.load(folder).fingerprint, folder, None
+        if prepare is None or (corpus and (Path(corpus) / MANIFEST).is_file()):
+            assert corpus is not None
+            return _Source(PreparedCorpus.load(corpus).fingerprint, Path(corpus), None)
+        options = _changed(PrepareConfig, prepare)
+        key = _key("corpus", options)
+        folder = Path(corpus) if corpus else self.store.out / "corpora" / f"{name or 'corpus'}-{key[:8]}"
+        if (folder / MANIFEST).is_file() and self.store.record(key) is not None:
+            return _Source(PreparedCorpus.load(folder).fingerprint, folder, None)
+        settings = {"prepare": options, "folder": str(folder)}
+        return _Source(key, folder, Task(key, "corpus", f"corpus {name}".strip(), "", settings, (), str(folder)))
 
     def _lm(self, backbone: Backbone) -> tuple[str, str, Task | None]:
         """An LM: what identifies it, its name or folder, and the task that trains it if need be."""
         if backbone.pretrain is None:
             assert backbone.lm is not None
             return _fingerprint(backbone.lm), backbone.lm, None
-        source, folder, made = self._sources[""]
+        source, folder, made = self._sources[""].parts
         options = _changed(
             SmallLMConfig, {name.name: getattr(backbone.pretrain, name.name) for name in fields(backbone.pretrain)}
         )
@@ -209,7 +234,7 @@ class Planning:
         return task.key, str(self.store.out / task.folder), task
 
     def _tokens(self, backbone: Backbone, name: str) -> Task:
-        source, folder, made = self._sources[name]
+        source, folder, made = self._sources[name].parts
         lm_key, lm, lm_task = self._lms[backbone.name]
         title = f"{backbone.name}: corpus {name}".strip()
         settings = {"corpus": str(folder), "lm": lm}
@@ -220,7 +245,7 @@ class Planning:
     def _planner(self, row: Row, seed: int) -> Task | None:
         if row.planner is None:
             return None
-        source, folder, made = self._sources[""]
+        source, folder, made = self._sources[""].parts
         seed = seed if self.experiment.planner_per_seed else self.experiment.seeds[0]
         options = _changed(PlannerConfig, {**self.experiment.planner, **row.planner, "seed": seed})
         settings = {"options": options, "corpus": str(folder)}
@@ -288,13 +313,17 @@ def pending(planned: Planned, store: Store) -> Iterator[Task]:
             yield task
 
 
+def _key(kind: str, identity: Any) -> str:
+    return hashlib.sha256(json.dumps([__version__, kind, identity], sort_keys=True).encode()).hexdigest()[:16]
+
+
 def _task(
     kind: str, name: str, backbone: str, settings: dict[str, Any], needs: tuple[Task | None, ...], folder: str,
     identity: Any,
 ) -> Task:  # fmt: skip
-    """A task; `identity` is what decides its result, and its folder is told from others by its key if it is ours."""
-    key = hashlib.sha256(json.dumps([__version__, kind, identity], sort_keys=True).encode()).hexdigest()[:16]
-    own = kind not in ("corpus", "evaluate")
+    """A task; `identity` is what decides its result. An evaluation works in the folder of the training."""
+    key = _key(kind, identity)
+    own = kind != "evaluate"
     needed = tuple(dict.fromkeys(need.key for need in needs if need))
     by_key = {need.key: need for need in needs if need}
     return Task(

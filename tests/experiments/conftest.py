@@ -50,7 +50,7 @@ class Work:
     """An experiment whose tasks are only written down: each gets the record that `result` makes."""
 
     def __init__(
-        self, experiment: Experiment, corpus: str, out: Path, result: Callable[[Task], dict[str, Any]]
+        self, experiment: Experiment, corpus: str | None, out: Path, result: Callable[[Task], dict[str, Any]]
     ) -> None:
         (out / "cells").mkdir(parents=True, exist_ok=True)
         self.store, self.done, self._result = Store(out), list[Task](), result

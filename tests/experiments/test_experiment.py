@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -121,6 +123,27 @@ def test_tasks_depend_on_what_decides_them_alone(
     assert not set(keys(planner="planner: {steps: 3, layers: 1}").values()) & {
         key for name, key in before.items() if "seed" in name
     }
+
+
+def test_a_corpus_that_was_made_here_is_known_by_its_content(
+    read: Callable[..., Experiment], planted: dict[str, str], tmp_path: Path
+) -> None:
+    experiment = read(versus="prepare: {inputs: texts, actions: 4}\nversus: fixed")
+
+    def result(task: Task) -> dict[str, Any]:
+        if task.kind == "corpus":
+            shutil.copytree(planted["corpus"], task.settings["folder"])
+        return made_up(lambda task: 3.0)(task)
+
+    works = [Work(experiment, None, tmp_path / "out", result) for _ in range(2)]
+    for work in works:
+        work.do()
+    assert [len(work.done) for work in works] == [11, 0]
+    on_it = Work(experiment, planted["corpus"], tmp_path / "out", result)
+    on_it.do()
+    assert {task.kind for task in on_it.done} <= {"tokens"}
+    with pytest.raises(InputError, match="no corpus: give --corpus"):
+        Work(read(), None, tmp_path / "out", result).do()
 
 
 def test_unequal_numbers_of_tokens_are_refused_unless_a_row_says_why(
