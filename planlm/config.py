@@ -21,8 +21,8 @@ from planlm.selections import SELECTIONS
 DEFAULT_ENCODER = "sentence-transformers/all-MiniLM-L6-v2"
 DEFAULT_LM = "HuggingFaceTB/SmolLM2-135M-Instruct"
 
-CONDITIONINGS = ("adapter",)
-"""Where a plan can enter the LM, see docs/method.md."""
+CONDITIONINGS = ("adapter", "embedding", "insert", "bottleneck")
+"""How a plan can enter the LM, see docs/method.md; `bottleneck` is the control that has none."""
 
 PLANNER_INPUTS = ("embeddings", "lm", "both")
 """What the planner can read of a sentence, see docs/method.md."""
@@ -266,7 +266,16 @@ class TrainConfig(LoopConfig):
     temperature: float = option(1.0, "softmax temperature of the mixture", limit=POSITIVE)
     top_k: int | None = option(None, "actions kept by --selection top-k", limit=COUNT)
     gumbel_scale: float = option(1.0, "scale of the Gumbel noise", limit=NOT_NEGATIVE)
-    conditioning: str = option("adapter", "where the plan enters the LM", choices=CONDITIONINGS)
+    conditioning: str = option(
+        "adapter",
+        "how the plan enters the LM; adapter (the papers'): added to attention's output in each conditioned layer; "
+        "embedding: added to the token embeddings; insert: a position of its own before each sentence; bottleneck: not "
+        "at all, a control with as many weights, for --selection fixed",
+        choices=CONDITIONINGS,
+    )
+    codebook_per_layer: bool = option(
+        False, "with adapter: a codebook for each conditioned layer (the authors' code); default: one for all"
+    )
     conditioned_layers: int | None = option(
         None,
         "number of topmost LM layers conditioned; default: all but the first two (the papers')",
@@ -277,7 +286,9 @@ class TrainConfig(LoopConfig):
         "tokens that each layer of the LM attends to, its own included, in evaluation and generation too; default: all",
         limit=TOKENS,
     )
-    gate: bool = option(False, "multiply the plan with a gate per channel, initialised with zero")
+    gate: bool = option(
+        False, "with adapter and embedding: multiply the plan with a gate per channel, initialised with zero"
+    )
     lm_mode: str = option(
         "freeze",
         "freeze: only adapter, codebook and planner train; lora: low-rank additions to the LM's linear layers too; "

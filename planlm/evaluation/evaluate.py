@@ -17,7 +17,7 @@ from planlm.evaluation.perplexity import MAX_WINDOW, SAMPLED, Sampling, score_do
 from planlm.evaluation.planner_metrics import planner_metrics
 from planlm.evaluation.significance import DocumentScores, compare_rows
 from planlm.files import beside_result, read_json, write_json
-from planlm.model.configuration import PlanLMConfig
+from planlm.model.configuration import WITHOUT_PLAN, PlanLMConfig
 from planlm.model.loading import load_model
 from planlm.model.modeling import PlanLMForCausalLM
 from planlm.model.planner import codebook_fingerprint
@@ -77,6 +77,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
         sampling=Sampling(config.num_plans or Sampling.num_plans, config.seed),
     )
     _check_scores(scores, config)
+    planner = model.planner if model.planner_input is None else None
 
     def finish() -> dict[str, Any]:
         how = {"resamples": config.bootstrap, "seed": config.seed}
@@ -94,9 +95,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
             "by_position": by_position(scores, versus, **how),
             "by_length": by_length(scores, versus, **how),
             "cost": _cost(model, scores),
-            "planner": planner_metrics(model.planner, dataset, corpus.action_counts)
-            if is_planned and model.planner_input is None
-            else None,
+            "planner": planner_metrics(planner, dataset, corpus.action_counts) if planner and is_planned else None,
         }
         if (run / "model").is_dir():
             results = earlier | {config.split: result | {"scores": _kept(scores)}}
@@ -135,13 +134,17 @@ def load_evaluated(run: Path, plans: list[str], corpus: PreparedCorpus) -> tuple
     if plans == ["none"] and described.is_file() and read_json(described).get("model_type") != PlanLMConfig.model_type:
         return PlanLMForCausalLM.from_lm(str(run), corpus.codebook).to(device()), False  # type: ignore[arg-type]
     model = load_model(str(run))
+    if model.planner is None and set(plans) - set(WITHOUT_PLAN):
+        raise InputError(
+            f"--plans {','.join(plans)}: {run} has no plan (conditioning bottleneck); set --plans none,fixed"
+        )
     for plan in plans:
         facts = SELECTIONS.get(plan, Selection())
         if facts.needs_top_k and model.config.plan_top_k is None:
             raise InputError(f"--plans {','.join(plans)}: {run} was not trained with --top-k; leave {plan} out")
         if facts.needs_others and model.planner_input is not None:
             raise InputError(f"--plans {','.join(plans)}: the planner of {run} reads the LM's states; leave {plan} out")
-    return model, True
+    return model, model.planner is not None
 
 
 def check_fit(

@@ -31,7 +31,8 @@ from planlm.selections import SELECTIONS
 if TYPE_CHECKING:
     import datasets
 
-    from planlm.model.modeling import PlanLMForCausalLM, PlanLMOutput
+    from planlm.model.modeling import PlanLMForCausalLM
+    from planlm.model.output import PlanLMOutput
 
 MAX_WINDOW = 1024
 """Default window of LMs with a longer context."""

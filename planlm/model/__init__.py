@@ -8,7 +8,8 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from planlm.model.configuration import PlanLMConfig
 from planlm.model.families import OUTPUT_PROJECTIONS
-from planlm.model.modeling import PlanLMForCausalLM, PlanLMOutput
+from planlm.model.modeling import PlanLMForCausalLM
+from planlm.model.output import PlanLMOutput
 from planlm.model.planner import Planner
 
 __all__ = ["PlanLMConfig", "PlanLMForCausalLM", "PlanLMOutput", "Planner"]

@@ -30,6 +30,7 @@ _RULES: dict[str, Rule] = {
     "planner_lm_layers": ("null or a whole number of at least 1", lambda value: value is None or COUNT[1](value)),
     "conditioning": (f"one of {', '.join(CONDITIONINGS)}", lambda value: value in CONDITIONINGS),
     "conditioned_layers": ("a whole number", lambda value: _is_number(value, Integral)),  # the model knows how many
+    "codebook_per_layer": ("true or false", lambda value: isinstance(value, bool)),
     "gate": ("true or false", lambda value: isinstance(value, bool)),
     "use_cache": ("true or false", lambda value: isinstance(value, bool)),
     "selection": (f"one of {', '.join(SELECTIONS)}", lambda value: value in list(SELECTIONS)),
@@ -41,6 +42,13 @@ _RULES: dict[str, Rule] = {
     "codebook_fingerprint": TEXT,
     "tokenizer_fingerprint": TEXT,
 }
+
+
+BY_LAYER = ("adapter", "bottleneck")
+"""Conditionings of each of the topmost layers."""
+
+WITHOUT_PLAN = ("fixed", "none")
+"""Selections of the conditioning `bottleneck`: on, and off."""
 
 
 def check_values(values: Mapping[str, Any], rules: Mapping[str, Rule]) -> None:
@@ -58,6 +66,22 @@ def check_values(values: Mapping[str, Any], rules: Mapping[str, Rule]) -> None:
         raise InputError("; ".join(wrong))
 
 
+def conditioning_problems(
+    conditioning: str, *, selection: str, gate: bool, codebook_per_layer: bool, planner_input: str
+) -> list[str]:
+    """What contradicts a conditioning, each named by its setting."""
+    found = []
+    if planner_input != PLANNER_INPUTS[0] and conditioning == "bottleneck":
+        found.append("planner-input: has no meaning with conditioning bottleneck, which has no planner")
+    if gate and conditioning in ("insert", "bottleneck"):
+        found.append(f"gate: has no meaning with conditioning {conditioning}, which adds no plan to a state")
+    if codebook_per_layer and conditioning != "adapter":
+        found.append(f"codebook-per-layer: has no meaning with conditioning {conditioning}; it is for adapter")
+    if conditioning == "bottleneck" and selection not in WITHOUT_PLAN:
+        found.append(f"selection {selection}: conditioning bottleneck has no plan; set selection fixed")
+    return found
+
+
 def _is_number(value: Any, kind: type) -> bool:
     return isinstance(value, kind) and not isinstance(value, bool)
 
@@ -73,8 +97,9 @@ class PlanLMConfig(PretrainedConfig):
         planner_layers, planner_heads, planner_dropout: shape of the planner.
         planner_input: what the planner reads of a sentence.
         planner_lm_layers: number of LM layers below the states that it reads; None: all below the first conditioned.
-        conditioning: where the plan enters the LM.
+        conditioning: how the plan enters the LM.
         conditioned_layers: number of topmost LM layers that receive the plan.
+        codebook_per_layer: whether each conditioned layer has a codebook of its own.
         gate: whether each conditioned channel has a zero-initialised gate [g].
         selection, plan_temperature, plan_top_k, gumbel_scale: how the plan is formed unless a call says otherwise.
         attention_window: tokens that each layer of the LM attends to, a position's own included; None: all.
@@ -107,6 +132,7 @@ class PlanLMConfig(PretrainedConfig):
     planner_lm_layers: int | None = None
     conditioning: str = "adapter"
     conditioned_layers: int = 1
+    codebook_per_layer: bool = False
     gate: bool = False
     selection: str = "soft"
     plan_temperature: float = 1.0
@@ -122,6 +148,10 @@ class PlanLMConfig(PretrainedConfig):
         """Refuse values that no model can have; `text_config` is checked by its own class."""
         super().__post_init__(**kwargs)
         check_values(vars(self), _RULES)
+        names = ("selection", "gate", "codebook_per_layer", "planner_input")
+        problems = conditioning_problems(self.conditioning, **{name: getattr(self, name) for name in names})
+        if problems:
+            raise InputError("; ".join(problems))
         if SELECTIONS[self.selection].needs_top_k and self.plan_top_k is None:
             raise InputError(f"selection {self.selection!r}: plan_top_k is missing")
         if self.plan_top_k is not None and self.plan_top_k > self.num_actions:

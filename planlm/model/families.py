@@ -63,6 +63,13 @@ def input_width(projection: nn.Module) -> int:
     return width
 
 
+def conditioned_widths(lm: PreTrainedModel, num_layers: int) -> tuple[int, list[int]]:
+    """The lowest of the topmost `num_layers` layers (0-based), and the input widths of their output projections."""
+    projections = output_projections(lm)
+    first = len(projections) - num_layers
+    return first, [input_width(projection) for projection in projections[first:]]
+
+
 def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
     """Whether `module` is exactly of this kind and calling it does no more than that, so its weights may be read.
 

@@ -8,25 +8,27 @@ from __future__ import annotations
 import copy
 import inspect
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, GenerationMixin, PreTrainedModel
-from transformers.utils import ModelOutput
 from transformers.utils.generic import can_return_tuple
 
 from planlm import speedups
 from planlm.errors import InputError
 from planlm.kernels import environment
-from planlm.model.adapter import LayerPlans, PlanAdapter
+from planlm.model.adapter import PlanAdapter, Plans
 from planlm.model.attention import check_mask, take_plans
-from planlm.model.configuration import PlanLMConfig
-from planlm.model.families import check_family, output_projections
+from planlm.model.bottleneck import Bottleneck, BottleneckPlans
+from planlm.model.configuration import WITHOUT_PLAN, PlanLMConfig
+from planlm.model.families import check_family, lm_layers, output_projections
+from planlm.model.insertion import InsertedPlans, check_generation, check_plain
 from planlm.model.loading import ModelFolder, load_lm
 from planlm.model.lora import add_lora
 from planlm.model.loss import token_losses
+from planlm.model.output import PlanLMOutput
 from planlm.model.planner import Planner, codebook_fingerprint
 from planlm.model.states import StateInput, lower_part, read_states, text_states
 from planlm.model.text import Text, generating, generation_inputs, generation_selection, plan_inputs, remember, text_of
@@ -45,33 +47,6 @@ def _shows_plan_inputs(forward: Callable[..., Any]) -> Callable[..., Any]:
     fields = [inspect.Parameter(name, rest.KEYWORD_ONLY, default=None) for name in PlanInputs.__dataclass_fields__]
     forward.__signature__ = signature.replace(parameters=[*named, *fields, rest])  # type: ignore[attr-defined]
     return forward
-
-
-@dataclass
-class PlanLMOutput(ModelOutput):
-    """What a forward pass returns, in the order of transformers' causal LMs.
-
-    Attributes:
-        loss: mean NLL of the labelled tokens (nats), where labels were given.
-        logits: `[B, W or logits_to_keep, V]`, but where `shift_labels` were given.
-        past_key_values: KV cache.
-        hidden_states, attentions: of the LM, where they were asked for.
-        nll_sum: sum of the labelled tokens' NLL, differentiable.
-        token_nll: `[B, W]` float32 NLL of each labelled token, detached, 0 elsewhere; None from a loss kernel that
-            sums them itself.
-        oracle_nll: `[S]` planner cross-entropy with the oracle action, where actions were given; differentiable.
-        action_logits: `[S, K]` planner logits, where the planner ran.
-    """
-
-    loss: Tensor | None = None
-    logits: Tensor | None = None
-    past_key_values: Any = None
-    hidden_states: tuple[Tensor, ...] | None = None
-    attentions: tuple[Tensor, ...] | None = None
-    nll_sum: Tensor | None = None
-    token_nll: Tensor | None = None
-    oracle_nll: Tensor | None = None
-    action_logits: Tensor | None = None
 
 
 class PlanLMForCausalLM(ModelFolder, GenerationMixin):
@@ -118,10 +93,12 @@ class PlanLMForCausalLM(ModelFolder, GenerationMixin):
         speedups.apply(lm)
         take_plans(lm, config.attention_window)
         self.lm = lm
-        self.planner = Planner(
+        planner = Planner(
             config.action_dim, config.num_actions, config.planner_layers, config.planner_heads, config.planner_dropout
         )
-        self.adapter = PlanAdapter(lm, config.num_actions, config.action_dim, config.conditioned_layers, config.gate)
+        has_plan = config.conditioning != "bottleneck"
+        self.planner = planner if has_plan else None
+        self.adapter = PlanAdapter(lm, config) if has_plan else Bottleneck(lm, config, planner)
         self.planner_input: StateInput | None = None
         if config.planner_input != "embeddings":
             if (config.planner_lm_layers or 0) > num_layers:
@@ -192,9 +169,10 @@ class PlanLMForCausalLM(ModelFolder, GenerationMixin):
             **{**options, "encoder": absolute(options.get("encoder", ""))},
         )
         model = cls(config, lm=base).to(dtype)
-        model.planner.load_state_dict(planner.state_dict())
-        with torch.no_grad():
-            model.adapter.codebook.copy_(codebook)
+        if model.planner is not None:
+            model.planner.load_state_dict(planner.state_dict())
+            with torch.no_grad():
+                model.codebook.copy_(codebook)
         model.generation_config = base.generation_config
         model._tokenizer = tokenizer
         return model
@@ -215,8 +193,18 @@ class PlanLMForCausalLM(ModelFolder, GenerationMixin):
 
     @property
     def codebook(self) -> nn.Parameter:
-        """Action embeddings `[K, A]`."""
-        return self.adapter.codebook
+        """Action embeddings `[K, A]`, or of each conditioned layer `[L, K, A]`."""
+        return self.adapter.codebook  # type: ignore[return-value]
+
+    def plans(self, selection: str) -> bool:
+        """Whether sentences are planned under this selection.
+
+        Raises:
+            InputError: the model has no plan and the selection wants one.
+        """
+        if self.planner is None and selection not in WITHOUT_PLAN:
+            raise InputError(f"selection {selection}: the model has no plan (conditioning bottleneck); choose fixed")
+        return selection != "none" and self.planner is not None
 
     def gradient_checkpointing_enable(
         self, gradient_checkpointing_kwargs: dict[str, Any] | None = None, **kwargs: Any
@@ -251,7 +239,7 @@ class PlanLMForCausalLM(ModelFolder, GenerationMixin):
             return PlanInputs(**fields), None
         if isinstance(plan, PlanInputs):
             return (replace(plan, **fields) if fields else plan), None
-        if selection == "none" and not fields.get("want_oracle_nll"):
+        if not self.plans(selection) and not fields.get("want_oracle_nll"):
             return None, None
         if torch.compiler.is_exporting() or torch.jit.is_tracing():  # type: ignore[attr-defined]
             raise InputError(
@@ -274,15 +262,16 @@ class PlanLMForCausalLM(ModelFolder, GenerationMixin):
     @property
     def state_layers(self) -> int:
         """LM layers below the states that the planner reads."""
-        return self.config.planner_lm_layers or self.adapter.first_layer
+        return self.config.planner_lm_layers or len(lm_layers(self.lm)) - self.config.conditioned_layers
 
-    def _plan(self, inputs: PlanInputs, selection: str) -> tuple[LayerPlans, Tensor | None, Tensor | None]:
+    def _plan(self, inputs: PlanInputs, selection: str) -> tuple[Plans, Tensor | None, Tensor | None]:
         """Plan a call's segments.
 
         Returns:
-            (what the LM takes, the planner's cross-entropy `[S]` with the oracle actions if there are any, its logits
-            `[S, K]` if it ran).
+            (what runs the LM with the plans, the planner's cross-entropy `[S]` with the oracle actions if there are
+            any, its logits `[S, K]` if it ran).
         """
+        assert self.planner is not None and isinstance(self.adapter, PlanAdapter)
         facts, logits, noise, oracle = SELECTIONS[selection], None, None, inputs.actions
         rows = inputs.segment_rows
         if facts.needs_others:
@@ -378,6 +367,7 @@ class PlanLMForCausalLM(ModelFolder, GenerationMixin):
                 kwargs[wanted] = True
         call = (input_ids, inputs_embeds, attention_mask, position_ids, past_key_values)
         inputs, text = self._plan_inputs(plan, fields, call, selection)
+        plans: Plans | BottleneckPlans | None = None
         oracle_nll = action_logits = None
         if position_ids is not None and attention_mask is None and past_key_values is None and not kwargs["use_cache"]:
             attention_mask = document_starts(self.lm, position_ids)
@@ -390,13 +380,20 @@ class PlanLMForCausalLM(ModelFolder, GenerationMixin):
             "inputs_embeds": inputs_embeds,
             **kwargs,
         }
-        if inputs is not None and (selection != "none" or inputs.want_oracle_nll):
+        if isinstance(self.adapter, Bottleneck):
+            plans = self.adapter.plans()
+        elif inputs is not None and (selection != "none" or inputs.want_oracle_nll):
             if text is None and inputs.sentence_states is None and self._reads(selection, inputs.want_oracle_nll):
                 layers = (self.state_layers, self.adapter.first_layer)
                 inputs, base, arguments = read_states(self.lm, layers, inputs, arguments)
             plans, oracle_nll, action_logits = self._plan(inputs, "uniform" if selection == "none" else selection)
-            arguments |= {} if selection == "none" else {"plan": plans}  # what attention.attend takes under this name
-        outputs = base(**arguments)
+        if isinstance(plans, InsertedPlans) and text is not None:
+            plans.begins = text.begins()
+        if plans is None or selection == "none":
+            check_plain(past_key_values)
+            outputs = base(**arguments)
+        else:
+            outputs = plans.run(base, arguments)
         if text is not None:
             remember(text, outputs.past_key_values, action_logits)
         return PlanLMOutput(
@@ -452,8 +449,10 @@ class PlanLMForCausalLM(ModelFolder, GenerationMixin):
             selection: see `forward`.
 
         Raises:
-            InputError: `cache_implementation="paged"`, see `generate_batch`.
+            InputError: `cache_implementation="paged"`, see `generate_batch`; or what `insert` cannot be generated with.
         """
+        if self.config.conditioning == "insert" and selection != "none":
+            check_generation(self.generation_config, kwargs)
         if kwargs.get("cache_implementation") == "paged":
             self.generate_batch()
         with generating(self, inputs, tracker, selection or self.config.selection, kwargs):

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from planlm.errors import InputError
+from planlm.model.insertion import num_tokens
 from planlm.model.tracking import ReadStates, SentenceTracker
 from planlm.plan_inputs import PlanInputs
 
@@ -46,20 +47,31 @@ class Text:
     tracker: SentenceTracker | None
     positions: Tensor | None = None
 
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def begins(self) -> Tensor:
+        """bool `[B, L]`, the first position of each sentence's plan."""
+        if self.tracker is None:
+            return self.real & (self.real.cumsum(dim=1) == 1)
+        return self.tracker.begins(self.ids, self.real, self.positions)
+
 
 @dataclass(frozen=True)
 class _Memory:
-    """What a cache knows of its text: the text, and the keys that the first layer had for it, as they were then."""
+    """What a cache knows of its text: the text, and the keys that the first layer had for it, as they were then.
+
+    `length` counts the keys, `num_tokens` the tokens among them.
+    """
 
     text: Text
     keys: Tensor | None
     length: int
+    num_tokens: int
     version: int
 
     def __deepcopy__(self, memo: dict[int, Any]) -> _Memory:
         """A copied tensor counts anew how often it was written to."""
         keys = copy.deepcopy(self.keys, memo)
-        return _Memory(copy.deepcopy(self.text, memo), keys, self.length, _version(keys))
+        return _Memory(copy.deepcopy(self.text, memo), keys, self.length, self.num_tokens, _version(keys))
 
 
 @dataclass
@@ -98,7 +110,7 @@ def text_of(
     if input_ids is None:
         assert inputs_embeds is not None
         input_ids = _tokens(model.get_input_embeddings(), inputs_embeds)
-    past = _length(cache)
+    past = num_tokens(cache)
     if past:
         return _continued(cache, past, input_ids, attention_mask)
     real = _real(attention_mask, input_ids, 0)
@@ -129,7 +141,7 @@ def remember(text: Text, cache: Any, action_logits: Tensor | None) -> None:
         text.tracker.record(action_logits)
     if cache is not None:
         keys = _keys(cache)
-        cache.planlm_memory = _Memory(text, keys, _length(cache), _version(keys))
+        cache.planlm_memory = _Memory(text, keys, int(cache.get_seq_length()), num_tokens(cache), _version(keys))
 
 
 @contextmanager
@@ -145,13 +157,13 @@ def generating(
     Where sentences end in the prompt is decided from all of it, behind it token by token, however many a step has.
     """
     before, start = None, None
-    if selection != "none":
+    if model.plans(selection):
         prompt = kwargs.get("input_ids") if inputs is None else inputs
         embeds, mask = kwargs.get("inputs_embeds"), kwargs.get("attention_mask")
         if embeds is not None and (prompt is None or prompt.shape[1] == 0):
             prompt = before = _tokens(model.get_input_embeddings(), embeds)
         cache = kwargs.get("past_key_values")
-        memory: _Memory | None = getattr(cache, "planlm_memory", None) if _length(cache) else None
+        memory: _Memory | None = getattr(cache, "planlm_memory", None) if num_tokens(cache) else None
         if tracker is None:
             tracker = _new_tracker(model) if memory is None else memory.text.tracker
         if tracker is not None and prompt is not None and prompt.shape[1] and memory is None:
@@ -184,9 +196,9 @@ def generation_inputs(
     running = _GENERATION.get()
     if running is None or running.model is not model:
         return {}
-    if running.selection == "none":
-        return {"selection": "none"}
-    past = _length(cache)
+    if not model.plans(running.selection):
+        return {"selection": running.selection}
+    past = num_tokens(cache)
     if running.before is not None:
         before = running.before.repeat_interleave(len(input_ids) // len(running.before), dim=0)
         input_ids = torch.cat((before, input_ids), dim=1)
@@ -205,7 +217,7 @@ def generation_inputs(
 def _continued(cache: Any, past: int, new: Tensor, mask: Any) -> Text:
     """The text that a cache remembers, with new tokens `[B, W]` behind it."""
     memory: _Memory | None = getattr(cache, "planlm_memory", None)
-    if memory is None or len(memory.text.ids) != len(new) or not _unchanged(cache, memory, past):
+    if memory is None or len(memory.text.ids) != len(new) or not _unchanged(cache, memory):
         raise InputError(
             "past_key_values: the text behind this cache is not known, since it was filled or changed outside this "
             "model's calls; pass the whole text as input_ids without a cache, or use generate()"
@@ -218,10 +230,12 @@ def _continued(cache: Any, past: int, new: Tensor, mask: Any) -> Text:
     return Text(ids, real & (ids >= 0), before.tracker)
 
 
-def _unchanged(cache: Any, memory: _Memory, past: int) -> bool:
+def _unchanged(cache: Any, memory: _Memory) -> bool:
     """Whether a cache holds what it held when its text was noted, or a beginning of that."""
-    keys, then = _keys(cache), memory.keys
-    if keys is None or then is None or memory.text.ids.shape[1] != memory.length:
+    keys, then, past = _keys(cache), memory.keys, int(cache.get_seq_length())
+    if keys is None or then is None or memory.text.ids.shape[1] != memory.num_tokens:
+        return False
+    if past != memory.length and memory.length != memory.num_tokens:  # cut where, in terms of tokens?
         return False
     if keys is then:  # a static cache is written to in place
         return past == memory.length and _version(keys) == memory.version
@@ -240,10 +254,6 @@ def _keys(cache: Any) -> Tensor | None:
 def _version(keys: Tensor | None) -> int:
     """How often a tensor was written to; tensors of inference mode do not count."""
     return 0 if keys is None or keys.is_inference() else keys._version
-
-
-def _length(cache: Any) -> int:
-    return 0 if cache is None else int(cache.get_seq_length())
 
 
 def _real(mask: Any, ids: Tensor, past: int) -> Tensor:

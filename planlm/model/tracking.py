@@ -187,6 +187,17 @@ class SentenceTracker:
             return None
         return nn.utils.rnn.pad_sequence([torch.stack([zero, *states]) for states in known], batch_first=True)
 
+    def begins(self, input_ids: Tensor, real: Tensor | None = None, positions: Tensor | None = None) -> Tensor:
+        """bool `[B, W]`, the first position of each segment of texts from their beginning on; see `inputs`."""
+        if not self._prompts:
+            self.start(input_ids, real, positions)
+        found = torch.zeros(input_ids.shape, dtype=torch.bool)
+        texts = _texts(input_ids, real, positions)
+        for number, (row, columns, tokens) in enumerate(texts):
+            segments = self._prompt(tokens, number, len(texts)).follow(tokens).segments
+            found[row, columns] = torch.tensor([-1, *segments]).diff() != 0
+        return found.to(input_ids.device)
+
     def record(self, logits: Tensor) -> None:
         """Keep the planner's logits `[S, K]` for the segments of the inputs given last: they are used now."""
         for before, used in zip(self._asked, logits.detach(), strict=False):

@@ -56,12 +56,14 @@ def trainable_groups(model: PlanLMForCausalLM, config: TrainConfig, steps: int) 
 
     if config.selection != "none":
         adapter = dict(model.adapter.named_parameters(prefix="adapter"))
-        bias, codebook = ({name: adapter.pop(name)} for name in ("adapter.bias", "adapter.codebook"))
+        bias = {"adapter.bias": adapter.pop("adapter.bias")}
+        codebook = {name: adapter.pop(name) for name in ("adapter.codebook",) if name in adapter}
         add("adapter", adapter, config.lr)
         add("bias", bias, config.lr * BIAS_REACH * model.config.action_dim**0.5)
-        add("codebook", codebook, config.codebook_lr, config.unfreeze_codebook_at)
+        if codebook:
+            add("codebook", codebook, config.codebook_lr, config.unfreeze_codebook_at)
     learns = SELECTIONS[config.selection].trains_planner or config.planner_loss > 0
-    if learns and not config.freeze_planner:
+    if learns and not config.freeze_planner and model.planner is not None:
         planner = dict(model.planner.named_parameters(prefix="planner"))
         if model.planner_input is not None:
             planner |= dict(model.planner_input.named_parameters(prefix="planner_input"))

@@ -9,7 +9,8 @@ from planlm.config import TrainConfig
 from planlm.corpus.batches import PlanBatch
 from planlm.corpus.sentence_rng import uniform_by_sentence
 from planlm.distribution import all_reduce, all_reduce_sum, world_size
-from planlm.model.modeling import PlanLMForCausalLM, PlanLMOutput
+from planlm.model.modeling import PlanLMForCausalLM
+from planlm.model.output import PlanLMOutput
 from planlm.precision import autocast
 from planlm.training.parallel import Parallel
 from planlm.training.schedules import is_logged, oracle_ratio, parse_oracle_mix

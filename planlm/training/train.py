@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from planlm.corpus.batches import PlanBatch, PlanLoader
 from planlm.corpus.store import PreparedCorpus
 from planlm.distribution import on_rank_zero, rank, world_size
 from planlm.errors import InputError
+from planlm.model.configuration import BY_LAYER, conditioning_problems
 from planlm.model.families import lm_layers, set_dropout
 from planlm.model.loading import lm_config, save_model
 from planlm.model.lora import merged
@@ -56,14 +58,6 @@ def train(config: TrainConfig) -> dict[str, Any]:
     model = _model(config, corpus, lm, planner)
     identity = on_rank_zero(lambda: identify(corpus, model.lm, planner))
     parallel = Parallel(model, lm_layers(model.lm) if config.shard else None)
-    lowest = model.lm.config.num_hidden_layers - model.config.conditioned_layers if config.lm_mode == "freeze" else 0
-    seen = min(config.window, config.attention_window or config.window)
-    seen_twice = 2 * seen - seen**2 / config.window  # of what a token sees on average
-
-    def flops(batches: list[PlanBatch]) -> float:
-        num_tokens = sum(batch.input_ids.numel() for batch in batches)
-        return lm_flops(model.lm, num_tokens, seen_twice, trained=config.lm_mode == "full", first_layer=lowest)
-
     objective = Objective(parallel, config, steps)
     task = Task(
         model=parallel,
@@ -72,7 +66,7 @@ def train(config: TrainConfig) -> dict[str, Any]:
         accumulate=config.accumulate,
         steps=steps,
         backward=objective.backward,
-        flops=flops,
+        flops=_flops(model, config),
         rate=matrix_product_rate(compute_dtype(config.precision, model.device), model.device),
         validation=validation(config, model, held_out, objective.losses),
     )
@@ -94,6 +88,22 @@ def _loader(config: TrainConfig, dataset: datasets.Dataset) -> PlanLoader:
     )
     loader.share = (rank(), world_size())
     return loader
+
+
+def _flops(model: PlanLMForCausalLM, config: TrainConfig) -> Callable[[list[PlanBatch]], float]:
+    """What counts the floating-point operations of a step's batches."""
+    has_lowest = config.lm_mode == "freeze" and config.conditioning in BY_LAYER
+    lowest = model.lm.config.num_hidden_layers - model.config.conditioned_layers if has_lowest else 0
+    seen = min(config.window, config.attention_window or config.window)
+    seen_twice = 2 * seen - seen**2 / config.window  # of what a token sees on average
+
+    def flops(batches: list[PlanBatch]) -> float:
+        num_tokens = sum(batch.input_ids.numel() for batch in batches)
+        if config.conditioning == "insert":
+            num_tokens += sum(int((batch.actions >= 0).sum()) for batch in batches)
+        return lm_flops(model.lm, num_tokens, seen_twice, trained=config.lm_mode == "full", first_layer=lowest)
+
+    return flops
 
 
 def _check(config: TrainConfig) -> None:
@@ -122,8 +132,21 @@ def _check(config: TrainConfig) -> None:
         problems.append(f"--selection {config.selection} is for --planner-input embeddings: others have no LM states")
     if config.planner_lm_layers is not None and not reads_lm:
         problems.append("--planner-lm-layers is for --planner-input lm or both")
+    problems += [f"--{problem}" for problem in _problems_of_conditioning(config)]
     if problems:
         raise InputError("; ".join(problems))
+
+
+def _problems_of_conditioning(config: TrainConfig) -> list[str]:
+    """What contradicts `--conditioning`, each named by its option, less its dashes."""
+    names = ("selection", "gate", "codebook_per_layer", "planner_input")
+    problems = conditioning_problems(config.conditioning, **{name: getattr(config, name) for name in names})
+    if config.conditioned_layers is not None and config.conditioning not in BY_LAYER:
+        problems.append(f"conditioned-layers: has no meaning with --conditioning {config.conditioning}")
+    asks_plan = config.planner_loss > 0 or max(parse_oracle_mix(config.oracle_mix)) > 0
+    if config.conditioning == "bottleneck" and asks_plan:
+        problems.append("conditioning bottleneck has no plan; leave --planner-loss and --oracle-mix out")
+    return problems
 
 
 def _check_fit(config: TrainConfig, corpus: PreparedCorpus, lm: str) -> None:
@@ -152,6 +175,7 @@ def _model(config: TrainConfig, corpus: PreparedCorpus, lm: str, planner: Planne
         planner=planner,
         conditioning=config.conditioning,
         conditioned_layers=config.conditioned_layers,
+        codebook_per_layer=config.codebook_per_layer,
         gate=config.gate,
         selection=config.selection,
         plan_temperature=config.temperature,

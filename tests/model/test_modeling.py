@@ -15,8 +15,10 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
 import planlm  # noqa: F401  registers the Auto classes
+from planlm import speedups
 from planlm.errors import InputError
 from planlm.model import PlanLMConfig, PlanLMForCausalLM
+from planlm.model.configuration import BY_LAYER
 from planlm.model.families import OUTPUT_PROJECTIONS, set_dropout
 from planlm.plan_inputs import PlanInputs
 from planlm.selections import SELECTIONS
@@ -27,13 +29,25 @@ OF_A_TEXT = [name for name in CONDITIONED if not (SELECTIONS[name].needs_oracle 
 K, A = 7, 16
 
 
+WAYS = {
+    "adapter": {},
+    "per-layer": {"codebook_per_layer": True, "gate": True},
+    "embedding": {"conditioning": "embedding", "gate": True},
+    "insert": {"conditioning": "insert"},
+}
+"""Options of the conditionings that have a plan."""
+BOTTLENECK = {"conditioning": "bottleneck", "selection": "fixed"}
+
+
 def joint_model(folder: str, encoder: object, **options: object) -> PlanLMForCausalLM:
     """A joint model over a tiny LM whose plan is loud: every part that starts at zero is random."""
     model = PlanLMForCausalLM.from_lm(
         folder, torch.randn(K, A), conditioned_layers=2, plan_top_k=3, encoder="none", **options
     )
-    torch.nn.init.normal_(model.adapter.weight)
-    torch.nn.init.normal_(model.adapter.bias)
+    loud = 1.0 if model.config.conditioning in BY_LAYER else 0.1  # token embeddings have 0.02
+    for name, parameter in model.adapter.named_parameters():
+        if "codebook" not in name:
+            torch.nn.init.normal_(parameter, std=loud)
     model.encoder = encoder  # type: ignore[assignment]
     return model.eval()
 
@@ -50,13 +64,16 @@ def batch() -> dict[str, Tensor]:
     }
 
 
-@pytest.mark.parametrize("selection", OF_A_TEXT)
+@pytest.mark.parametrize(
+    ("selection", "way"),
+    [(name, "adapter") for name in OF_A_TEXT] + [("soft", way) for way in WAYS if way != "adapter"],
+)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_changing_a_sentence_changes_no_plan_before_it(
-    family: str, selection: str, lm_folder: Callable[[str], str], encoder: object
+    family: str, selection: str, way: str, lm_folder: Callable[[str], str], encoder: object
 ) -> None:
     """Perturb sentence j's tokens and embedding: logits up to the position before its first token stay bit for bit."""
-    model = joint_model(lm_folder(family), encoder)
+    model = joint_model(lm_folder(family), encoder, **WAYS[way])
     words = "The cat sat on the mat. It was warm there. Rain fell on the harbour. Boats stayed in."
     changed = words.replace("Rain fell on the harbour", "Nobody knew of the school")
     for text_a, text_b in ((words, changed),):
@@ -118,12 +135,13 @@ def test_shuffled_is_the_other_documents_soft_plan(lm_folder: Callable[[str], st
     torch.testing.assert_close(*gradients)
 
 
+@pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_plan_switches_at_the_position_that_predicts_a_sentence(
-    family: str, lm_folder: Callable[[str], str], encoder: object
+    family: str, way: str, lm_folder: Callable[[str], str], encoder: object
 ) -> None:
     """Another plan for segment 1 changes logits from its first position on, and not one position earlier."""
-    model, inputs = joint_model(lm_folder(family), encoder), batch()
+    model, inputs = joint_model(lm_folder(family), encoder, **WAYS[way]), batch()
     before = model(**inputs, selection="oracle").logits
     after = model(**{**inputs, "actions": torch.tensor([1, 5, 3, 4])}, selection="oracle").logits
     assert torch.equal(before[0, :5], after[0, :5])
@@ -131,18 +149,21 @@ def test_plan_switches_at_the_position_that_predicts_a_sentence(
     assert torch.equal(before[1], after[1])
 
 
+@pytest.mark.parametrize("way", [*WAYS, "bottleneck"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_plan_off_is_the_plain_lm_bit_for_bit(family: str, lm_folder: Callable[[str], str], encoder: object) -> None:
+def test_plan_off_is_the_plain_lm_bit_for_bit(
+    family: str, way: str, lm_folder: Callable[[str], str], encoder: object
+) -> None:
     folder = lm_folder(family)
     plain = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    model, inputs = joint_model(folder, encoder), batch()
+    model, inputs = joint_model(folder, encoder, **WAYS.get(way, BOTTLENECK)), batch()
     for parameter in model.lm.parameters():
         parameter.requires_grad_(False)
     expected = plain(inputs["input_ids"]).logits
     assert torch.equal(model(inputs["input_ids"], selection="none").logits, expected)
     measured = model(**inputs, selection="none", want_oracle_nll=True)
     assert torch.equal(measured.logits, expected), "asking the planner for its loss must not condition the LM"
-    assert measured.oracle_nll is not None
+    assert (measured.oracle_nll is None) == (way == "bottleneck")
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.1)
     for _ in range(3):
         model(**inputs, shift_labels=inputs["input_ids"]).loss.backward()
@@ -152,11 +173,13 @@ def test_plan_off_is_the_plain_lm_bit_for_bit(family: str, lm_folder: Callable[[
     assert torch.equal(model(inputs["input_ids"], selection="none").logits, expected)
 
 
-@pytest.mark.parametrize("selection", CONDITIONED)
+@pytest.mark.parametrize(
+    ("selection", "way"), [(name, "adapter") for name in CONDITIONED] + [("soft", way) for way in WAYS]
+)
 def test_lm_loss_reaches_the_planner_where_it_should(
-    selection: str, lm_folder: Callable[[str], str], encoder: object
+    selection: str, way: str, lm_folder: Callable[[str], str], encoder: object
 ) -> None:
-    model, inputs = joint_model(lm_folder("gpt2"), encoder).train(), batch()
+    model, inputs = joint_model(lm_folder("gpt2"), encoder, **WAYS[way]).train(), batch()
     model(**inputs, shift_labels=inputs["input_ids"], selection=selection).nll_sum.backward()
     reached = any(p.grad is not None and p.grad.abs().sum() > 0 for p in model.planner.parameters())
     assert reached == SELECTIONS[selection].trains_planner
@@ -176,12 +199,24 @@ def test_loss_and_token_nll_agree_with_transformers(lm_folder: Callable[[str], s
     torch.testing.assert_close(output.loss, expected.sum() / (labels[:, 1:] != -100).sum())
 
 
+@pytest.mark.parametrize(
+    ("way", "attention"),
+    [("adapter", "sdpa"), ("embedding", "sdpa"), ("insert", "sdpa"), ("insert", "eager"), ("insert", "plain sdpa")],
+)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_windows_packed_into_a_row_do_not_see_each_other(
-    family: str, lm_folder: Callable[[str], str], encoder: object
+    family: str,
+    way: str,
+    attention: str,
+    lm_folder: Callable[[str], str],
+    encoder: object,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Losses and gradients of two windows in one row are those of two rows."""
-    model = joint_model(lm_folder(family), encoder)
+    model = joint_model(lm_folder(family), encoder, **WAYS[way])
+    model.set_attn_implementation(attention.split()[-1])
+    if attention == "plain sdpa":
+        monkeypatch.setattr(speedups, "ON", speedups.ON - {"attention"})
     inputs = batch()
     length = 9  # of the second window; the first one has 10
     apart = inputs | {"shift_labels": torch.randint(0, 300, (2, 10))}

@@ -1,23 +1,31 @@
-"""Optimiser state that goes to a checkpoint and comes back where the fused update wants it."""
+"""Optimiser state that goes to a checkpoint and comes back where the fused update wants it; every conditioning's."""
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
+from safetensors.torch import load_file
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
+from planlm.config import EvaluateConfig, TrainConfig
+from planlm.errors import InputError
+from planlm.evaluation.evaluate import evaluate
 from planlm.training.groups import (
     ParameterGroup,
     blank_state,
     make_optimizer,
     optimizer_tensors,
 )
+from planlm.training.objective import Objective
+from planlm.training.train import train
 
 
 @pytest.fixture
@@ -74,3 +82,61 @@ def test_what_is_restored_is_what_the_optimiser_makes_itself(is_divided: bool) -
         assert (restored.device, restored.shape, restored.dtype) == (value.device, value.shape, value.dtype), key
     again.step()
     assert float(again.state[parameter]["step"]) == 2
+
+
+@pytest.mark.parametrize(
+    ("way", "trained"),
+    [
+        ({"codebook_per_layer": True, "gate": True}, {"weight", "gate", "bias", "codebook"}),
+        ({"conditioning": "embedding", "gate": True}, {"weight", "gate", "bias", "codebook"}),
+        ({"conditioning": "insert"}, {"weight", "bias", "codebook"}),
+        ({"conditioning": "bottleneck", "selection": "fixed"}, {"down.0.weight", "down.0.bias", "up.0.weight", "bias"}),
+    ],
+)
+def test_every_conditioning_trains_and_is_evaluated(
+    way: dict[str, Any], trained: set[str], planted: dict[str, str], tmp_path: Path
+) -> None:
+    """A run that is taken up in the middle ends where one does that was not; every weight has moved."""
+    options = {"steps": 4, "window": 32, "batch_size": 4, "lr": 1e-2, "conditioning": "adapter", **way}
+    shared = {"corpus": planted["corpus"], "lm": planted["lm"], "unfreeze_planner_at": 0.0, "checkpoint_every": 2}
+    runs = {name: TrainConfig(out=str(tmp_path / name), **shared, **options) for name in ("whole", "cut")}
+    last = train(runs["whole"])
+    with pytest.MonkeyPatch.context() as patch:
+        seen, plain = [], Objective.backward
+        patch.setattr(Objective, "backward", lambda *a: seen.append(1) or (plain(*a) if len(seen) < 4 else 1 / 0))
+        with pytest.raises(ZeroDivisionError):
+            train(runs["cut"])
+    assert train(dataclasses.replace(runs["cut"], resume=True))["loss"] == last["loss"]
+    whole, cut = (load_file(tmp_path / name / "model" / "model.safetensors") for name in runs)
+    assert all(torch.equal(whole[name], cut[name]) for name in whole)
+    stored = load_file(tmp_path / "whole" / "checkpoints" / "step-4" / "tensors.safetensors")
+    moments = {name: value for name, value in stored.items() if name.endswith("exp_avg")}
+    names = {name.removeprefix("optimizer/adapter.").removesuffix("/exp_avg") for name in moments if "adapter" in name}
+    assert trained <= names and all(value.abs().sum() > 0 for value in moments.values())
+    has_planner = "selection" not in way
+    assert has_planner == any("planner" in name for name in moments) == any("planner" in name for name in whole)
+    plans = "none,fixed,soft,oracle" if has_planner else "none,fixed"
+    result = evaluate(EvaluateConfig(run=str(tmp_path / "whole"), corpus=planted["corpus"], plans=plans, bootstrap=10))
+    assert len({round(row["nll"], 6) for row in result["rows"]}) == len(result["rows"])
+    assert (result["planner"] is None) != has_planner
+    if not has_planner:
+        with pytest.raises(InputError, match="set --plans none,fixed"):
+            evaluate(EvaluateConfig(run=str(tmp_path / "whole"), corpus=planted["corpus"]))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"conditioning": "insert", "gate": True}, "--gate: has no meaning with conditioning insert"),
+        ({"conditioning": "insert", "conditioned_layers": 1}, "--conditioned-layers has no meaning with"),
+        ({"conditioning": "insert", "codebook_per_layer": True}, "--codebook-per-layer: has no meaning"),
+        ({"conditioning": "bottleneck"}, "--selection soft: conditioning bottleneck has no plan; set selection fixed"),
+        (
+            {"conditioning": "bottleneck", "selection": "fixed", "planner_loss": 0.1},
+            "--conditioning bottleneck has no plan; leave --planner-loss and --oracle-mix out",
+        ),
+    ],
+)
+def test_contradictions_are_found_before_anything_is_read(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        train(TrainConfig(corpus="nowhere", out="nowhere", **options))
