@@ -123,23 +123,22 @@ def _generate(
     run, named = Path(config.run), dict(zip([prompt.document for prompt in prompts], names, strict=True))
     decisive = ("split", "prompt_sentences", "max_new_tokens", "temperature", "top_p", "seed")
     made_with: dict[str, Any] = {name: getattr(config, name) for name in decisive} | {"corpus": corpus}
-    texts: dict[str, list[list[int]]] = {}
     total = len(plans) * len(prompts) * config.max_new_tokens
     with texts_folder(run) as folder, Progress("generate", total=total, unit="tokens") as progress:
         if folder is not None:
             made_with["model"] = weights_checksum(run)
+        kept = (
+            {plan: KeptTexts(folder / f"{plan}.jsonl", made_with, run) for plan in plans} if folder is not None else {}
+        )
+        done = {plan: kept[plan].tokens if kept else {} for plan in plans}
+        left = {plan: [prompt for prompt in prompts if prompt.document not in done[plan]] for plan in plans}
+        progress.start_at(total - config.max_new_tokens * sum(map(len, left.values())))
         for plan in plans:
-            kept = KeptTexts(folder / f"{plan}.jsonl", made_with, run) if folder is not None else None
-            tokens: dict[int, list[int]] = {} if kept is None else kept.tokens
-            left = [prompt for prompt in prompts if prompt.document not in tokens]
-            progress.start_at(progress.count + (len(prompts) - len(left)) * config.max_new_tokens)
-            for batch in continue_prompts(model, left, plan, config, progress.advance):
-                done = [_line(model.tokenizer, named, prompt, new) for prompt, new in batch]
-                if kept is not None:
-                    kept.add(done)
-                tokens |= {prompt.document: new for prompt, new in batch}
-            texts[plan] = [tokens[prompt.document] for prompt in prompts]
-    return texts
+            for batch in continue_prompts(model, left[plan], plan, config, progress.advance):
+                if kept:
+                    kept[plan].add([_line(model.tokenizer, named, prompt, new) for prompt, new in batch])
+                done[plan] |= {prompt.document: new for prompt, new in batch}
+    return {plan: [tokens[prompt.document] for prompt in prompts] for plan, tokens in done.items()}
 
 
 def _line(tokenizer: Any, named: dict[int, str], prompt: Prompt, new: list[int]) -> dict[str, Any]:

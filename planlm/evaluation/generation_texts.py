@@ -143,7 +143,8 @@ def continue_prompts(
         Prompts of a batch, each with its new tokens.
     """
     tokenizer, where = model.tokenizer, model.device
-    no_text = {*tokenizer.all_special_ids, *range(len(tokenizer), model.vocab_size)}
+    known = max(tokenizer.get_vocab().values()) + 1  # an LM may have embeddings for more
+    no_text = {*tokenizer.all_special_ids, *range(known, model.vocab_size)}
     padding = min(tokenizer.all_special_ids, default=0)
     model.generation_config = GenerationConfig(
         max_new_tokens=config.max_new_tokens, suppress_tokens=sorted(no_text) or None, pad_token_id=padding
