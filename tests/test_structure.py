@@ -41,7 +41,7 @@ ALLOWED = {
     "model": LEAVES | {"pretrained", "text", "kernels", "speedups"},
     "evaluation": LEAVES | {"pretrained", "text", "corpus", "model"},
     "training": LEAVES | {"pretrained", "text", "corpus", "model", "evaluation"},
-    "report": LEAVES | {"evaluation.significance"},
+    "report": LEAVES | {"evaluation.breakdown", "evaluation.significance"},
     "experiments": LEAVES | {"pretrained", "text", "corpus", "model", "training", "evaluation", "report"},
     "quickstart": LEAVES | {"pretrained", "text", "corpus", "model", "training", "evaluation", "report", "experiments"},
     "doctor": LEAVES | {"kernels"},

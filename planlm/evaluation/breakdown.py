@@ -28,19 +28,27 @@ class SplitScores(DocumentScores):
     Attributes:
         position_nll: nats, summed over a document's scored tokens in each bucket of sentences, `[n, P]` float64.
         position_tokens: scored tokens of each, `[n, P]` int64.
-        seconds: that a process took per 1,000 tokens of the split.
+        seconds: that a process took per 1,000 tokens of the split, where that was measured.
     """
 
     position_nll: NDArray[np.float64]
     position_tokens: NDArray[np.int64]
-    seconds: float
+    seconds: float = 0.0
+
+    @classmethod
+    def of_kept(cls, kept: Mapping[str, Any], plan: str) -> SplitScores:
+        """A plan's from the `scores` of a split in evaluation.json; files of earlier versions have no positions."""
+        positions = np.asarray(kept["position_nll"][plan]), np.asarray(kept["position_tokens"], dtype=np.int64)
+        return cls(np.asarray(kept["nll"][plan]), np.asarray(kept["tokens"], dtype=np.int64), *positions)
 
 
-def by_position(scores: Mapping[str, SplitScores], versus: str, *, resamples: int, seed: int) -> list[dict[str, Any]]:
+def by_position(
+    scores: Mapping[str, SplitScores], versus: str, *, resamples: int = 2000, seed: int = 0
+) -> list[dict[str, Any]]:
     """Rows of `compare_rows` for the tokens of each bucket of sentence numbers that has any.
 
     Args:
-        scores: by name of the row.
+        scores: by name of the row; of one model under several plans, or of several models.
         versus, resamples, seed: see `compare_rows`.
 
     Returns:
@@ -58,7 +66,9 @@ def by_position(scores: Mapping[str, SplitScores], versus: str, *, resamples: in
     return found
 
 
-def by_length(scores: Mapping[str, DocumentScores], versus: str, *, resamples: int, seed: int) -> list[dict[str, Any]]:
+def by_length(
+    scores: Mapping[str, DocumentScores], versus: str, *, resamples: int = 2000, seed: int = 0
+) -> list[dict[str, Any]]:
     """The same for a quarter of the documents each, by their number of scored tokens; equal numbers stay together."""
     tokens = scores[versus].tokens
     edges = np.quantile(tokens[tokens > 0], (0.25, 0.5, 0.75))

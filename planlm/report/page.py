@@ -45,7 +45,11 @@ def render(runs: list[Run]) -> str:
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
     template = environment.from_string(resources.files(__package__).joinpath("page.html").read_text(encoding="utf-8"))
     comparisons = [
-        {"result": result, "plot": _svg(perplexity_figure(result), f"compare-{result['split']}")}
+        {
+            "result": result,
+            "plot": _svg(perplexity_figure(result), f"compare-{result['split']}"),
+            "breakdown": (figure := breakdown_figure(result)) and _svg(figure, f"compare-parts-{result['split']}"),
+        }
         for result in (compare_runs(runs, split) for split in SPLITS)
         if result is not None
     ]

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from planlm.errors import InputError
+from planlm.evaluation.breakdown import POSITIONS, SplitScores, by_length, by_position
 from planlm.evaluation.significance import DocumentScores, compare_rows
 from planlm.files import read_json
 from planlm.flat_yaml import read_flat
@@ -44,7 +45,7 @@ _RESULT = {
         {"plan": str, "perplexity": float, "delta": float, "ci95": (None, [float]), "tokens": int,
          "documents": int, "verdict": str}
     ],
-    "scores": {"tokens": [int], "nll": {"*": [float]}},
+    "scores": {"tokens": [int], "nll": {"*": [float]}, "position_tokens?": [[int]], "position_nll?": {"*": [[float]]}},
     "planner?": (None, _PLANNER), "by_position?": _BUCKETS, "by_length?": _BUCKETS,
 }  # fmt: skip
 _GENERATION = {
@@ -102,15 +103,15 @@ def compare_runs(runs: Sequence[Run], split: str) -> dict[str, Any] | None:
     frozen also gives the row of the LM without a plan, once.
 
     Returns:
-        What `format_rows` and `perplexity_figure` take, with the names of runs that could not be compared in
-        `left_out`; None where fewer than two runs can be.
+        What `format_rows`, `perplexity_figure` and `breakdown_figure` take, with the names of runs that could not be
+        compared in `left_out`; None where fewer than two runs can be.
     """
     usable = [run for run in runs if _trained_plan(run) in run.evaluation.get(split, _NONE)["scores"]["nll"]]
     comparable = [run for run in usable if _tokens(run, split) == _tokens(usable[0], split)]
     if len(comparable) < 2:
         return None
     scores: dict[str, DocumentScores] = {}
-    versus = ""
+    versus, kept = "", [run.evaluation[split]["scores"] for run in comparable]
     for run in comparable:
         plan = _trained_plan(run)
         if run.config.get("lm_mode") == "freeze" and "none" in run.evaluation[split]["scores"]["nll"]:
@@ -120,10 +121,15 @@ def compare_runs(runs: Sequence[Run], split: str) -> dict[str, Any] | None:
         if not versus or plan == "fixed":
             versus = label
     first = comparable[0].evaluation[split]
+    parts = {"by_length": by_length(scores, versus)}
+    if kept[0].get("position_tokens") and all(one.get("position_tokens") == kept[0]["position_tokens"] for one in kept):
+        split_scores = {name: score for name, score in scores.items() if isinstance(score, SplitScores)}
+        parts["by_position"] = by_position(split_scores, versus)
     return {
         **{key: first[key] for key in ("split", "window", "stride", "tokens", "documents")},
         "versus": versus,
         "rows": compare_rows(scores, versus),
+        **parts,
         "left_out": [run.name for run in runs if _trained_plan(run) and run not in comparable],
     }
 
@@ -140,6 +146,8 @@ def _tokens(run: Run, split: str) -> tuple[Any, ...]:
 
 def _scores(run: Run, split: str, plan: str) -> DocumentScores:
     documents = run.evaluation[split]["scores"]
+    if documents.get("position_nll"):
+        return SplitScores.of_kept(documents, plan)
     return DocumentScores(np.asarray(documents["nll"][plan]), np.asarray(documents["tokens"], dtype=np.int64))
 
 
@@ -191,6 +199,12 @@ def _contradiction(split: str, result: dict[str, Any]) -> str | None:
             return f"rows: {row['plan']!r} has an interval without two ends"
     if not sum(tokens):
         return "scores: no tokens"
+    tables = result["scores"].get("position_nll", {})
+    if tables and tables.keys() != result["scores"]["nll"].keys():
+        return "scores: expected every plan's by position"
+    for table in (result["scores"].get("position_tokens", []), *tables.values()):
+        if tables and (len(table) != len(tokens) or any(len(row) != len(POSITIONS) for row in table)):
+            return f"scores: expected {len(POSITIONS)} by position of each document"
     for plan, nll in result["scores"]["nll"].items():
         if len(nll) != len(tokens) or not 0 <= sum(nll) / sum(tokens) < LARGEST_NLL:
             return f"scores: those of {plan!r} do not fit the tokens"

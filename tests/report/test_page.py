@@ -125,6 +125,29 @@ def test_several_runs_are_compared_under_the_plans_they_were_trained_with(report
     assert compare_runs(load_runs([str(run) for run in runs]), "validation") is None
 
 
+def test_runs_are_compared_by_sentence_too_where_their_files_say_it(report, make_run):
+    runs = [make_run("fixed", "fixed", 0.0), make_run("soft")]
+    loaded = compare_runs(load_runs(list(map(str, runs))), "test")
+    assert len(loaded["by_length"]) == 4 and "by_position" not in loaded, "files of earlier versions"
+    for run in runs:
+        stored = json.loads((run / "evaluation.json").read_text())
+        scores = stored["test"]["scores"]
+        scores["position_tokens"] = [[1, *[0] * 5, count - 1] for count in scores["tokens"]]
+        scores["position_nll"] = {
+            plan: [[0.0] * 6 + [total] for total in nll] for plan, nll in scores["nll"].items()
+        }  # what separates the runs lies behind the 32nd sentence
+        (run / "evaluation.json").write_text(json.dumps(stored))
+    first, last = compare_runs(load_runs(list(map(str, runs))), "test")["by_position"]
+    assert (first["bucket"], last["bucket"]) == ("1", "33+")
+    assert first["rows"][-1]["delta"] == 0 and last["rows"][-1]["delta"] == pytest.approx(-0.01, abs=0.005)
+    _, page = report(*runs)
+    assert "number of the sentence" in page.text
+    stored["test"]["scores"]["position_nll"]["soft"][3] = [1.0]
+    (runs[1] / "evaluation.json").write_text(json.dumps(stored))
+    with pytest.raises(InputError, match="expected 7 by position of each document"):
+        report(*runs)
+
+
 def test_runs_that_scored_other_tokens_are_left_out_and_named(report, make_run):
     runs = [make_run("fixed", "fixed", 0.0), make_run("soft"), make_run("other", "hard", -0.01)]
     results = json.loads((runs[2] / "evaluation.json").read_text())
