@@ -250,6 +250,18 @@ class PlannerConfig(LoopConfig):
     layers: int = option(2, "planner transformer layers", limit=count(256))
     heads: int | None = option(None, "attention heads; default: one per 64 channels", limit=count(10_000))
     dropout: float = option(0.1, "dropout in the planner", limit=BELOW_ONE)
+    context: int | None = option(
+        None, "sentences that the planner sees, the last ones; default: all of the document so far", limit=COUNT
+    )
+    horizon: int = option(
+        1, "next actions that are predicted from each state, by a head each; the loss is their mean", limit=count(64)
+    )
+    soft_targets: float | None = option(
+        None,
+        "temperature T (a squared distance) of targets softmax(-|x - E_k|^2 / T) over the centroids E, where x is the "
+        "sentence's own embedding; default: its nearest centroid alone",
+        limit=POSITIVE,
+    )
     epochs: float = option(4.0, "passes over the training documents", limit=EPOCHS)
     batch_size: int = option(32, "documents per step (the papers'), of all processes together", limit=BATCH)
     weight_decay: float = option(0.01, "AdamW weight decay", limit=NOT_NEGATIVE)

@@ -33,6 +33,8 @@ class PlanInputs(Movable):
         sentence_positions: int64 `[R, n]`, number of the sentence in its document; by default each sequence is one
             document.
         actions: int64 `[S]`, the oracle actions, -1 for none.
+        actions_ahead: int64 `[S, N - 1]`, oracle actions of the sentences after each, -1 for none; for a planner that
+            predicts N.
         oracle_weight: of the oracle action in the mixture, 0 to 1; a number or `[S]`.
         shuffled_rows: int64 `[S, 2]`, as `segment_rows`, of the other document's sentence whose plan each segment gets
             under `shuffled`.
@@ -51,3 +53,4 @@ class PlanInputs(Movable):
     shuffled_rows: Tensor | None = None
     want_oracle_nll: bool = False
     sentence_states: Tensor | None = None
+    actions_ahead: Tensor | None = None

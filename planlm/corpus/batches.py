@@ -73,9 +73,22 @@ class PlanBatch(Movable):
         assert self.plan.actions is not None
         return self.plan.actions
 
+    def sentences(self) -> tuple[Tensor, Tensor]:
+        """([S] number of each segment's document in the split, 0 where no position has it; [S] of its sentence)."""
+        assert self.plan.sentence_positions is not None
+        shown = self.plan.segment_ids >= 0
+        document = torch.zeros_like(self.actions)
+        document[self.plan.segment_ids[shown]] = self.documents[shown]
+        return document, self.plan.sentence_positions[self.plan.segment_rows.unbind(1)]
+
     def unscored(self) -> PlanBatch:
         """The same batch, of which nothing counts."""
-        plan = dataclasses.replace(self.plan, actions=torch.full_like(self.actions, -1))
+        ahead = self.plan.actions_ahead
+        plan = dataclasses.replace(
+            self.plan,
+            actions=torch.full_like(self.actions, -1),
+            actions_ahead=None if ahead is None else torch.full_like(ahead, -1),
+        )
         return dataclasses.replace(self, labels=torch.full_like(self.labels, IGNORED), plan=plan)
 
 
@@ -88,11 +101,20 @@ class SentenceBatch(Movable):
             is none.
         sentence_positions: [R, n] int64, number of the sentence in its document; 0 on padding.
         actions: [R, n] int64, of the sentences; -100 on padding.
+        own_embeddings: [R, n, A] float32, at each position the sentence's own embedding, if asked for.
     """
 
     sentence_embeddings: Tensor
     sentence_positions: Tensor
     actions: Tensor
+    own_embeddings: Tensor | None = None
+
+    def ahead(self, step: int) -> Tensor:
+        """[R, n] int64, where in all sequences, one behind the other, the sentence `step` later stands, -1 for none."""
+        at = torch.arange(self.actions.numel(), device=self.actions.device).view(self.actions.shape) + step
+        later = self.sentence_positions.flatten()[at.clamp(max=at.numel() - 1)]
+        is_there = (at < at.numel()) & (later == self.sentence_positions + step)
+        return at.where(is_there, -1)
 
     def unscored(self) -> SentenceBatch:
         """The same batch, of which nothing counts."""
@@ -234,7 +256,12 @@ class PlanLoader(_Loader[PlanBatch]):
         with_others: give `PlanInputs.shuffled_rows` too, see `partners`.
         planner_sequence_per_window: give the planner a document once for each of its windows in a batch, and not once
             for all: what it reads of a sentence may depend on the window.
+
+    Attributes:
+        horizon: next actions given for each segment, set as `share` is.
     """
+
+    horizon = 1
 
     def __init__(
         self,
@@ -251,6 +278,10 @@ class PlanLoader(_Loader[PlanBatch]):
     ) -> None:
         if pack and not shuffle:
             raise ValueError("pack: expected shuffle=True, as every epoch draws which windows share a sequence")
+        if with_others and planner_sequence_per_window:
+            raise ValueError(
+                "with_others: another document is shown by no window; leave out planner_sequence_per_window"
+            )
         self.windows = windows(dataset, window, stride)
         self._packs = packs(self.windows.length, window) if pack else None
         num_sequences = len(self.windows) if self._packs is None else sum(count for count, _ in self._packs)
@@ -330,12 +361,17 @@ class PlanLoader(_Loader[PlanBatch]):
             placed[at, : len(segments)] = np.stack(places, axis=1)
         actions = np.full(placed.shape[1], -1)
         actions[: len(segments)] = [contents[own]["actions"][number] for own, number in segments]
+        ahead = np.full((len(actions), self.horizon - 1), -1)
+        for row, (own, number) in zip(ahead, segments, strict=False):
+            following = contents[own]["actions"][number + 1 : number + self.horizon]
+            row[: len(following)] = following
         return PlanInputs(
             segment_ids=segment_ids,
             segment_rows=torch.from_numpy(placed[0]),
             sentence_embeddings=layout.embeddings([content["embeddings"] for content in contents]),
             sentence_positions=layout.positions(),
             actions=torch.from_numpy(actions),
+            actions_ahead=torch.from_numpy(ahead) if self.horizon > 1 else None,
             shuffled_rows=None if self._partners is None else torch.from_numpy(placed[1]),
         )
 
@@ -348,11 +384,21 @@ class SentenceLoader(_Loader[SentenceBatch]):
         batch_size: documents per batch; the last batch may have fewer.
         seed: of the order.
         shuffle: documents in random order, new in every epoch, or in that of the split.
+        own_embeddings: give each sentence's own embedding too.
     """
 
-    def __init__(self, dataset: datasets.Dataset, *, batch_size: int, seed: int = 0, shuffle: bool = True) -> None:
+    def __init__(
+        self,
+        dataset: datasets.Dataset,
+        *,
+        batch_size: int,
+        seed: int = 0,
+        shuffle: bool = True,
+        own_embeddings: bool = False,
+    ) -> None:
         super().__init__(len(dataset), batch_size, seed, shuffle)
         self._documents = _Documents(dataset, ("actions", "embeddings"))
+        self._own_embeddings = own_embeddings
 
     def _collate(self, items: np.ndarray) -> SentenceBatch:
         contents = [self._documents[int(document)] for document in items]
@@ -361,6 +407,9 @@ class SentenceLoader(_Loader[SentenceBatch]):
             sentence_embeddings=layout.embeddings([content["embeddings"] for content in contents]),
             sentence_positions=layout.positions(),
             actions=layout.actions([content["actions"] for content in contents]),
+            own_embeddings=layout.own([content["embeddings"] for content in contents])
+            if self._own_embeddings
+            else None,
         )
 
 
@@ -416,6 +465,10 @@ class _Layout:
         """[R, n, A] float32, at each position the embedding of the sentence before; 0 where there is none."""
         before = [one[: length - 1] for one, length in zip(embeddings, self._lengths, strict=True)]
         return self._placed(self._at[self._numbers > 0], np.concatenate(before, dtype=np.float32), 0)
+
+    def own(self, embeddings: list[np.ndarray]) -> Tensor:
+        """[R, n, A] float32, each sentence's own embedding; 0 on padding."""
+        return self._placed(self._at, np.concatenate(embeddings, dtype=np.float32), 0)
 
     def actions(self, actions: list[np.ndarray]) -> Tensor:
         """[R, n] int64, action of each sentence; -100 on padding."""

@@ -13,12 +13,7 @@ def uniform_by_sentence(batch: PlanBatch, seed: int, step: int) -> Tensor:
 
     Segments of one sentence, in several windows, have the same.
     """
-    plan = batch.plan
-    assert plan.sentence_positions is not None
-    shown = plan.segment_ids >= 0
-    document = torch.zeros_like(batch.actions)
-    document[plan.segment_ids[shown]] = batch.documents[shown]
-    sentence = plan.sentence_positions[plan.segment_rows[:, 0], plan.segment_rows[:, 1]]
+    document, sentence = batch.sentences()
     state = torch.zeros_like(document)
     for key in (seed, step, document, sentence):
         state = _splitmix64(state + key)

@@ -6,7 +6,7 @@ import sys
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from planlm.config import EvaluateConfig, EvaluateGenerationConfig
 from planlm.corpus.store import PreparedCorpus
@@ -14,7 +14,7 @@ from planlm.distribution import on_rank_zero, rank
 from planlm.errors import InputError
 from planlm.evaluation.breakdown import SplitScores, by_length, by_position
 from planlm.evaluation.perplexity import MAX_WINDOW, SAMPLED, Sampling, score_documents
-from planlm.evaluation.planner_metrics import planner_metrics
+from planlm.evaluation.planner_metrics import planner_metrics, window_predictions
 from planlm.evaluation.significance import DocumentScores, compare_rows
 from planlm.files import beside_result, read_json, write_json
 from planlm.model.configuration import WITHOUT_PLAN, PlanLMConfig
@@ -24,6 +24,9 @@ from planlm.model.planner import codebook_fingerprint
 from planlm.precision import device
 from planlm.pretrained.tokenizer import tokenizer_fingerprint
 from planlm.selections import SELECTIONS, Selection
+
+if TYPE_CHECKING:
+    import datasets
 
 RESULTS = "evaluation.json"
 
@@ -77,7 +80,6 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
         sampling=Sampling(config.num_plans or Sampling.num_plans, config.seed),
     )
     _check_scores(scores, config)
-    planner = model.planner if model.planner_input is None else None
 
     def finish() -> dict[str, Any]:
         how = {"resamples": config.bootstrap, "seed": config.seed}
@@ -95,7 +97,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
             "by_position": by_position(scores, versus, **how),
             "by_length": by_length(scores, versus, **how),
             "cost": _cost(model, scores),
-            "planner": planner_metrics(planner, dataset, corpus.action_counts) if planner and is_planned else None,
+            "planner": _planner_metrics(model, corpus, dataset, window, config.batch_size) if is_planned else None,
         }
         if (run / "model").is_dir():
             results = earlier | {config.split: result | {"scores": _kept(scores)}}
@@ -104,6 +106,15 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
         return result
 
     return on_rank_zero(finish) or {}
+
+
+def _planner_metrics(
+    model: PlanLMForCausalLM, corpus: PreparedCorpus, dataset: datasets.Dataset, window: int, batch_size: int
+) -> dict[str, Any]:
+    """See `planner_metrics`; a planner that reads the LM's states is measured window by window."""
+    assert model.planner is not None
+    predicted = None if model.planner_input is None else window_predictions(model, dataset, window, batch_size)
+    return planner_metrics(model.planner, dataset, corpus.action_counts, predicted=predicted)
 
 
 def _parse(config: EvaluateConfig) -> list[str]:

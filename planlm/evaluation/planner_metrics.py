@@ -5,17 +5,20 @@ Sizes: R sequences of n positions, A dimensions of an embedding, K actions, M se
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from planlm.corpus.batches import SentenceLoader
+from planlm.corpus.batches import PlanLoader, SentenceLoader
+from planlm.model.states import read_states
 from planlm.progress import Progress
 
 if TYPE_CHECKING:
     import datasets
 
+    from planlm.model.modeling import PlanLMForCausalLM
     from planlm.model.planner import Planner
 
 _LOGITS = 1 << 24
@@ -25,44 +28,58 @@ _BINS = 15
 """Bins of the calibration error (Guo et al., On Calibration of Modern Neural Networks, 2017)."""
 
 
+Predicted = Iterator[tuple[Tensor, Tensor]]
+"""Batches of planner states `[M, A]` of sentences, and the actions `[M, N]` from them on, negative for none."""
+
+
 @torch.inference_mode()
 def planner_metrics(
-    planner: Planner, dataset: datasets.Dataset, action_counts: Tensor, *, batch_size: int = 32
+    planner: Planner,
+    dataset: datasets.Dataset,
+    action_counts: Tensor,
+    *,
+    batch_size: int = 32,
+    predicted: Predicted | None = None,
 ) -> dict[str, Any]:
     """Next-action prediction over every sentence of a split, whole documents at a time.
 
     Args:
-        planner: maps sentence embeddings and positions to hidden states, and those to logits by `.head`.
+        planner: maps sentence embeddings and positions to hidden states, and those to logits by `.head` and `.ahead`.
         dataset: a split of a prepared corpus.
         action_counts: how often each action occurs in the training split, `[K]`.
         batch_size: documents at once.
+        predicted: each sentence once; by default the planner makes the states from embeddings.
 
     Returns:
         `accuracy@1`, `accuracy@5`, `accuracy@10`, `mrr` (mean reciprocal rank), `nll` (nats), `ece` (expected
         calibration error of the most probable action, 15 bins), `sentences`, `num_actions`; baselines:
         `unigram_nll` (training frequencies, one added to each count), `unigram_accuracy@1`, and
-        `repeat_last_accuracy` (the previous sentence's action; the most frequent one for a document's first).
+        `repeat_last_accuracy` (the previous sentence's action; the most frequent one for a document's first). With a
+        longer horizon `ahead`, `accuracy@1`, `nll` and `sentences` of each step behind the first.
     """
-    device = next(planner.parameters()).device
     was_training = planner.training
     planner.train(False)
-    loader = SentenceLoader(dataset, batch_size=batch_size, shuffle=False)
-    scores, labels = [], []
-    repeated, most_frequent = 0, int(action_counts.argmax())
-    with Progress("planner", total=len(dataset), unit="documents") as progress:
-        for batch in loader:
-            hidden = planner(batch.sentence_embeddings.to(device), batch.sentence_positions.to(device))  # [R, n, A]
-            labelled = batch.actions >= 0
-            labels.append(batch.actions[labelled])
-            scores.append(_rank_sentences(planner, hidden[labelled.to(device)], labels[-1]))
-            last = batch.actions.roll(1, dims=1).masked_fill(batch.sentence_positions == 0, most_frequent)
-            repeated += int((last == batch.actions)[labelled].sum())
-            progress.advance(int((batch.sentence_positions == 0)[labelled].sum()))
+    heads = (planner.head, *planner.ahead)
+    scores: list[list[Tensor]] = [[] for _ in heads]
+    labels = []
+    with Progress("planner", total=None, unit="batches") as progress:
+        for hidden, actions in predicted or _whole_documents(planner, dataset, batch_size):
+            labels.append(actions[:, 0].cpu())
+            for step, head in enumerate(heads):
+                known = actions[:, step] >= 0
+                scores[step].append(_rank_sentences(head, hidden[known], actions[known, step]))
+            progress.advance()
     planner.train(was_training)
 
-    rank, nll, confidence = torch.cat(scores, dim=1)  # [M] each
+    most_frequent = int(action_counts.argmax())
+    (rank, nll, confidence), *later = (torch.cat(of_step, dim=1) for of_step in scores)  # [M] each
     actions = torch.cat(labels)
     unigram = (action_counts.double() + 1).log() - (action_counts.double() + 1).sum().log()
+    ahead = [
+        {"accuracy@1": (one[0] == 1).double().mean().item(), "nll": one[1].mean().item(), "sentences": one.shape[1]}
+        for one in later
+        if one.shape[1]
+    ]
     return {
         **{f"accuracy@{k}": (rank <= k).double().mean().item() for k in (1, 5, 10)},
         "mrr": (1 / rank).mean().item(),
@@ -70,10 +87,54 @@ def planner_metrics(
         "ece": calibration_error(confidence, rank == 1),
         "unigram_nll": -unigram[actions].mean().item(),
         "unigram_accuracy@1": (actions == most_frequent).double().mean().item(),
-        "repeat_last_accuracy": repeated / len(actions),
+        "repeat_last_accuracy": _repeat_last(dataset, most_frequent),
         "sentences": len(actions),
         "num_actions": len(action_counts),
+        **({"ahead": ahead} if ahead else {}),
     }
+
+
+def _whole_documents(planner: Planner, dataset: datasets.Dataset, batch_size: int) -> Predicted:
+    """What the planner makes of embeddings, whole documents at a time."""
+    device = next(planner.parameters()).device
+    for batch in SentenceLoader(dataset, batch_size=batch_size, shuffle=False):
+        batch = batch.to(device)
+        labelled, flat = batch.actions >= 0, batch.actions.flatten()
+        places = [batch.ahead(step)[labelled] for step in range(len(planner.ahead) + 1)]
+        actions = torch.stack([flat[at.clamp(min=0)].where(at >= 0, -1) for at in places], dim=1)
+        yield planner(batch.sentence_embeddings, batch.sentence_positions)[labelled], actions
+
+
+def window_predictions(model: PlanLMForCausalLM, dataset: datasets.Dataset, window: int, batch_size: int) -> Predicted:
+    """What a planner that reads the LM's states makes of them, each sentence in the first window that shows it."""
+    loader = PlanLoader(dataset, window=window, batch_size=batch_size, shuffle=False, planner_sequence_per_window=True)
+    assert model.planner is not None
+    loader.horizon = len(model.planner.ahead) + 1
+    seen: set[tuple[int, int]] = set()
+    for batch in loader:
+        document, sentence = (of_segment.tolist() for of_segment in batch.sentences())
+        is_new = []
+        for key, action in zip(zip(document, sentence, strict=True), batch.actions.tolist(), strict=True):
+            is_new.append(action >= 0 and key not in seen)
+            seen.add(key)
+        new = torch.tensor(is_new, device=model.device)
+        batch = batch.to(model.device)
+        call = {"input_ids": batch.input_ids, "position_ids": None, "attention_mask": None, "past_key_values": None}
+        inputs, *_ = read_states(model.lm, (model.state_layers, 0), batch.plan, call | {"inputs_embeds": None})
+        states = model.planner_states(inputs)
+        actions = batch.actions[:, None]
+        if batch.plan.actions_ahead is not None:
+            actions = torch.cat((actions, batch.plan.actions_ahead), dim=1)
+        yield states[new], actions[new]
+
+
+def _repeat_last(dataset: datasets.Dataset, most_frequent: int) -> float:
+    """Accuracy of the previous sentence's action."""
+    repeated = total = 0
+    for actions in dataset.with_format("numpy", columns=["actions"])["actions"]:
+        repeated += int((actions[1:] == actions[:-1]).sum()) + int(actions[0] == most_frequent)
+        total += len(actions)
+    return repeated / total
 
 
 def calibration_error(confidence: Tensor, correct: Tensor) -> float:
@@ -89,12 +150,12 @@ def calibration_error(confidence: Tensor, correct: Tensor) -> float:
     return (gap.abs().sum() / len(confidence)).item()
 
 
-def _rank_sentences(planner: Planner, hidden: Tensor, actions: Tensor) -> Tensor:
+def _rank_sentences(head: nn.Module, hidden: Tensor, actions: Tensor) -> Tensor:
     """Rank and NLL of the true action and the largest probability, float64 `[3, M]`, for hidden states `[M, A]`."""
-    at_once = max(1, _LOGITS // len(planner.head.weight))
+    at_once = max(1, _LOGITS // len(head.weight))  # type: ignore[arg-type]
     scores = []
     for some_hidden, some_actions in zip(hidden.split(at_once), actions.to(hidden.device).split(at_once), strict=True):
-        logits = planner.head(some_hidden).float()  # [m, K]
+        logits = head(some_hidden).float()  # [m, K]
         true = logits.gather(1, some_actions[:, None])  # [m, 1]
         # Ties go to the lower number, as in argmax: a planner that says nothing must not score 100 %.
         lower = torch.arange(logits.shape[1], device=logits.device) < some_actions[:, None]

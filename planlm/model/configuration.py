@@ -18,6 +18,7 @@ Rule = tuple[str, Callable[[Any], bool]]
 """What a value has to be, in words and as a check."""
 
 COUNT: Rule = ("a whole number of at least 1", lambda value: _is_number(value, Integral) and value >= 1)
+OPTIONAL_COUNT: Rule = ("null or a whole number of at least 1", lambda value: value is None or COUNT[1](value))
 DROPOUT: Rule = ("a number from 0 to below 1", lambda value: _is_number(value, Real) and 0 <= value < 1)
 TEXT: Rule = ("a text", lambda value: isinstance(value, str))
 _RULES: dict[str, Rule] = {
@@ -26,8 +27,10 @@ _RULES: dict[str, Rule] = {
     "planner_layers": COUNT,
     "planner_heads": COUNT,
     "planner_dropout": DROPOUT,
+    "planner_context": OPTIONAL_COUNT,
+    "planner_horizon": COUNT,
     "planner_input": (f"one of {', '.join(PLANNER_INPUTS)}", lambda value: value in PLANNER_INPUTS),
-    "planner_lm_layers": ("null or a whole number of at least 1", lambda value: value is None or COUNT[1](value)),
+    "planner_lm_layers": OPTIONAL_COUNT,
     "conditioning": (f"one of {', '.join(CONDITIONINGS)}", lambda value: value in CONDITIONINGS),
     "conditioned_layers": ("a whole number", lambda value: _is_number(value, Integral)),  # the model knows how many
     "codebook_per_layer": ("true or false", lambda value: isinstance(value, bool)),
@@ -35,7 +38,7 @@ _RULES: dict[str, Rule] = {
     "use_cache": ("true or false", lambda value: isinstance(value, bool)),
     "selection": (f"one of {', '.join(SELECTIONS)}", lambda value: value in list(SELECTIONS)),
     "plan_temperature": ("a number above 0", lambda value: _is_number(value, Real) and 0 < value < math.inf),
-    "plan_top_k": ("null or a whole number of at least 1", lambda value: value is None or COUNT[1](value)),
+    "plan_top_k": OPTIONAL_COUNT,
     "gumbel_scale": ("a number of at least 0", lambda value: _is_number(value, Real) and 0 <= value < math.inf),
     "attention_window": ("null or a whole number of at least 1", lambda value: value is None or COUNT[1](value)),
     "encoder": TEXT,
@@ -49,6 +52,9 @@ BY_LAYER = ("adapter", "bottleneck")
 
 WITHOUT_PLAN = ("fixed", "none")
 """Selections of the conditioning `bottleneck`: on, and off."""
+
+PLANNER_SHAPE = ("layers", "heads", "dropout", "context", "horizon")
+"""Fields of a planner's settings that are fields of `PlanLMConfig` too, under `planner_...`."""
 
 
 def check_values(values: Mapping[str, Any], rules: Mapping[str, Rule]) -> None:
@@ -95,6 +101,8 @@ class PlanLMConfig(PretrainedConfig):
         num_actions: number of actions [K].
         action_dim: dimension of an action embedding [d_a]; also the planner's width.
         planner_layers, planner_heads, planner_dropout: shape of the planner.
+        planner_context: sentences that it sees, the last ones; None: all.
+        planner_horizon: actions that it predicts, the next ones.
         planner_input: what the planner reads of a sentence.
         planner_lm_layers: number of LM layers below the states that it reads; None: all below the first conditioned.
         conditioning: how the plan enters the LM.
@@ -128,6 +136,8 @@ class PlanLMConfig(PretrainedConfig):
     planner_layers: int = 2
     planner_heads: int = 6
     planner_dropout: float = 0.1
+    planner_context: int | None = None
+    planner_horizon: int = 1
     planner_input: str = "embeddings"
     planner_lm_layers: int | None = None
     conditioning: str = "adapter"
@@ -156,6 +166,11 @@ class PlanLMConfig(PretrainedConfig):
             raise InputError(f"selection {self.selection!r}: plan_top_k is missing")
         if self.plan_top_k is not None and self.plan_top_k > self.num_actions:
             raise InputError(f"plan_top_k {self.plan_top_k}: more than the {self.num_actions} actions")
+
+    @property
+    def planner_shape(self) -> dict[str, Any]:
+        """The planner's `PLANNER_SHAPE`."""
+        return {name: getattr(self, f"planner_{name}") for name in PLANNER_SHAPE}
 
     @classmethod
     def register_for_auto_class(cls, auto_class: str = "AutoConfig") -> None:

@@ -22,7 +22,7 @@ from planlm.kernels import environment
 from planlm.model.adapter import PlanAdapter, Plans
 from planlm.model.attention import check_mask, take_plans
 from planlm.model.bottleneck import Bottleneck, BottleneckPlans
-from planlm.model.configuration import WITHOUT_PLAN, PlanLMConfig
+from planlm.model.configuration import PLANNER_SHAPE, WITHOUT_PLAN, PlanLMConfig
 from planlm.model.families import check_family, lm_layers, output_projections
 from planlm.model.insertion import InsertedPlans, check_generation, check_plain
 from planlm.model.loading import ModelFolder, load_lm
@@ -93,9 +93,7 @@ class PlanLMForCausalLM(ModelFolder, GenerationMixin):
         speedups.apply(lm)
         take_plans(lm, config.attention_window)
         self.lm = lm
-        planner = Planner(
-            config.action_dim, config.num_actions, config.planner_layers, config.planner_heads, config.planner_dropout
-        )
+        planner = Planner(config.action_dim, config.num_actions, **config.planner_shape)
         has_plan = config.conditioning != "bottleneck"
         self.planner = planner if has_plan else None
         self.adapter = PlanAdapter(lm, config) if has_plan else Bottleneck(lm, config, planner)
@@ -161,9 +159,7 @@ class PlanLMForCausalLM(ModelFolder, GenerationMixin):
             attn_implementation=base.config._attn_implementation,
             num_actions=shape["num_actions"],
             action_dim=shape["action_dim"],
-            planner_layers=shape["layers"],
-            planner_heads=shape["heads"],
-            planner_dropout=shape["dropout"],
+            **{f"planner_{name}": shape[name] for name in PLANNER_SHAPE},
             codebook_fingerprint=fingerprint,
             conditioned_layers=conditioned_layers,
             **{**options, "encoder": absolute(options.get("encoder", ""))},
@@ -259,6 +255,15 @@ class PlanLMForCausalLM(ModelFolder, GenerationMixin):
         """Whether a call's planner reads the LM's states."""
         return self.planner_input is not None and (SELECTIONS[selection].asks_planner or want_oracle_nll)
 
+    def planner_states(self, inputs: PlanInputs, rows: Tensor | None = None) -> Tensor:
+        """What the planner makes of each segment's past, `[S, A]`; or of the sentences `rows`, as `segment_rows`."""
+        assert self.planner is not None
+        sentences = inputs.sentence_embeddings
+        if self.planner_input is not None:
+            sentences = self.planner_input(sentences, inputs.sentence_states)
+        states: Tensor = self.planner(sentences, inputs.sentence_positions)
+        return states[(inputs.segment_rows if rows is None else rows).unbind(1)]
+
     @property
     def state_layers(self) -> int:
         """LM layers below the states that the planner reads."""
@@ -273,21 +278,14 @@ class PlanLMForCausalLM(ModelFolder, GenerationMixin):
         """
         assert self.planner is not None and isinstance(self.adapter, PlanAdapter)
         facts, logits, noise, oracle = SELECTIONS[selection], None, None, inputs.actions
-        rows = inputs.segment_rows
+        states, rows = None, inputs.segment_rows
         if facts.needs_others:
             if inputs.shuffled_rows is None:
                 raise InputError(f"selection {selection!r}: a text alone has no other document's plans; choose soft")
-            if self.planner_input is not None:
-                raise InputError(
-                    f"selection {selection!r}: this planner reads the LM's states, and another document has none; "
-                    "choose fixed or uniform"
-                )
             rows, selection = torch.cat((rows, inputs.shuffled_rows)), "soft"
         if facts.asks_planner or inputs.want_oracle_nll:
-            sentences = inputs.sentence_embeddings
-            if self.planner_input is not None:
-                sentences = self.planner_input(sentences, inputs.sentence_states)
-            logits = self.planner(sentences, inputs.sentence_positions, rows).float()
+            states = self.planner_states(inputs, rows)
+            logits = self.planner.head(states).float()
         shown = logits
         if logits is not None and facts.needs_others:
             logits, shown = logits.chunk(2)
@@ -313,8 +311,12 @@ class PlanLMForCausalLM(ModelFolder, GenerationMixin):
             return plans, None, logits
         if logits is not None and facts.needs_others:  # the planner is right where it predicts its own document
             oracle_nll = nn.functional.cross_entropy(logits, inputs.actions, ignore_index=-1, reduction="none")
-            return plans, oracle_nll, logits
-        return plans, projection.oracle_nll.where(inputs.actions >= 0, 0.0), logits
+        else:
+            oracle_nll = projection.oracle_nll.where(inputs.actions >= 0, 0.0)
+        if states is not None and inputs.want_oracle_nll and inputs.actions_ahead is not None:
+            states = states[: len(inputs.segment_rows)]
+            oracle_nll = self.planner.horizon_nll(states, oracle_nll, inputs.actions_ahead)
+        return plans, oracle_nll, logits
 
     @_shows_plan_inputs
     @can_return_tuple  # type: ignore[untyped-decorator]

@@ -23,7 +23,8 @@ class PlanLMOutput(ModelOutput):
         nll_sum: sum of the labelled tokens' NLL, differentiable.
         token_nll: `[B, W]` float32 NLL of each labelled token, detached, 0 elsewhere; None from a loss kernel that
             sums them itself.
-        oracle_nll: `[S]` planner cross-entropy with the oracle action, where actions were given; differentiable.
+        oracle_nll: `[S]` planner cross-entropy with the oracle action, where actions were given; differentiable. Where
+            `PlanInputs.want_oracle_nll` asks for it, it is a mean over the planner's horizon.
         action_logits: `[S, K]` planner logits, where the planner ran.
     """
 

@@ -17,13 +17,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from planlm.errors import InputError
 from planlm.files import share
 from planlm.kernels import packed_attention
-from planlm.model.configuration import COUNT, DROPOUT, TEXT, Rule, check_values
+from planlm.model.configuration import COUNT, DROPOUT, OPTIONAL_COUNT, TEXT, Rule, check_values
 from planlm.pretrained.weights import check_finite, check_packed, read_header
 
 _RULES: dict[str, Rule] = {
@@ -33,6 +34,8 @@ _RULES: dict[str, Rule] = {
     "heads": COUNT,
     "dropout": DROPOUT,
     "codebook_fingerprint": TEXT,
+    "context": OPTIONAL_COUNT,
+    "horizon": COUNT,
 }
 
 
@@ -70,7 +73,7 @@ class PlannerLayer(nn.Module):
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, x: Tensor, first: Tensor) -> Tensor:
-        """`[R, n, A]` to the same; `first` `[R, n]` is the position at which each position's document begins."""
+        """`[R, n, A]` to the same; `first` `[R, n]` is the first position that each position sees."""
         heads = self.inputs(self.attention_norm(x)).unflatten(-1, (3, self.heads, -1))  # [R, n, 3, H, A / H]
         query, key, value = heads.unbind(2)
         mixed = packed_attention(query, key, value, first, query.shape[-1] ** -0.5)
@@ -94,6 +97,9 @@ class Planner(nn.Module):
         heads: attention heads.
         dropout: dropout within the layers.
         codebook_fingerprint: of the codebook whose actions it predicts; stored with it.
+        context: sentences that it sees, the last ones; None: all of the document so far.
+        horizon: number of next actions that it predicts: the next sentence's by `head`, those of the ones after it by
+            `ahead`, from the same state.
 
     Raises:
         InputError: `heads` do not divide the width.
@@ -107,6 +113,8 @@ class Planner(nn.Module):
         heads: int = 6,
         dropout: float = 0.1,
         codebook_fingerprint: str = "",
+        context: int | None = None,
+        horizon: int = 1,
     ) -> None:
         super().__init__()
         if action_dim % heads:
@@ -120,40 +128,49 @@ class Planner(nn.Module):
             "heads": heads,
             "dropout": dropout,
             "codebook_fingerprint": codebook_fingerprint,
+            "context": context,
+            "horizon": horizon,
         }
         self.start = nn.Parameter(torch.randn(action_dim) * action_dim**-0.5)
         self.layers = nn.ModuleList(PlannerLayer(action_dim, heads, dropout) for _ in range(layers))
         self.norm = nn.LayerNorm(action_dim)
         self.head = nn.Linear(action_dim, num_actions)
+        self.ahead = nn.ModuleList(nn.Linear(action_dim, num_actions) for _ in range(horizon - 1))
 
     @classmethod
-    def of_codebook(cls, codebook: Tensor, layers: int = 2, heads: int | None = None, dropout: float = 0.1) -> Planner:
-        """An untrained planner of a codebook `[K, A]`, which its head starts as (docs/method.md: `C` begins as `E`).
+    def of_codebook(
+        cls,
+        codebook: Tensor,
+        layers: int = 2,
+        heads: int | None = None,
+        dropout: float = 0.1,
+        context: int | None = None,
+        horizon: int = 1,
+    ) -> Planner:
+        """An untrained planner of a codebook `[K, A]`, which its heads start as (docs/method.md: `C` begins as `E`).
 
         By default it has about one attention head per 64 channels, and a divisor of the width.
         """
         num_actions, width = codebook.shape
         heads = heads or next(heads for heads in range(max(1, width // 64), 0, -1) if width % heads == 0)
-        planner = cls(width, num_actions, layers, heads, dropout, codebook_fingerprint(codebook))
+        planner = cls(width, num_actions, layers, heads, dropout, codebook_fingerprint(codebook), context, horizon)
         with torch.no_grad():
-            planner.head.weight.copy_(codebook)
-            planner.head.bias.zero_()
+            for head in (planner.head, *planner.ahead):
+                head.weight.copy_(codebook)  # type: ignore[operator, union-attr]
+                head.bias.zero_()  # type: ignore[operator, union-attr]
         return planner
 
-    def forward(
-        self, sentence_embeddings: Tensor, sentence_positions: Tensor | None = None, segment_rows: Tensor | None = None
-    ) -> Tensor:
-        """Planner states of every sentence, or the action logits of some.
+    def forward(self, sentence_embeddings: Tensor, sentence_positions: Tensor | None = None) -> Tensor:
+        """Planner states of every sentence.
 
         Args:
             sentence_embeddings: `[R, n, A]`, at each position that of the sentence before; not read at the first.
             sentence_positions: int64 `[R, n]`, the sentence's number within its document, whose positions stand side
                 by side; by default a sequence is one document.
-            segment_rows: int64 `[S, 2]`, sequence and position of the sentences whose logits are asked for.
 
         Returns:
-            States `[R, n, A]`, or with `segment_rows` logits `[S, K]`; what belongs to a position is a function of the
-            sentences before it in its document only.
+            States `[R, n, A]`; what belongs to a position is a function of the sentences before it in its document
+            only, and of the last `context` of them.
         """
         _, length, width = sentence_embeddings.shape
         at = torch.arange(length, device=sentence_embeddings.device)
@@ -161,11 +178,30 @@ class Planner(nn.Module):
         x = torch.where((positions == 0)[..., None], self.start, sentence_embeddings.to(self.start.dtype))
         # Sentence embeddings have unit length: at unit variance they stand beside position codes of the same size.
         x = x * width**0.5 + sinusoidal_positions(length, width, x.device).to(x.dtype)[positions]
-        first = at - positions
-        for layer in self.layers:
-            x = layer(x, first)
+        first, context = at - positions, self.settings["context"]
+        for number, layer in enumerate(self.layers):
+            seen = first
+            if context is not None:  # layers' reaches add up, to `context` sentences: a position holds the one before
+                reach = (context - 1 - number + len(self.layers) - 1) // len(self.layers)
+                seen = first.maximum(at - reach)
+            x = layer(x, seen)
         states: Tensor = self.norm(x)
-        return states if segment_rows is None else self.head(states[segment_rows.unbind(1)])
+        return states
+
+    def horizon_nll(self, states: Tensor, nll: Tensor, ahead: Tensor) -> Tensor:
+        """Cross-entropy of sentences' next actions `[S]`, each a mean over those of its horizon that there are.
+
+        Args:
+            states: `[S, A]`.
+            nll: `[S]`, cross-entropy of the next action.
+            ahead: int64 `[S, horizon - 1]`, the actions after it; negative where the document has ended.
+        """
+        count = torch.ones_like(nll)
+        for head, actions in zip(self.ahead, ahead.unbind(1), strict=True):
+            known = actions >= 0
+            found = F.cross_entropy(head(states).float(), actions.where(known, 0), reduction="none")
+            nll, count = nll + found.where(known, 0.0), count + known
+        return nll / count
 
     def save(self, folder: Path) -> None:
         """Write `planner.json` and `planner.safetensors` into `folder`."""
@@ -190,11 +226,14 @@ class Planner(nn.Module):
                 )
         try:
             settings = json.loads((folder / "planner.json").read_text(encoding="utf-8"))
+            settings = {"context": None, "horizon": 1} | settings  # which earlier planners did not have
             check_values(settings, _RULES)
             stored = read_header(weights)
             check_packed(str(weights), stored, stored)
-            if settings["layers"] > len(stored):
-                raise InputError(f"{settings['layers']} layers, and {len(stored)} tensors are stored")
+            if settings["layers"] + settings["horizon"] > len(stored):
+                raise InputError(
+                    f"{settings['layers']} layers and {settings['horizon']} heads, and {len(stored)} tensors are stored"
+                )
             with torch.device("meta"):  # memory is taken for what is stored, not for what the settings say
                 planner = cls(**settings)
             planner.load_state_dict(load_file(weights), assign=True)

@@ -108,6 +108,10 @@ def format_planner(planner: dict[str, Any]) -> str:
     """The planner's metrics, one a line."""
     title = f"Planner: next action of {planner['num_actions']:,}, over {_count(planner['sentences'], 'sentence')}"
     cells = [(label, f"{planner[key]:.4f}") for key, label in PLANNER_METRICS if key in planner]
+    for step, ahead in enumerate(planner.get("ahead", []), 2):
+        cells += [
+            (f"{label}, {step} sentences ahead", f"{ahead[key]:.4f}") for key, label in PLANNER_METRICS if key in ahead
+        ]
     return f"{title}\n\n{align(cells, left=(0,))}"
 
 

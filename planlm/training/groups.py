@@ -65,6 +65,8 @@ def trainable_groups(model: PlanLMForCausalLM, config: TrainConfig, steps: int) 
     learns = SELECTIONS[config.selection].trains_planner or config.planner_loss > 0
     if learns and not config.freeze_planner and model.planner is not None:
         planner = dict(model.planner.named_parameters(prefix="planner"))
+        if config.planner_loss == 0:  # nothing but the planner's own loss reaches the heads that look further ahead
+            planner = {name: value for name, value in planner.items() if not name.startswith("planner.ahead.")}
         if model.planner_input is not None:
             planner |= dict(model.planner_input.named_parameters(prefix="planner_input"))
         add("planner", planner, config.planner_lr, config.unfreeze_planner_at)

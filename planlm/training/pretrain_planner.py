@@ -43,9 +43,15 @@ def pretrain_planner(config: PlannerConfig) -> dict[str, Any]:
     action_dim = corpus.manifest.action_dim
     if config.heads is not None and action_dim % config.heads:
         raise InputError(f"--heads {config.heads}: do not divide the {action_dim} channels of {config.corpus}")
-    planner = Planner.of_codebook(corpus.codebook, config.layers, config.heads, config.dropout)
+    planner = Planner.of_codebook(
+        corpus.codebook, config.layers, config.heads, config.dropout, config.context, config.horizon
+    )
     planner.to(device()).train()
-    loader = SentenceLoader(corpus.split("train"), batch_size=config.batch_size, seed=config.seed, shuffle=True)
+    soft = config.soft_targets
+    loader = SentenceLoader(
+        corpus.split("train"), batch_size=config.batch_size, seed=config.seed, own_embeddings=soft is not None
+    )
+    targets = Targets(corpus.codebook.to(device()), soft)
     held_out = None
     if config.validate_every is not None:
         held_out = SentenceLoader(first_documents(corpus, config), batch_size=config.batch_size, shuffle=False)
@@ -58,9 +64,12 @@ def pretrain_planner(config: PlannerConfig) -> dict[str, Any]:
         batch = batches[0].to(device())
         labelled = batch.actions != -100
         (count,) = all_reduce_sum(int(labelled.sum()))
-        states = model(batch.sentence_embeddings, sentence_positions=batch.sentence_positions)
-        logits, actions = planner.head(states[labelled]), batch.actions[labelled]  # [S, K], [S]
-        nll = F.cross_entropy(logits, actions, reduction="sum")
+        states = model(batch.sentence_embeddings, sentence_positions=batch.sentence_positions)[labelled]  # [S, A]
+        logits, actions = planner.head(states), batch.actions[labelled]  # [S, K], [S]
+        if soft is None and config.horizon == 1:
+            nll = F.cross_entropy(logits, actions, reduction="sum")
+        else:
+            nll = _horizon_nll(planner, states, logits, batch, targets).sum()
         (nll * world_size() / count).backward()  # gradients are averaged over processes
         nll_sum, right = all_reduce_sum(nll.item(), int((logits.argmax(dim=-1) == actions).sum()))
         loss = nll_sum / count
@@ -85,6 +94,38 @@ def pretrain_planner(config: PlannerConfig) -> dict[str, Any]:
     with Run(config, on_rank_zero(lambda: identify(corpus))) as run:
         fit(task, run, config)
         return _finish(planner.eval(), corpus, run, task.validation.best)
+
+
+class Targets:
+    """What is to be predicted of sentences: their actions, or a distribution by the distances to all of them.
+
+    Args:
+        codebook: `[K, A]`.
+        temperature: of the distribution; None: the actions alone.
+    """
+
+    def __init__(self, codebook: Tensor, temperature: float | None) -> None:
+        self._codebook, self._temperature = codebook, temperature
+
+    def nll(self, logits: Tensor, batch: SentenceBatch, at: Tensor) -> Tensor:
+        """Cross-entropy `[S]` of logits `[S, K]` with sentences, given by where they stand in all sequences."""
+        if self._temperature is None:
+            return F.cross_entropy(logits, batch.actions.flatten()[at], reduction="none")
+        assert batch.own_embeddings is not None
+        own = batch.own_embeddings.flatten(0, 1)[at]  # [S, A]
+        near = 2 * own @ self._codebook.T - self._codebook.square().sum(dim=1)  # but for |x|^2, which softmax cancels
+        return -((near / self._temperature).softmax(dim=-1) * logits.log_softmax(dim=-1)).sum(dim=-1)
+
+
+def _horizon_nll(planner: Planner, states: Tensor, logits: Tensor, batch: SentenceBatch, targets: Targets) -> Tensor:
+    """Cross-entropy `[S]` of each labelled sentence, a mean over those of its horizon that its document has."""
+    labelled = batch.actions != -100
+    total, count = targets.nll(logits, batch, batch.ahead(0)[labelled]), torch.ones(len(logits), device=logits.device)
+    for step, head in enumerate(planner.ahead, 1):
+        at = batch.ahead(step)[labelled]
+        total = total + targets.nll(head(states), batch, at.clamp(min=0)).where(at >= 0, 0.0)
+        count += at >= 0
+    return total / count
 
 
 def _finish(planner: Planner, corpus: PreparedCorpus, run: Run, best: dict[str, Any]) -> dict[str, Any]:

@@ -52,7 +52,8 @@ def train(config: TrainConfig) -> dict[str, Any]:
     lm = config.lm or corpus.manifest.tokenizer
     _check_fit(config, corpus, lm)
     planner = Planner.load(Path(config.planner) / "planner") if config.planner else None
-    loader = _loader(config, corpus.split("train"))
+    horizon = planner.settings["horizon"] if planner and config.planner_loss > 0 else 1
+    loader = _loader(config, corpus.split("train"), horizon)
     held_out = None if config.validate_every is None else _loader(config, first_documents(corpus, config))
     steps = num_steps(config, loader.num_batches, config.accumulate)
     model = _model(config, corpus, lm, planner)
@@ -75,7 +76,7 @@ def train(config: TrainConfig) -> dict[str, Any]:
         return _finish(parallel, run, config) | task.validation.best
 
 
-def _loader(config: TrainConfig, dataset: datasets.Dataset) -> PlanLoader:
+def _loader(config: TrainConfig, dataset: datasets.Dataset, horizon: int = 1) -> PlanLoader:
     """Packed windows of a split, this rank's share of them."""
     loader = PlanLoader(
         dataset,
@@ -86,7 +87,7 @@ def _loader(config: TrainConfig, dataset: datasets.Dataset) -> PlanLoader:
         with_others=SELECTIONS[config.selection].needs_others,
         planner_sequence_per_window=config.planner_input != "embeddings",
     )
-    loader.share = (rank(), world_size())
+    loader.share, loader.horizon = (rank(), world_size()), horizon
     return loader
 
 

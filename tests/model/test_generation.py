@@ -166,7 +166,7 @@ def test_the_plan_that_is_reported_is_the_plan_that_was_used(
     tracker = SentenceTracker(model.tokenizer, model.encoder)
     tracker.start(torch.tensor([model.tokenizer(PROMPT).input_ids]))
     inputs = tracker.inputs(made[0][:1])
-    logits = model.planner(inputs.sentence_embeddings, segment_rows=inputs.segment_rows)[2 : 2 + len(plan)]
+    logits = model.planner.head(model.planner_states(inputs))[2 : 2 + len(plan)]
     for sentence, expected in zip(plan, logits.softmax(dim=-1), strict=True):
         for action in sentence["actions"]:
             assert action["probability"] == pytest.approx(expected[action["action"]].item(), abs=2e-4)
