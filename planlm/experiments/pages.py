@@ -139,18 +139,22 @@ def _table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 def write_plots(results: dict[str, Any], out: Path) -> None:
     """Plots of each LM, of its rows and its curves; without matplotlib a line says that there are none."""
     try:
-        from planlm.report.plots import lines_figure, perplexity_figure, save_png
+        from planlm.report.plots import breakdown_figure, lines_figure, perplexity_figure, save_png
     except InputError as error:
         note(f"no plots: {error}")
         return
     for name, backbone in results["backbones"].items():
         if (table := _figure_rows(backbone)) is not None:
             save_png(perplexity_figure(table), out / f"{_file(name)}-rows.png")
+            parts = {key: backbone[key] for key in ("by_position", "by_length") if key in backbone}
+            shown = {row["plan"] for bucket in parts.get("by_position", [])[:1] for row in bucket["rows"]}
+            rows = [row for row in table["rows"] if row["plan"] in shown]
+            if (figure := breakdown_figure({**table, **parts, "rows": rows})) is not None:
+                save_png(figure, out / f"{_file(name)}-where.png")
         for curve_name, curve in backbone["curves"].items():
             if any(curve["lines"].values()):
-                figure = lines_figure(
-                    curve["lines"], x=curve["x"], y="NLL (nats per token)", title=f"{name}: {curve_name}"
-                )
+                versus = f"nats per token against {curve['versus']}"
+                figure = lines_figure(curve["lines"], x=curve["x"], y=versus, title=f"{name}: {curve_name}")
                 save_png(figure, out / f"{_file(name)}-{_file(curve_name)}.png")
 
 

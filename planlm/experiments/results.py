@@ -15,6 +15,7 @@ from scipy.special import stdtr, stdtrit  # type: ignore[import-untyped]
 
 from planlm import __version__
 from planlm.errors import InputError
+from planlm.evaluation.breakdown import SplitScores, by_length, by_position
 from planlm.evaluation.significance import DocumentScores, compare_rows
 from planlm.experiments.pages import tables, write_plots
 from planlm.experiments.spec import Backbone, Curve, Experiment, Row
@@ -22,6 +23,9 @@ from planlm.experiments.tasks import Planned, Store
 from planlm.files import write_json, write_text
 
 RESULTS, TABLES = "results.json", "tables.md"
+
+RESAMPLES = 500
+"""Of the bootstrap by sentence and length, which is drawn anew after every cell."""
 
 Scores = dict[int, DocumentScores]
 """Of one row under one plan, by seed."""
@@ -102,6 +106,7 @@ class _Backbone:
         return {
             "rows": rows,
             "compare": compared,
+            **self._breakdown(),
             "curves": {curve.name: self._curve(curve) for curve in self.experiment.curves},
         }
 
@@ -111,6 +116,33 @@ class _Backbone:
             kept = record["result"]["scores"]
             found[seed] = DocumentScores(np.asarray(kept["nll"][plan]), np.asarray(kept["tokens"]))
         return found
+
+    def _breakdown(self) -> dict[str, Any]:
+        """Rows by sentence and by length of documents against the reference (see `planlm.evaluation.breakdown`).
+
+        Of scores averaged over seeds, with intervals over documents; nothing while the reference is missing.
+        """
+        reference = self.experiment.side(self.experiment.versus)
+        averaged = {}
+        for row in self.experiment.rows.values():
+            for plan in row.plans:
+                kept = [record["result"]["scores"] for record in self._records[row.name].values()]
+                if kept and all("position_nll" in each for each in kept):
+                    averaged[_named(row, plan)] = SplitScores(
+                        np.mean([each["nll"][plan] for each in kept], axis=0),
+                        np.asarray(kept[0]["tokens"]),
+                        np.mean([each["position_nll"][plan] for each in kept], axis=0),
+                        np.asarray(kept[0]["position_tokens"]),
+                        seconds=0.0,
+                    )
+        versus = _named(*reference)
+        if versus not in averaged:
+            return {}
+        alike = {
+            name: scores for name, scores in averaged.items() if np.array_equal(scores.tokens, averaged[versus].tokens)
+        }
+        how: dict[str, Any] = {"resamples": RESAMPLES, "seed": 0}
+        return {"by_position": by_position(alike, versus, **how), "by_length": by_length(alike, versus, **how)}
 
     def _row(self, row: Row) -> dict[str, Any]:
         """A row under each of its plans, against the reference; what it cost, and what was chosen for it."""
@@ -142,10 +174,7 @@ class _Backbone:
             "device": trained[0].get("device") if trained else None,
             "cost": {name: _mean(result.get(name) for result in trained) for name in COST},
             "planner": {name: _mean(each.get(name) for each in planners) for name in (planners[0] if planners else {})},
-            **{
-                name: _buckets([record["result"].get(name) for record in records.values()])
-                for name in ("by_position", "by_length", "forgetting")
-            },
+            "forgetting": _averaged([record["result"].get("forgetting") for record in records.values()]),
             "read": {str(seed): record["began"] for seed, record in records.items()},
         }
 
@@ -154,16 +183,26 @@ class _Backbone:
         return [record for key in keys if (record := self.store.record(key)) is not None]
 
     def _curve(self, curve: Curve) -> dict[str, Any]:
-        """For each plan the points of a sweep: value, mean NLL, half the width of its 95 % interval over seeds."""
+        """For each plan the points of a sweep: its value, the mean NLL, and the difference to the reference by seed."""
         rows = [row for row in self.experiment.rows.values() if row.sweep == curve.rows and self._records[row.name]]
+        reference = self._scores(*self.experiment.side(self.experiment.versus))
         lines = {}
         for plan in curve.plans or (rows[0].plans if rows else ()):
             points: list[dict[str, Any]] = []
             for row in rows:
-                nll = [score.nll for score in self._scores(row, plan).values()]
-                points.append({"x": row.value, "nll": float(np.mean(nll)), "half_width": _half_width(nll)})
+                nll = {seed: score.nll for seed, score in self._scores(row, plan).items()}
+                delta = [each - reference[seed].nll for seed, each in nll.items() if seed in reference]
+                if delta:
+                    points.append(
+                        {
+                            "x": row.value,
+                            "nll": _mean(nll.values()),
+                            "delta": _mean(delta),
+                            "half_width": _half_width(delta),
+                        }
+                    )
             lines[plan] = sorted(points, key=lambda point: point["x"])
-        return {"x": curve.x, "lines": lines}
+        return {"x": curve.x, "versus": self.experiment.versus, "lines": lines}
 
 
 def _compare(scores: Scores, reference: Scores) -> dict[str, Any]:
@@ -202,6 +241,11 @@ def _compare(scores: Scores, reference: Scores) -> dict[str, Any]:
     }
 
 
+def _named(row: Row, plan: str) -> str:
+    """What a row under a plan is called in figures."""
+    return row.label if len(row.plans) == 1 else f"{row.label} / {plan}"
+
+
 def _half_width(values: Any) -> float | None:
     """Half the width of the 95 % interval of a mean, by Student's t; None below two values."""
     if len(values) < 2:
@@ -214,15 +258,15 @@ def _mean(values: Iterable[Any]) -> float | None:
     return sum(numbers) / len(numbers) if numbers else None
 
 
-def _buckets(found: list[Any]) -> Any:
+def _averaged(found: list[Any]) -> Any:
     """Mean over seeds of the numbers in results of the same shape; None where there are none."""
     found = [each for each in found if each is not None]
     if not found:
         return None
     first = found[0]
     if isinstance(first, dict):
-        return {name: _buckets([each.get(name) for each in found]) for name in first}
+        return {name: _averaged([each.get(name) for each in found]) for name in first}
     if isinstance(first, list):
-        return [_buckets(list(each)) for each in zip(*found, strict=False)]
+        return [_averaged(list(each)) for each in zip(*found, strict=False)]
     is_number = isinstance(first, int | float) and not isinstance(first, bool)
     return _mean(found) if is_number else first

@@ -171,7 +171,7 @@ def lines_figure(lines: dict[str, Sequence[dict[str, Any]]], *, x: str, y: str, 
     """Lines through points with error bars.
 
     Args:
-        lines: by name, points with `x`, `nll` and `half_width`, of the bar, or None.
+        lines: by name, points with `x`, `delta` and `half_width` of the bar, which may be None.
         x, y: what the axes show.
         title: of the figure.
     """
@@ -180,7 +180,7 @@ def lines_figure(lines: dict[str, Sequence[dict[str, Any]]], *, x: str, y: str, 
         axes = figure.add_subplot()
         for color, (name, points) in zip(itertools.cycle(SERIES), lines.items(), strict=False):
             axes.errorbar(
-                [point["x"] for point in points], [point["nll"] for point in points],
+                [point["x"] for point in points], [point["delta"] for point in points],
                 yerr=[point["half_width"] or 0.0 for point in points],
                 color=color, marker="o", markersize=5, linewidth=1.6, elinewidth=1.2, capsize=3, label=name,
             )  # fmt: skip
