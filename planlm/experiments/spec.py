@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, TypeVar
@@ -21,8 +21,10 @@ from planlm.config import (
     kind_of,
 )
 from planlm.errors import InputError
+from planlm.evaluation.perplexity import SAMPLED
 from planlm.flat_yaml import read_nested
 from planlm.selections import SELECTIONS
+from planlm.training.train import check_settings
 
 Config = TypeVar("Config", bound=CommandConfig)
 
@@ -378,7 +380,13 @@ def _as_option(where: str, config: type[CommandConfig], name: str, value: Any) -
     return list(value) if isinstance(value, tuple) else value
 
 
-def _build(config: type[Config], where: str, options: dict[str, Any]) -> Config:
+def _training(**options: Any) -> TrainConfig:
+    config = TrainConfig(**options)
+    check_settings(config)
+    return config
+
+
+def _build(config: Callable[..., Config], where: str, options: dict[str, Any]) -> Config:
     """A command's settings, whose errors say where the options are from."""
     try:
         return config(**options)
@@ -425,10 +433,10 @@ def _check_row(where: str, experiment: Experiment, row: Row) -> None:
         for values in row.candidates():
             if not row.model_of:
                 options = experiment.train_options(backbone, row, values)
-                _build(TrainConfig, where, {**_located(experiment, options), "corpus": "-", "out": "-"})
+                _build(_training, where, {**_located(experiment, options), "corpus": "-", "out": "-"})
             options = experiment.evaluate_options(backbone, row, values)
             _build(EvaluateConfig, where, {**_located(experiment, options), "corpus": "-", "run": "-"})
-    unknown = set(row.plans) - SELECTIONS.keys() - {"sampled"}
+    unknown = set(row.plans) - SELECTIONS.keys() - {SAMPLED}
     if unknown or len(set(row.plans)) < len(row.plans):
         raise InputError(
             f"{where}: plans: expected some of {', '.join(SELECTIONS)}, each once, got {', '.join(row.plans)}"

@@ -45,7 +45,7 @@ def train(config: TrainConfig) -> dict[str, Any]:
         InputError: contradicting settings, a corpus of another tokenizer, a planner of another corpus, an unsupported
             LM, or a run directory in use.
     """
-    _check(config)
+    check_settings(config)
     check_run(config)
     corpus = PreparedCorpus.load(config.corpus)
     check_encoder(corpus)
@@ -107,8 +107,12 @@ def _flops(model: PlanLMForCausalLM, config: TrainConfig) -> Callable[[list[Plan
     return flops
 
 
-def _check(config: TrainConfig) -> None:
-    """Collect every contradiction between settings and raise once; ranges are checked by the configuration."""
+def check_settings(config: TrainConfig) -> None:
+    """Collect every contradiction between settings; ranges are checked by the configuration.
+
+    Raises:
+        InputError: names all of them.
+    """
     selection, problems = SELECTIONS[config.selection], []
     if config.selection == "none" and config.lm_mode == "freeze":
         problems.append(

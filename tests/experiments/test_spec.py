@@ -82,6 +82,8 @@ def test_a_sweep_is_a_row_for_each_value(read: Callable[..., Experiment]) -> Non
         ({"  lm": "  lm: {pretrain: {steps: -1}}"}, "pretrain: --steps -1: expected at least 1"),
         ({"  joint": "  joint: {selction: soft}"}, "rows: joint: unknown 'selction'; did you mean selection?"),
         ({"  joint": "  joint: {selection: sofd}"}, "rows: joint: --selection sofd: expected one of"),
+        ({"  joint": "  joint: {selection: top-k}"}, "rows: joint: --selection top-k needs --top-k"),
+        ({"  joint": "  joint: {selection: oracle, oracle_mix: 1}"}, "rows: joint: --oracle-mix has no meaning"),
         ({"  joint": "  joint: {plans: [sofd]}"}, "rows: joint: plans: expected some of soft, hard"),
         ({"  joint": "  joint: {grid: {temperatur: [1]}}"}, "unknown 'temperatur'; did you mean temperature?"),
         ({"  joint": "  joint: {grid: {temperature: 1}}"}, "temperature: expected a list of values, got 1"),
