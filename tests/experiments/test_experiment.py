@@ -26,6 +26,7 @@ from planlm.experiments.tasks import Task
 from tests.experiments.conftest import Work, made_up
 
 
+@pytest.mark.timeout(900)
 def test_killed_and_started_again_it_repeats_no_finished_task(
     read: Callable[..., Experiment], planted: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
