@@ -27,9 +27,11 @@ def config(make_corpus, make_run, encoder, monkeypatch):
     """Settings of a call on a tiny run, by the family of its LM."""
     monkeypatch.setattr(generation, "SentenceEncoder", lambda name, precision: encoder)
 
-    def make(family="gpt2", **options):
+    def make(family="gpt2", conditioning="adapter", **options):
         corpus = make_corpus(family, test=[" ".join(["The cat sat on the mat. It was warm there. Rain fell."] * 4)] * 9)
-        return EvaluateGenerationConfig(run=str(make_run(corpus, family)), corpus=str(corpus.path), **SIZES | options)
+        return EvaluateGenerationConfig(
+            run=str(make_run(corpus, family, conditioning=conditioning)), corpus=str(corpus.path), **SIZES | options
+        )
 
     return make
 
@@ -39,9 +41,9 @@ def tokens_by_document(run, plan):
     return {line["document"]: line["tokens"] for line in lines[1:]}
 
 
-@pytest.mark.parametrize("family", ["gpt2", "llama"])
-def test_texts_do_not_depend_on_the_batch_and_figures_come_out_twice(family, config, tmp_path):
-    settings = config(family)
+@pytest.mark.parametrize(("family", "conditioning"), [("gpt2", "adapter"), ("llama", "insert")])
+def test_texts_do_not_depend_on_the_batch_and_figures_come_out_twice(family, conditioning, config, tmp_path):
+    settings = config(family, conditioning)
     result = generation.evaluate_generation(settings)
     texts = {plan: tokens_by_document(tmp_path / "run", plan) for plan in ("none", "soft")}
     assert {len(tokens) for tokens in texts["soft"].values()} == {20} and len(texts["soft"]) == 8
