@@ -15,7 +15,7 @@ from planlm.errors import InputError
 from planlm.files import write_text
 from planlm.report.plots import SERIES, breakdown_figure, curves_figure, perplexity_figure, to_svg
 from planlm.report.results import SPLITS, Run, compare_runs, load_runs
-from planlm.report.tables import PLANNER_METRICS, ROW_HEADINGS, describe, row_cells
+from planlm.report.tables import PLANNER_METRICS, ROW_HEADINGS, describe, format_cost, row_cells
 from planlm.selections import SELECTIONS
 
 
@@ -60,6 +60,7 @@ def render(runs: list[Run]) -> str:
         curves=curves and _svg(curves, "curves"),
         headings=ROW_HEADINGS,
         describe=describe,
+        format_cost=format_cost,
         row_cells=row_cells,
         planner_metrics=PLANNER_METRICS,
     )

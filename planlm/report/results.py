@@ -39,6 +39,7 @@ LARGEST_NLL = 700.0
 
 _PLANNER = {"num_actions": int, "sentences": int, **{f"{key}?": float for key, _ in PLANNER_METRICS}}
 _BUCKETS = [{"bucket": str, "rows": [{"plan": str, "delta": float, "ci95": (None, [float])}]}]
+_COST = {"parameters": {"*": int}, "selection": str, "seconds_per_1000_tokens": {"*": float}}
 _RESULT = {
     "split": str, "window": int, "stride": int, "tokens": int, "documents": int, "versus": str,
     "rows": [
@@ -47,6 +48,7 @@ _RESULT = {
     ],
     "scores": {"tokens": [int], "nll": {"*": [float]}, "position_tokens?": [[int]], "position_nll?": {"*": [[float]]}},
     "planner?": (None, _PLANNER), "by_position?": _BUCKETS, "by_length?": _BUCKETS,
+    "cost?": _COST,
 }  # fmt: skip
 _GENERATION = {
     "prompt": str, "text": str, "selection": str,

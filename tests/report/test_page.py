@@ -102,6 +102,19 @@ def test_the_headline_says_what_trained(report, make_run, selection, frozen, sai
     assert ("planner" in page.text.split("conditioned on")[1].split(".")[0]) == (selection == "soft")
 
 
+def test_the_cost_of_planning_stands_below_its_gain(report, make_run):
+    run = make_run("soft")
+    stored = json.loads((run / "evaluation.json").read_text())
+    stored["test"]["cost"] = {
+        "parameters": {"lm": 6_300_000, "planner": 1_100_000}, "selection": "soft",
+        "seconds_per_1000_tokens": {"none": 0.0301, "fixed": 0.0302, "soft": 0.0361},
+    }  # fmt: skip
+    (run / "evaluation.json").write_text(json.dumps(stored))
+    _, page = report(run)
+    words = " ".join(page.text.split())
+    assert "lm 6,300,000, planner 1,100,000" in words and "none 0.030, soft 0.036" in words
+
+
 def test_text_from_a_run_is_escaped(report, make_run):
     evil = "<script>alert('x')</script>"
     html, page = report(make_run("soft", generation=GENERATION, config={"lm": evil, evil: evil}))
