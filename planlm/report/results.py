@@ -201,15 +201,24 @@ def _contradiction(split: str, result: dict[str, Any]) -> str | None:
             return f"rows: {row['plan']!r} has an interval without two ends"
     if not sum(tokens):
         return "scores: no tokens"
-    tables = result["scores"].get("position_nll", {})
-    if tables and tables.keys() != result["scores"]["nll"].keys():
-        return "scores: expected every plan's by position"
-    for table in (result["scores"].get("position_tokens", []), *tables.values()):
-        if tables and (len(table) != len(tokens) or any(len(row) != len(POSITIONS) for row in table)):
-            return f"scores: expected {len(POSITIONS)} by position of each document"
     for plan, nll in result["scores"]["nll"].items():
         if len(nll) != len(tokens) or not 0 <= sum(nll) / sum(tokens) < LARGEST_NLL:
             return f"scores: those of {plan!r} do not fit the tokens"
+    return _position_fault(result["scores"])
+
+
+def _position_fault(scores: dict[str, Any]) -> str | None:
+    """What scores by position, which files of earlier versions do not have, do not agree in with those of documents."""
+    if scores.keys() <= {"tokens", "nll"}:
+        return None
+    tables = {"": scores.get("position_tokens", []), **scores.get("position_nll", {})}
+    for plan in ("", *scores["nll"]):
+        totals = scores["nll"][plan] if plan else scores["tokens"]
+        if len(tables.get(plan, [])) != len(totals) or any(
+            len(row) != len(POSITIONS) or min(row) < -0.01 or abs(sum(row) - total) > 0.01 + 1e-6 * total
+            for row, total in zip(tables[plan], totals, strict=True)
+        ):
+            return f"scores: those by position do not add up to those of documents under {plan!r}"
     return None
 
 

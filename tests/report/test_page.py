@@ -155,10 +155,11 @@ def test_runs_are_compared_by_sentence_too_where_their_files_say_it(report, make
     assert first["rows"][-1]["delta"] == 0 and last["rows"][-1]["delta"] == pytest.approx(-0.01, abs=0.005)
     _, page = report(*runs)
     assert "number of the sentence" in page.text
-    stored["test"]["scores"]["position_nll"]["soft"][3] = [1.0]
-    (runs[1] / "evaluation.json").write_text(json.dumps(stored))
-    with pytest.raises(InputError, match="expected 7 by position of each document"):
-        report(*runs)
+    for row in ([1.0], [1.0] * 7, [1e300, -1e300, *[0.0] * 5]):
+        stored["test"]["scores"]["position_nll"]["soft"][3] = row
+        (runs[1] / "evaluation.json").write_text(json.dumps(stored))
+        with pytest.raises(InputError, match="by position do not add up to those of documents under 'soft'"):
+            report(*runs)
 
 
 def test_runs_that_scored_other_tokens_are_left_out_and_named(report, make_run):
