@@ -263,6 +263,21 @@ def check_results(shell: Shell) -> None:
     expect(unplanned != result["text"], "with the same seed the text does not depend on the plan")
 
 
+def check_experiment(shell: Shell, lm: Path) -> None:
+    """Rows and seeds from a file to tables; what is finished is not done again."""
+    (shell.folder / "tiny.yaml").write_text(
+        f"name: tiny\nbackbones: {{lm: {{lm: {lm}}}}}\nseeds: [0, 1]\nplanner: {{steps: 2}}\n"
+        "train: {steps: 2, window: 32, batch_size: 4}\nevaluate: {window: 32}\n"
+        "rows:\n  fixed: {selection: fixed}\n  joint: {selection: soft, plans: [soft, oracle]}\n"
+        "compare: [[joint, fixed]]\n"
+    )
+    command = ("experiment", "tiny.yaml", "--corpus", "corpus")
+    result = shell.json(*command)
+    expect(not result["missing"] and result["backbones"]["lm"]["compare"][0]["seeds"] == 2, f"results: {result}")
+    shell(*command)
+    expect("0 tasks to do" in shell.output, "finished cells are done again")
+
+
 def check_threads_and_processes(shell: Shell, lm: Path) -> None:
     """The short commands give the same with 1 and 4 threads, and as two processes, as with the default."""
 
@@ -298,6 +313,7 @@ def main() -> int:
             shell = follow_readme(folder / f"with-{name}", SIZES, lm)
         check_modes(shell, lm)
         check_results(shell)
+        check_experiment(shell, lm)
         check_threads_and_processes(shell, lm)
         follow_readme(folder / "as-written", SMALLEST, None)
     except Failure as failure:

@@ -1,7 +1,7 @@
 """Tasks of an experiment in a process of their own: `python -m planlm.experiments.cell OUT`, with the tasks on stdin.
 
-A task's record is written last and at once. The process holds the task's lock meanwhile, so that several commands and
-ranks can work on an experiment, and it stops, with a checkpoint, when whoever started it has gone.
+A task's record is written last and at once. The process holds the lock of the task's folder, so that several
+commands and ranks can work on an experiment, and it stops, with a checkpoint, when whoever started it has gone.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def main(out: Path) -> int:
     try:
         with handling(_terminate, signal.SIGTERM):
             for task in tasks:
-                with locked(out / "cells" / f"{task['key']}.lock"):
+                with locked(out / "cells" / f"{Path(task['folder']).name}.lock"):
                     _do(out, task)
     except BlockingIOError:
         return BUSY

@@ -106,7 +106,7 @@ class _Loop:
                 self._end(work)
             done = [task for task in todo if self.store.record(task.key) is not None]
             if done:
-                planned, todo = self._look()
+                planned, todo = self._look(done)
                 for task in done:
                     self._later.pop(task.key, None)
                     self._note(task, planned, todo)
@@ -114,13 +114,14 @@ class _Loop:
                 self._tell()
         return self.failed
 
-    def _look(self) -> tuple[Planned, list[Task]]:
-        """What is to be done now; results are written, and models that nobody will ask for go."""
+    def _look(self, done: list[Task] | None = None) -> tuple[Planned, list[Task]]:
+        """What is to be done now; new results are written, and models that nobody will ask for go."""
         planned = self.planning.plan()
         todo = list(pending(planned, self.store))
         check_budgets(planned, self.store)
         if rank() == 0:
-            write_results(self.described, planned, self.store)
+            if done is None or any(task.kind == "evaluate" for task in done):
+                write_results(self.described, planned, self.store)
             self._tidy(planned, todo)
         return planned, todo
 
