@@ -133,10 +133,9 @@ class Planning:
 
     def __init__(self, experiment: Experiment, corpus: str | None, store: Store) -> None:
         self.experiment, self.store = experiment, store
-        self._corpora = {
-            "": {"corpus": corpus or experiment.corpus, "prepare": experiment.prepare},
-            **experiment.corpora,
-        }
+        main = {"corpus": experiment.corpus, "prepare": experiment.prepare}
+        given = {"corpus": corpus, "prepare": None}  # which has to be there
+        self._corpora: dict[str, dict[str, Any]] = {"": given if corpus else main, **experiment.corpora}
         self._sources: dict[str, _Source] = {}
         self._lms: dict[str, tuple[str, str, Task | None]] = {}
 
