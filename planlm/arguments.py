@@ -9,10 +9,11 @@ import inspect
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
-from planlm.config import CommandConfig, as_kind, kind_of
+from planlm.config import CommandConfig
 from planlm.errors import InputError
 from planlm.files import is_utf8
 from planlm.flat_yaml import read_flat
+from planlm.settings import as_kind, kind_of
 
 Config = TypeVar("Config", bound=CommandConfig)
 

@@ -8,15 +8,30 @@ from (the papers of docs/method.md, or a measurement in dev/log.md).
 from __future__ import annotations
 
 import math
-import os
-import types
-import typing
-from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from typing import Any
 
 from planlm.errors import InputError
 from planlm.selections import SELECTIONS
+from planlm.settings import (
+    BATCH,
+    BELOW_ONE,
+    COUNT,
+    EPOCHS,
+    FRACTION,
+    FRACTION_NOT_ZERO,
+    NOT_NEGATIVE,
+    NUMBER,
+    POSITIVE,
+    SAMPLING,
+    SEED,
+    TOKENS,
+    Limit,
+    as_kind,
+    count,
+    kind_of,
+    shown,
+)
 
 DEFAULT_ENCODER = "sentence-transformers/all-MiniLM-L6-v2"
 DEFAULT_LM = "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -26,107 +41,6 @@ CONDITIONINGS = ("adapter", "embedding", "insert", "bottleneck")
 
 PLANNER_INPUTS = ("embeddings", "lm", "both")
 """What the planner can read of a sentence, see docs/method.md."""
-
-
-@dataclass(frozen=True)
-class Limit:
-    """The numbers a setting can have: `holds` decides, `words` say so in the error, `most` is the largest."""
-
-    words: str
-    holds: Callable[[float], bool]
-    most: float = math.inf
-
-    def expected(self, value: float) -> str | None:
-        """What is expected in place of `value`; None where it will do."""
-        if not self.holds(value):
-            return self.words
-        return f"at most {self.most:,}" if value > self.most else None
-
-
-def count(most: int = 1_000_000_000) -> Limit:
-    """A number of things: at least one, and not so many that the machine would be at it for ever."""
-    return Limit("at least 1", lambda value: value >= 1, most)
-
-
-COUNT = count()
-NOT_NEGATIVE = Limit("at least 0", lambda value: value >= 0)
-NUMBER = Limit("at least 0", lambda value: value >= 0, 1_000_000_000)
-POSITIVE = Limit("more than 0", lambda value: value > 0)
-EPOCHS = Limit("more than 0", lambda value: value > 0, 1_000_000)
-BATCH = count(1_000_000)
-TOKENS = count(1 << 24)  # of a window: no LM's context is longer
-SEED = Limit("0 to 2147483647", lambda value: 0 <= value < 2**31)
-SAMPLING = Limit("0, which is greedy, or at least 0.01", lambda value: value == 0 or value >= 0.01)
-FRACTION = Limit("0 to 1", lambda value: 0 <= value <= 1)
-BELOW_ONE = Limit("at least 0 and less than 1", lambda value: 0 <= value < 1)
-FRACTION_NOT_ZERO = Limit("more than 0 and at most 1", lambda value: 0 < value <= 1)
-
-KINDS = {
-    int: "a whole number",
-    float: "a number",
-    bool: "true or false",
-    str: "a text",
-    tuple: "a text, or a list of at least one",
-}
-"""Types of settings, in words."""
-
-
-def kind_of(config_class: type, name: str) -> type:
-    """int, float, bool, str or tuple: the type of a field without `| None` and element types."""
-    hint = typing.get_type_hints(config_class)[name]
-    if isinstance(hint, types.UnionType):
-        hint = next(part for part in typing.get_args(hint) if part is not type(None))
-    return typing.get_origin(hint) or hint
-
-
-def as_kind(kind: type, value: Any) -> Any:
-    """A value from Python or a file as a setting's type; what would change its meaning is refused.
-
-    Scalars of NumPy and torch are numbers, paths are texts, one text is a list of one, and a text is the number that
-    it spells: to YAML, 1e-3 is text.
-
-    Raises:
-        ValueError: "expected a whole number, got 2.5".
-    """
-    given = value
-    if hasattr(value, "item") and getattr(value, "ndim", 1) == 0:
-        value = value.item()
-    if isinstance(value, os.PathLike):
-        value = os.fspath(value)
-    is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    try:
-        if kind is tuple:
-            items = value if isinstance(value, list | tuple) else (value,)
-            if items and all(isinstance(item, str | os.PathLike) for item in items):
-                return tuple(_as_text(os.fspath(item)) for item in items)
-        elif kind is bool and isinstance(value, bool):
-            return value
-        elif kind is str and (isinstance(value, str) or is_number):
-            return _as_text(str(value))
-        elif kind is float and (is_number or isinstance(value, str)):
-            return float(value)
-        elif kind is int and ((is_number and not isinstance(value, float)) or isinstance(value, str)):
-            return int(value)
-    except (ValueError, OverflowError):
-        pass
-    raise ValueError(f"expected {KINDS[kind]}, got {_shown(given)}")
-
-
-def _as_text(text: Any) -> str:
-    """Text that the system and a file can hold: no bytes, no NUL, no half of a pair of UTF-16."""
-    if not isinstance(text, str) or "\0" in text:
-        raise ValueError
-    text.encode("utf-8")
-    return text
-
-
-def _shown(value: Any) -> str:
-    """A value in an error's one line."""
-    try:
-        text = ascii(value) if isinstance(value, str) and not value.isprintable() else repr(value)
-    except ValueError:  # Python does not spell a whole number of thousands of digits
-        return "a number of thousands of digits"
-    return " ".join(text.split()) if len(text) < 100 else " ".join(text[:97].split()) + "..."
 
 
 def option(default: Any, help: str, *, choices: tuple[str, ...] | None = None, limit: Limit | None = None) -> Any:
@@ -167,7 +81,7 @@ class CommandConfig:
             elif isinstance(value, float) and not math.isfinite(value):
                 problems.append(f"{flag} {value}: expected a finite number")
             elif limit and (expected := limit.expected(value)):
-                problems.append(f"{flag} {_shown(value)}: expected {expected}")
+                problems.append(f"{flag} {shown(value)}: expected {expected}")
         if problems:
             raise InputError("; ".join(problems))
 
@@ -177,8 +91,8 @@ class PrepareConfig(CommandConfig):
     """Raw text to a prepared corpus: sentences, embeddings, codebook, actions, tokens."""
 
     inputs: tuple[str, ...] = required(
-        ".txt, .json, .jsonl, .ndjson (also .gz, .bz2, .xz, .zst) or .parquet files, folders of them, or "
-        "hf:name[:config][@split]",
+        ".txt, .json, .jsonl, .ndjson, WikiText's .raw (also .gz, .bz2, .xz, .zst) or .parquet files, folders of "
+        "them, or hf:name[:config][@split]",
         positional=True,
     )
     out: str = required("folder to write the prepared corpus to")
@@ -333,7 +247,26 @@ class TrainConfig(LoopConfig):
     oracle_mode: str = option(
         "sampled", "sampled: per sentence, either; convex: always the weighted mean", choices=("sampled", "convex")
     )
-    oracle_schedule: str = option("linear", "shape of RHO:RHO_END", choices=("linear", "cosine"))
+    oracle_schedule: str = option(
+        "linear",
+        "shape of RHO:RHO_END; switch: RHO until --oracle-switch-at, RHO_END from there on",
+        choices=("linear", "cosine", "switch"),
+    )
+    oracle_switch_at: float = option(
+        0.5, "fraction of training after which --oracle-schedule switch switches", limit=FRACTION
+    )
+    kl: float = option(
+        0.0,
+        "weight of the divergence (KL, nats a token) of the LM with the plan off from the LM as it was, against "
+        "forgetting; --lm-mode full keeps a frozen copy for it, 4 bytes a weight on every process",
+        limit=NOT_NEGATIVE,
+    )
+    rehearsal: str | None = option(
+        None,
+        "prepared corpus, of the same tokenizer, of which every forward pass is followed by as many windows with the "
+        "plan off, against forgetting; default: none",
+    )
+    rehearsal_weight: float = option(1.0, "weight of the cross-entropy of --rehearsal", limit=POSITIVE)
     batch_size: int = option(32, "windows per forward pass (the papers'), of all processes together", limit=BATCH)
     accumulate: int = option(1, "forward passes per optimiser step", limit=count(65_536))
     window: int = option(128, "tokens per window (the papers')", limit=TOKENS)
@@ -382,6 +315,19 @@ class EvaluateConfig(CommandConfig):
     batch_size: int = option(8, "windows per forward pass", limit=BATCH)
     max_documents: int | None = option(None, "evaluate only the first so many documents", limit=COUNT)
     versus: str = option("fixed", "row that differences and intervals refer to")
+    forgetting: str | None = option(
+        None,
+        "prepared corpus of other text, of the same tokenizer: what the LM has lost there, and on --corpus, with the "
+        "plan off; default: not measured",
+    )
+    forgetting_split: str | None = option(
+        None,
+        "split of --forgetting; default: as --split, or all documents where it has none of that name",
+        choices=("train", "validation", "test", "all"),
+    )
+    base_lm: str | None = option(
+        None, "LM before training, for --forgetting, by hub name or folder; default: that of RUN/config.yaml"
+    )
     bootstrap: int = option(2000, "resamples of documents for the 95 % intervals", limit=BATCH)
     precision: str = option(
         "fp32", "arithmetic; auto: bf16 where the processor has it", choices=("auto", "bf16", "fp32")

@@ -15,6 +15,7 @@ import torch
 from planlm import arguments, cli, config
 from planlm.errors import InputError
 from planlm.flat_yaml import read_flat
+from planlm.settings import kind_of
 
 ROOT = Path(__file__).parents[1]
 
@@ -102,7 +103,7 @@ def whole_numbers() -> list[tuple[str, str]]:
         (command, field.name)
         for command, about in cli.COMMANDS.items()
         for field in dataclasses.fields(about.config)
-        if config.kind_of(about.config, field.name) is int
+        if kind_of(about.config, field.name) is int
     ]
 
 

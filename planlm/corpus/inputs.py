@@ -11,7 +11,7 @@ from pathlib import Path
 from planlm.errors import InputError
 from planlm.files import is_utf8
 
-CONTENTS = (".txt", ".json", ".jsonl", ".ndjson", ".parquet")
+CONTENTS = (".txt", ".raw", ".json", ".jsonl", ".ndjson", ".parquet")
 COMPRESSIONS = (".gz", ".bz2", ".xz", ".zst")
 KINDS = f"{', '.join(CONTENTS)} (all but .parquet also compressed: {', '.join(COMPRESSIONS)})"
 HUB = "hf:"

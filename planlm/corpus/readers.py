@@ -54,8 +54,9 @@ class Fields:
 def read_part(part: Part, fields: Fields) -> Iterator[Document]:
     """Documents of a file or data set, one at a time.
 
-    A .txt file is one document; of .jsonl, .ndjson and .parquet files every row is one, of a .json file every element
-    of its one array, or every row; `hf:name[:config][@split]` is streamed with `datasets.load_dataset` (split: train).
+    A .txt file is one document; of a .raw file, which is WikiText's, every article is one; of .jsonl, .ndjson and
+    .parquet files every row, of a .json file every element of its one array, or every row;
+    `hf:name[:config][@split]` is streamed with `datasets.load_dataset` (split: train).
 
     Raises:
         InputError: it is damaged, not UTF-8, not what its suffix says, or lacks the text field; the message names file
@@ -71,6 +72,8 @@ def read_part(part: Part, fields: Fields) -> Iterator[Document]:
     with _decoding(part.path), _opened(part.path, compression) as stream:
         if content == ".txt":
             yield from _read_text(stream, part)
+        elif content == ".raw":
+            yield from _read_wikitext(stream, part)
         elif content == ".json" and _begins_array(stream):
             yield from _read_array(stream, part, fields)
         else:
@@ -154,6 +157,24 @@ def _read_text(stream: IO[bytes], part: Part) -> Iterator[Document]:
     text = _decoded(data, part.path)
     if text.strip():
         yield Document(part.name, text, part.path)
+
+
+def _read_wikitext(stream: IO[bytes], part: Part) -> Iterator[Document]:
+    """Articles, which begin with a heading ` = Title = `; headings, ` = = Section = = ` too, are left out."""
+    paragraphs: list[str] = []
+    number, begins = 1, f"{part.path}:1"
+    after_empty = True
+    for line, data in enumerate(stream, 1):
+        text = _decoded(data, part.path, line).strip()
+        is_heading = after_empty and text.startswith("= ") and text.endswith(" =")
+        if is_heading and not text.startswith("= = ") and paragraphs:
+            yield Document(f"{part.name}:{number}", "\n".join(paragraphs), begins)
+            paragraphs, number, begins = [], number + 1, f"{part.path}:{line}"
+        if text and not is_heading:
+            paragraphs.append(text)
+        after_empty = not text
+    if paragraphs:
+        yield Document(f"{part.name}:{number}", "\n".join(paragraphs), begins)
 
 
 def _begins_array(stream: IO[bytes]) -> bool:

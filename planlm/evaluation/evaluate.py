@@ -13,6 +13,7 @@ from planlm.corpus.store import PreparedCorpus
 from planlm.distribution import on_rank_zero, rank
 from planlm.errors import InputError
 from planlm.evaluation.breakdown import SplitScores, by_length, by_position
+from planlm.evaluation.forgetting import Forgetting
 from planlm.evaluation.perplexity import MAX_WINDOW, SAMPLED, Sampling, score_documents
 from planlm.evaluation.planner_metrics import planner_metrics, window_predictions
 from planlm.evaluation.significance import DocumentScores, compare_rows
@@ -46,7 +47,8 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     Returns:
         `run`, `split`, `window`, `stride`, `temperature` of the plans, `tokens`, `documents`, `versus`, `rows` (see
         `compare_rows`), `by_position` and `by_length` (see those), `cost` (see `_cost`) and `planner` (see
-        `planner_metrics`; None for an LM without one), ready for JSON.
+        `planner_metrics`; None for an LM without one), ready for JSON; with `--forgetting` also `forgetting` (see
+        `Forgetting.measure`).
 
     Raises:
         InputError: anything wrong with the arguments, the model, the corpus, or their fit.
@@ -63,6 +65,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     check_fit(model, config, corpus)
     model.config.plan_temperature = config.temperature or model.config.plan_temperature
     window, stride = _window_and_stride(config, model)
+    forgetting = None if config.forgetting is None else Forgetting(config, corpus, model)
     versus = config.versus
     if versus not in plans:
         versus = plans[0]
@@ -80,6 +83,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
         sampling=Sampling(config.num_plans or Sampling.num_plans, config.seed),
     )
     _check_scores(scores, config)
+    lost = {} if forgetting is None else {"forgetting": forgetting.measure(dataset, window, stride)}
 
     def finish() -> dict[str, Any]:
         how = {"resamples": config.bootstrap, "seed": config.seed}
@@ -98,6 +102,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
             "by_length": by_length(scores, versus, **how),
             "cost": _cost(model, scores),
             "planner": _planner_metrics(model, corpus, dataset, window, config.batch_size) if is_planned else None,
+            **lost,
         }
         if (run / "model").is_dir():
             results = earlier | {config.split: result | {"scores": _kept(scores)}}
@@ -128,6 +133,8 @@ def _parse(config: EvaluateConfig) -> list[str]:
     default = EvaluateConfig.__dataclass_fields__["versus"].default
     if config.versus not in plans and config.versus != default:
         problems.append(f"--versus {config.versus}: not among --plans {config.plans}")
+    if config.forgetting is None and (config.base_lm or config.forgetting_split):
+        problems.append(f"--{'base-lm' if config.base_lm else 'forgetting-split'}: is for --forgetting CORPUS")
     if problems:
         raise InputError("; ".join(problems))
     return plans

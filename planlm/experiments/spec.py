@@ -10,20 +10,18 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from planlm.config import (
-    SEED,
     CommandConfig,
     EvaluateConfig,
     PlannerConfig,
     PrepareConfig,
     SmallLMConfig,
     TrainConfig,
-    as_kind,
-    kind_of,
 )
 from planlm.errors import InputError
 from planlm.evaluation.perplexity import SAMPLED
 from planlm.flat_yaml import read_nested
 from planlm.selections import SELECTIONS
+from planlm.settings import SEED, as_kind, kind_of
 from planlm.training.train import check_settings
 
 Config = TypeVar("Config", bound=CommandConfig)

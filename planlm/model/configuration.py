@@ -124,7 +124,7 @@ class PlanLMConfig(PretrainedConfig):
 
     model_type = "planlm"
     keys_to_ignore_at_inference: ClassVar[list[str]] = [
-        "past_key_values", "nll_sum", "token_nll", "oracle_nll", "action_logits",
+        "past_key_values", "nll_sum", "token_nll", "kl_sum", "oracle_nll", "action_logits",
     ]  # fmt: skip
     sub_configs_defaults: ClassVar[dict[str, SubConfigSpec]] = {
         "text_config": SubConfigSpec(config_class=AutoConfig, model_type="gpt2")

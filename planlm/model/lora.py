@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import warnings
+from collections.abc import Iterator
+from typing import Any
 
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -26,6 +29,19 @@ def add_lora(lm: PreTrainedModel, rank: int, alpha: float) -> None:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "fan_in_fan_out")  # peft says that it has noticed GPT-2's transposed weights
         inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=alpha, target_modules="all-linear"), lm, NAME)
+
+
+@contextlib.contextmanager
+def without_lora(model: nn.Module) -> Iterator[None]:
+    """A model as it was before `add_lora`, for a time. Whether parameters take gradients stays: FSDP looks at that."""
+    layers: list[Any] = [module for module in model.modules() if hasattr(module, "lora_A")]
+    for layer in layers:
+        layer._disable_adapters = True
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer._disable_adapters = False
 
 
 def merged(model: nn.Module, weights: dict[str, Tensor]) -> dict[str, Tensor]:

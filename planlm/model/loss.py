@@ -30,11 +30,21 @@ WORDS = 8192
 """Rows of the head whose gradient is formed at a time, before it is added in float32: 13 MB of GPT-2-small's 77."""
 
 
-class _LinearCrossEntropy(torch.autograd.Function):
+ROWS = 128
+"""Tokens whose divergence is formed at a time, in float32: four matrices of 26 MB at a vocabulary of 50,000."""
+
+ChunkLoss = Callable[[Tensor, slice], tuple[Tensor, Tensor]]
+"""Of a chunk's logits `[tokens, V]` and where it is among all tokens: the gradient of its loss with respect to them,
+which may be the same tensor, and each token's loss `[tokens]`."""
+
+
+class _LinearLoss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, chunk_loss: ChunkLoss
+    ) -> tuple[Tensor, Tensor]:
         needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
-        token_nll = hidden.new_zeros(labels.shape, dtype=torch.float32)
+        token_loss = hidden.new_zeros(hidden.shape[0], dtype=torch.float32)
         grad_hidden = torch.zeros_like(hidden) if needs_hidden else None
         grad_weight = torch.zeros_like(weight, dtype=torch.float32) if needs_weight else None
         grad_bias = torch.zeros_like(bias, dtype=torch.float32) if needs_bias and bias is not None else None
@@ -42,10 +52,10 @@ class _LinearCrossEntropy(torch.autograd.Function):
         compute_bias = None if bias is None else bias.to(hidden.dtype)
         size = CHUNK // (weight.shape[0] * hidden.element_size())  # tokens of a chunk
         size = max(1, size // MULTIPLE * MULTIPLE or size)
-        for begin in range(0, labels.shape[0], size):
+        for begin in range(0, hidden.shape[0], size):
             chunk = slice(begin, begin + size)
             logits = F.linear(hidden[chunk], compute_weight, compute_bias)  # [tokens, V]
-            grad, token_nll[chunk] = cross_entropy_(logits, labels[chunk])  # which does not score what is negative
+            grad, token_loss[chunk] = chunk_loss(logits, chunk)
             if grad_hidden is not None:
                 torch.mm(grad, compute_weight, out=grad_hidden[chunk])
             if grad_weight is not None:
@@ -55,15 +65,15 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 grad_bias += grad.sum(dim=0, dtype=torch.float32)
         ctx.gradients = grad_hidden, grad_weight, grad_bias
         ctx.dtypes = hidden.dtype, weight.dtype, None if bias is None else bias.dtype
-        ctx.mark_non_differentiable(token_nll)
-        return token_nll.sum(), token_nll
+        ctx.mark_non_differentiable(token_loss)
+        return token_loss.sum(), token_loss
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad_sum: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         # Scaled in place and let go: at this moment a step holds the most memory, and one of them is the head's size.
         if ctx.gradients is None:
-            raise RuntimeError("linear_cross_entropy: its backward pass ran before; compute the loss again")
+            raise RuntimeError("loss of a linear head: its backward pass ran before; compute the loss again")
         gradients, ctx.gradients = zip(ctx.gradients, ctx.dtypes, strict=True), None
         return *(None if it is None else it.mul_(grad_sum.to(it.dtype)).to(dtype) for it, dtype in gradients), None
 
@@ -89,8 +99,52 @@ def linear_cross_entropy(
     if torch.is_autocast_enabled(device):
         hidden = hidden.to(torch.get_autocast_dtype(device))
     with torch.autocast(device, enabled=False):
-        nll_sum, token_nll = _LinearCrossEntropy.apply(hidden, weight, bias, labels)
+        nll_sum, token_nll = _LinearLoss.apply(
+            hidden,
+            weight,
+            bias,
+            lambda logits, chunk: cross_entropy_(logits, labels[chunk]),  # negative: not scored
+        )
     return nll_sum, token_nll
+
+
+def divergence(hidden: Tensor, head: nn.Module, reference: tuple[Tensor, nn.Module | None], labels: Tensor) -> Tensor:
+    """`KL(reference || LM)` of the next token, summed over the labelled ones; differentiable in the LM alone.
+
+    Logits exist a chunk at a time. Products run in the dtype of `hidden`, or autocast's; all else in float32.
+
+    Args:
+        hidden: the LM's `[N, d]`.
+        head: its head.
+        reference: hidden states `[N, d']` of the LM that it is compared to, and that one's head; None: the same head.
+        labels: `[N]` int64, negative where not compared.
+    """
+    base_head: Any = head if reference[1] is None else reference[1]
+    assert is_plain(head, nn.Linear) and is_plain(base_head, nn.Linear)
+    device = hidden.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
+    base_hidden, is_compared = reference[0].to(dtype), labels >= 0
+    base_weight = base_head.weight.detach().to(dtype)
+    base_bias = None if base_head.bias is None else base_head.bias.detach().to(dtype)
+
+    def chunk_loss(logits: Tensor, chunk: slice) -> tuple[Tensor, Tensor]:
+        return _divergence_(logits, F.linear(base_hidden[chunk], base_weight, base_bias), is_compared[chunk])
+
+    with torch.autocast(device, enabled=False):
+        kl_sum: Tensor = _LinearLoss.apply(hidden.to(dtype), head.weight, head.bias, chunk_loss)[0]
+    return kl_sum
+
+
+def _divergence_(logits: Tensor, base: Tensor, is_compared: Tensor) -> tuple[Tensor, Tensor]:
+    """Divergence of softmax(logits) `[N, V]` from softmax(base), `[N]`, and its gradient in place of the logits."""
+    token_kl = logits.new_zeros(len(logits), dtype=torch.float32)
+    for begin in range(0, len(logits), ROWS):
+        rows = slice(begin, begin + ROWS)
+        log_q, log_p = (each[rows].float().log_softmax(dim=-1) for each in (logits, base))
+        p = log_p.exp()
+        token_kl[rows] = (p * (log_p - log_q)).sum(dim=-1) * is_compared[rows]
+        logits[rows] = (log_q.exp_() - p) * is_compared[rows, None]
+    return logits, token_kl
 
 
 def _liger(hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None = None) -> tuple[Tensor, None]:

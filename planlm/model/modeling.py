@@ -27,7 +27,7 @@ from planlm.model.families import check_family, lm_layers, output_projections
 from planlm.model.insertion import InsertedPlans, check_generation, check_plain
 from planlm.model.loading import ModelFolder, load_lm
 from planlm.model.lora import add_lora
-from planlm.model.loss import token_losses
+from planlm.model.loss import divergence, token_losses
 from planlm.model.output import PlanLMOutput
 from planlm.model.planner import Planner, codebook_fingerprint
 from planlm.model.states import StateInput, lower_part, read_states, text_states
@@ -337,8 +337,10 @@ class PlanLMForCausalLM(ModelFolder, GenerationMixin):
 
         Arguments not named here are those of transformers. Those of its losses are taken too: `shift_labels`, `[B, W]`
         the token after each position, -100 where not scored, upon which logits are not kept; `num_items_in_batch`, by
-        which the sum of losses is divided in place of the number of labels. Fields of `PlanInputs` are taken by name,
-        in place of `plan`'s or of the text's: what traces a model, and most collators, know tensors only.
+        which the sum of losses is divided in place of the number of labels. With `reference`, another LM's last hidden
+        states and head (None: this one's), the divergence from it at `shift_labels` is measured too. Fields of
+        `PlanInputs` are taken by name, in place of `plan`'s or of the text's: what traces a model, and most collators,
+        know tensors only.
 
         Args:
             inputs_embeds: `[B, W, d]` in place of `input_ids`; the tokens whose embeddings stand there are the text,
@@ -356,7 +358,7 @@ class PlanLMForCausalLM(ModelFolder, GenerationMixin):
         selection = selection or generation_selection(self) or self.config.selection
         if selection not in SELECTIONS:
             raise ValueError(f"selection: got {selection!r}, needs one of {', '.join(SELECTIONS)}")
-        losses = {name: kwargs.pop(name, None) for name in ("shift_labels", "num_items_in_batch")}
+        losses = {name: kwargs.pop(name, None) for name in ("shift_labels", "num_items_in_batch", "reference")}
         fields = {name: kwargs.pop(name, None) for name in PlanInputs.__dataclass_fields__}
         fields = {name: value for name, value in fields.items() if value is not None}
         if (input_ids is None) == (inputs_embeds is None):
@@ -413,6 +415,7 @@ class PlanLMForCausalLM(ModelFolder, GenerationMixin):
         labels: Tensor | None,
         shift_labels: Tensor | None,
         num_items_in_batch: int | Tensor | None,
+        reference: tuple[Tensor, nn.Module | None] | None,
         keep: int | Tensor,
     ) -> dict[str, Tensor | None]:
         """Losses and logits, as `PlanLMOutput` has them, of hidden states `[B, W, d]`; see `forward`."""
@@ -427,11 +430,15 @@ class PlanLMForCausalLM(ModelFolder, GenerationMixin):
         inputs = (hidden if logits is None else logits).flatten(0, 1)
         targets = shift_labels.reshape(-1).to(inputs.device)
         nll_sum, token_nll = token_losses(inputs, head if logits is None else None, targets, self.loss_kernel)
+        kl_sum = None
+        if reference is not None:
+            kl_sum = divergence(inputs, head, (reference[0].flatten(0, 1), reference[1]), targets)
         count = (targets != -100).sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch
         return {
             "loss": nll_sum / (count.to(nll_sum.device) if isinstance(count, Tensor) else count),
             "logits": None if logits is None else logits[:, at],
             "nll_sum": nll_sum,
+            "kl_sum": kl_sum,
             "token_nll": None if token_nll is None else token_nll.view(shift_labels.shape),
         }
 

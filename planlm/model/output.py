@@ -23,6 +23,7 @@ class PlanLMOutput(ModelOutput):
         nll_sum: sum of the labelled tokens' NLL, differentiable.
         token_nll: `[B, W]` float32 NLL of each labelled token, detached, 0 elsewhere; None from a loss kernel that
             sums them itself.
+        kl_sum: sum over the labelled tokens of the divergence from a reference, where there is one; differentiable.
         oracle_nll: `[S]` planner cross-entropy with the oracle action, where actions were given; differentiable. Where
             `PlanInputs.want_oracle_nll` asks for it, it is a mean over the planner's horizon.
         action_logits: `[S, K]` planner logits, where the planner ran.
@@ -35,5 +36,6 @@ class PlanLMOutput(ModelOutput):
     attentions: tuple[Tensor, ...] | None = None
     nll_sum: Tensor | None = None
     token_nll: Tensor | None = None
+    kl_sum: Tensor | None = None
     oracle_nll: Tensor | None = None
     action_logits: Tensor | None = None

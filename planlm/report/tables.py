@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import textwrap
 from collections.abc import Sequence
 from typing import Any
@@ -112,6 +113,22 @@ def format_planner(planner: dict[str, Any]) -> str:
         cells += [
             (f"{label}, {step} sentences ahead", f"{ahead[key]:.4f}") for key, label in PLANNER_METRICS if key in ahead
         ]
+    return f"{title}\n\n{align(cells, left=(0,))}"
+
+
+def format_forgetting(found: dict[str, Any]) -> str:
+    """What training has cost the LM with the plan off, as `planlm.evaluation.forgetting` measures it."""
+    cells = [("text", "before", "after", "difference", "95 % interval", "documents")]
+    for name, row in (
+        (f"{found['corpus']}, {found['split']}", found),
+        ("of the corpus trained on", found["trained_on"]),
+    ):
+        before, after = (perplexity({"perplexity": math.exp(min(row[key], 700.0))}) for key in ("before", "after"))
+        difference, interval, _ = difference_cells({**row, "verdict": ""})
+        cells.append((name, before, after, difference, interval, f"{row['documents']:,}"))
+    title = (
+        "Forgetting: the LM's perplexity with the plan off, before training and after.\nDifferences: nats per token."
+    )
     return f"{title}\n\n{align(cells, left=(0,))}"
 
 

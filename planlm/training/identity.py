@@ -20,7 +20,10 @@ _NAMES_ONLY = ("_name_or_path", "transformers_version", "dtype", "torch_dtype")
 
 
 def identify(
-    corpus: PreparedCorpus, lm: PreTrainedModel | None = None, planner: nn.Module | None = None
+    corpus: PreparedCorpus,
+    lm: PreTrainedModel | None = None,
+    planner: nn.Module | None = None,
+    rehearsal: PreparedCorpus | None = None,
 ) -> dict[str, str]:
     """Fingerprints of what a run begins with, by the name of the setting that gives it.
 
@@ -30,6 +33,7 @@ def identify(
         corpus: the prepared corpus.
         lm: the LM as loaded.
         planner: the planner as loaded; None where the run makes its own.
+        rehearsal: the corpus of `--rehearsal`.
     """
     found = {"corpus": corpus.fingerprint, "encoder": str(corpus.manifest.settings.get("encoder_fingerprint"))}
     if lm is not None:
@@ -37,6 +41,8 @@ def identify(
         weights = {name: value for name, value in lm.state_dict().items() if ".lora_" not in name}
         found["lm"] = _digest(weights, json.dumps(settings, sort_keys=True, default=str))
         found["planner"] = "untrained" if planner is None else _digest(planner.state_dict())
+    if rehearsal is not None:
+        found["rehearsal"] = rehearsal.fingerprint
     return found
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -12,36 +14,47 @@ from planlm.distribution import all_reduce, all_reduce_sum, world_size
 from planlm.model.modeling import PlanLMForCausalLM
 from planlm.model.output import PlanLMOutput
 from planlm.precision import autocast
+from planlm.training.forgetting import Guards
 from planlm.training.parallel import Parallel
 from planlm.training.schedules import is_logged, oracle_ratio, parse_oracle_mix
 
 
 class Objective:
-    """`CE(tokens) + planner_loss * CE(z, a)`, each a mean over all labelled positions of a step's batches.
+    """`CE(tokens) + planner_loss * CE(z, a)`, each a mean over all labelled positions of a step's batches, and guards.
 
     Args:
         parallel: the joint model.
         config: the command's configuration.
         steps: steps in all, for the oracle ratio's schedule.
+        guards: against forgetting, where there are any.
     """
 
-    def __init__(self, parallel: Parallel, config: TrainConfig, steps: int) -> None:
+    def __init__(self, parallel: Parallel, config: TrainConfig, steps: int, guards: Guards | None = None) -> None:
         model: PlanLMForCausalLM = parallel.model  # type: ignore[assignment]
         self.parallel, self.model, self.config, self.steps = parallel, model, config, steps
-        self.ratios = parse_oracle_mix(config.oracle_mix)
+        self.ratios, self.guards = parse_oracle_mix(config.oracle_mix), guards
         model.train()
         if config.lm_mode == "freeze":
             model.lm.eval()  # no dropout in weights that cannot adapt to it
 
-    def backward(self, step: int, batches: list[PlanBatch]) -> dict[str, float]:
-        """Forward and backward over a step's batches; gradients add up in the parameters."""
+    def backward(self, step: int, batches: list[Any]) -> dict[str, float]:
+        """Forward and backward over a step's batches; gradients add up in the parameters.
+
+        With `--rehearsal` a batch is one of each corpus.
+        """
+        rehearsal: list[PlanBatch] = []
+        if self.config.rehearsal is not None:
+            batches, rehearsal = map(list, zip(*batches, strict=True))
         device, planner_loss = self.model.device, self.config.planner_loss
         num_labels, num_segments = all_reduce_sum(
             sum(int((batch.labels != -100).sum()) for batch in batches),
             sum(int((batch.actions >= 0).sum()) for batch in batches),
         )
-        ratio = oracle_ratio(step, self.steps, self.ratios, self.config.oracle_schedule)
+        config = self.config
+        ratio = oracle_ratio(step, self.steps, self.ratios, config.oracle_schedule, config.oracle_switch_at)
         logged = is_logged(step, self.steps, self.config.log_every)
+        # First, since gradients are reduced in the last pass, which has to reach all that trains.
+        guarded, found = (0.0, {}) if self.guards is None else self.guards.backward(batches, rehearsal)
         sums = torch.zeros(4, device=device)
         for number, batch in enumerate(batches):
             batch = batch.to(device)
@@ -55,7 +68,7 @@ class Objective:
             (world_size() * loss).backward()  # gradients are averaged over processes
             sums += _sums(output, batch.actions, logged)
         lm_nll, planner_nll, right, entropy = all_reduce(sums).tolist()
-        metrics = {"tokens": num_labels, "lm_loss": lm_nll / max(1, num_labels), "oracle_ratio": ratio}
+        metrics = {"tokens": num_labels, "lm_loss": lm_nll / max(1, num_labels), "oracle_ratio": ratio, **found}
         count = max(1, num_segments)
         if logged and output.action_logits is not None:
             metrics |= {
@@ -63,7 +76,7 @@ class Objective:
                 "planner_accuracy": right / count,
                 "planner_entropy": entropy / count,
             }
-        return {"loss": metrics["lm_loss"] + planner_loss * (planner_nll / count), **metrics}
+        return {"loss": metrics["lm_loss"] + planner_loss * (planner_nll / count) + guarded, **metrics}
 
     def losses(self, batch: PlanBatch) -> tuple[Tensor, Tensor]:
         """Of a batch: the sum of its labels' NLL, predicted without oracle actions, and their number."""

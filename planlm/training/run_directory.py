@@ -22,7 +22,7 @@ from planlm.flat_yaml import read_flat
 
 FREE_TO_CHANGE = {
     "out", "resume", "json", "shard", "log_every", "checkpoint_every", "keep_checkpoints", "tensorboard",
-    "corpus", "lm", "planner",
+    "corpus", "lm", "planner", "rehearsal",
 }  # fmt: skip
 """Settings that may differ when a run is resumed: they leave weights and losses as they are.
 

@@ -38,8 +38,15 @@ def parse_oracle_mix(text: str) -> tuple[float, float]:
     return parts[0], parts[-1]
 
 
-def oracle_ratio(step: int, total: int, ends: tuple[float, float], schedule: str = "linear") -> float:
-    """Oracle ratio at `step` (0-based): from `ends[0]` at the first step to `ends[1]` at the last."""
+def oracle_ratio(
+    step: int, total: int, ends: tuple[float, float], schedule: str = "linear", switch_at: float = 0.5
+) -> float:
+    """Oracle ratio at `step` (0-based): from `ends[0]` at the first step to `ends[1]` at the last.
+
+    With `schedule` "switch" it is the first until the fraction `switch_at` of training is done, and then the other.
+    """
+    if schedule == "switch":
+        return ends[step >= round(switch_at * total)]
     progress = min(1.0, step / max(1, total - 1))
     if schedule == "cosine":
         progress = 0.5 * (1.0 - math.cos(math.pi * progress))

@@ -10,7 +10,7 @@ import datasets
 import torch
 
 from planlm.config import TrainConfig
-from planlm.corpus.batches import PlanBatch, PlanLoader
+from planlm.corpus.batches import PlanLoader
 from planlm.corpus.store import PreparedCorpus
 from planlm.distribution import on_rank_zero, rank, world_size
 from planlm.errors import InputError
@@ -25,6 +25,7 @@ from planlm.precision import compute_dtype, device, matrix_product_rate
 from planlm.pretrained.tokenizer import load_tokenizer, tokenizer_fingerprint
 from planlm.selections import SELECTIONS
 from planlm.training.flops import lm_flops
+from planlm.training.forgetting import Guards, WithRehearsal, base_model
 from planlm.training.groups import trainable_groups
 from planlm.training.identity import check_encoder, identify
 from planlm.training.loop import Task, fit, num_steps
@@ -52,14 +53,19 @@ def train(config: TrainConfig) -> dict[str, Any]:
     lm = config.lm or corpus.manifest.tokenizer
     _check_fit(config, corpus, lm)
     planner = Planner.load(Path(config.planner) / "planner") if config.planner else None
+    rehearsal = None if config.rehearsal is None else _rehearsal(config.rehearsal, corpus)
     horizon = planner.settings["horizon"] if planner and config.planner_loss > 0 else 1
-    loader = _loader(config, corpus.split("train"), horizon)
+    loader: Any = _loader(config, corpus.split("train"), horizon)
     held_out = None if config.validate_every is None else _loader(config, first_documents(corpus, config))
     steps = num_steps(config, loader.num_batches, config.accumulate)
     model = _model(config, corpus, lm, planner)
-    identity = on_rank_zero(lambda: identify(corpus, model.lm, planner))
+    if rehearsal is not None:
+        loader = WithRehearsal(loader, _loader(config, rehearsal.split("train")))
+    identity = on_rank_zero(lambda: identify(corpus, model.lm, planner, rehearsal))
+    base = base_model(model, config)
     parallel = Parallel(model, lm_layers(model.lm) if config.shard else None)
-    objective = Objective(parallel, config, steps)
+    guards = Guards(parallel, config, base) if config.kl > 0 or rehearsal is not None else None
+    objective = Objective(parallel, config, steps, guards)
     task = Task(
         model=parallel,
         groups=trainable_groups(model, config, steps),
@@ -91,18 +97,33 @@ def _loader(config: TrainConfig, dataset: datasets.Dataset, horizon: int = 1) ->
     return loader
 
 
-def _flops(model: PlanLMForCausalLM, config: TrainConfig) -> Callable[[list[PlanBatch]], float]:
-    """What counts the floating-point operations of a step's batches."""
+def _rehearsal(path: str, corpus: PreparedCorpus) -> PreparedCorpus:
+    """The corpus of `--rehearsal`."""
+    rehearsal = PreparedCorpus.load(path)
+    if rehearsal.manifest.tokenizer_fingerprint != corpus.manifest.tokenizer_fingerprint:
+        raise InputError(
+            f"--rehearsal {path}: prepared with the tokenizer of {rehearsal.manifest.tokenizer}, which is not that of "
+            f"{corpus.path}; prepare it again with --tokenizer {corpus.manifest.tokenizer}"
+        )
+    rehearsal.split("train")
+    return rehearsal
+
+
+def _flops(model: PlanLMForCausalLM, config: TrainConfig) -> Callable[[list[Any]], float]:
+    """What counts the floating-point operations of a step's batches, those of the guards included."""
     has_lowest = config.lm_mode == "freeze" and config.conditioning in BY_LAYER
     lowest = model.lm.config.num_hidden_layers - model.config.conditioned_layers if has_lowest else 0
     seen = min(config.window, config.attention_window or config.window)
     seen_twice = 2 * seen - seen**2 / config.window  # of what a token sees on average
 
-    def flops(batches: list[PlanBatch]) -> float:
-        num_tokens = sum(batch.input_ids.numel() for batch in batches)
+    def flops(batches: list[Any]) -> float:
+        pairs = [item if isinstance(item, tuple) else (item,) for item in batches]
+        num_tokens: float = sum(batch.input_ids.numel() for pair in pairs for batch in pair)
+        if config.kl > 0:  # with the plan off too, and all of it forward in the LM as it was
+            num_tokens += num_tokens / 3 + sum(pair[0].input_ids.numel() for pair in pairs)
         if config.conditioning == "insert":
-            num_tokens += sum(int((batch.actions >= 0).sum()) for batch in batches)
-        return lm_flops(model.lm, num_tokens, seen_twice, trained=config.lm_mode == "full", first_layer=lowest)
+            num_tokens += sum(int((pair[0].actions >= 0).sum()) for pair in pairs)
+        return lm_flops(model.lm, round(num_tokens), seen_twice, trained=config.lm_mode == "full", first_layer=lowest)
 
     return flops
 
@@ -138,6 +159,13 @@ def check_settings(config: TrainConfig) -> None:
     if config.planner_lm_layers is not None and not reads_lm:
         problems.append("--planner-lm-layers is for --planner-input lm or both")
     problems += [f"--{problem}" for problem in _problems_of_conditioning(config)]
+    if config.oracle_schedule == "switch" and ":" not in config.oracle_mix:
+        problems.append("--oracle-schedule switch goes from RHO to RHO_END; give both, as in --oracle-mix 1:0")
+    if config.lm_mode == "freeze" and (config.kl > 0 or config.rehearsal is not None):
+        guard = "--kl" if config.kl > 0 else "--rehearsal"
+        problems.append(
+            f"{guard} with --lm-mode freeze: nothing can be forgotten; leave it out, or choose lora or full"
+        )
     if problems:
         raise InputError("; ".join(problems))
 

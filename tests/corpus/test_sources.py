@@ -79,6 +79,18 @@ def test_a_text_file_is_one_document(tmp_path: Path) -> None:
     assert pairs(read(tmp_path / "a.txt")) == [("a.txt", "One.\n\nTwo.\n")]
 
 
+def test_a_wikitext_file_has_a_document_an_article(tmp_path: Path) -> None:
+    (tmp_path / "wiki.raw").write_text(
+        " \n = Homarus gammarus = \n \n It is a lobster . \n It is blue @-@ black . \n \n = = Description = = \n \n"
+        " It has claws . \n = 2 = \n \n = Empty = \n \n \n = = = Deep = = = \n \n = E = mc2 = \n \n It is known . \n"
+    )
+    found = read(str(tmp_path / "wiki.raw"))
+    assert [(one.id, one.text) for one in found] == [
+        ("wiki.raw:1", "It is a lobster .\nIt is blue @-@ black .\nIt has claws .\n= 2 ="),
+        ("wiki.raw:2", "It is known ."),
+    ]
+
+
 def test_folders_are_read_in_the_order_of_names(tmp_path: Path) -> None:
     for name in ("b/2.txt", "a.txt", "b/1.txt", ".hidden/x.txt", "b/.y.txt", "notes.md"):
         (tmp_path / name).parent.mkdir(exist_ok=True)

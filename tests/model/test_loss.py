@@ -9,9 +9,10 @@ import sys
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 from planlm.model import loss
-from planlm.model.loss import linear_cross_entropy
+from planlm.model.loss import divergence, linear_cross_entropy
 
 CHUNK = 64
 """Rows of a chunk of 11 float32 logits each."""
@@ -39,6 +40,28 @@ def test_agrees_with_the_unchunked_loss(num_rows: int, with_bias: bool, monkeypa
     torch.testing.assert_close(nll_sum, expected.sum())
     for mine, part in zip(got, [p for p in (hidden, weight, bias) if p is not None], strict=True):
         torch.testing.assert_close(mine, part.grad)
+
+
+@pytest.mark.parametrize("num_rows", [1, 2 * CHUNK + 37])
+@pytest.mark.parametrize("has_own_head", [False, True])
+def test_divergence_agrees_with_the_unchunked_one(
+    num_rows: int, has_own_head: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loss, "CHUNK", CHUNK * 11 * 4)
+    monkeypatch.setattr(loss, "ROWS", 24)
+    head, base_head = nn.Linear(8, 11), nn.Linear(6, 11) if has_own_head else None
+    hidden, base_hidden = torch.randn(num_rows, 8, requires_grad=True), torch.randn(num_rows, 6 if has_own_head else 8)
+    labels = torch.randint(0, 11, (num_rows,))
+    labels[num_rows // 3 : num_rows // 2] = -100
+    parts = [hidden, head.weight, head.bias]
+    kl_sum = divergence(hidden, head, (base_hidden, base_head), labels)
+    got = torch.autograd.grad(0.37 * kl_sum, parts)
+    log_q = head(hidden).log_softmax(-1)
+    log_p = (base_head or head)(base_hidden).log_softmax(-1).detach()
+    expected = F.kl_div(log_q, log_p, log_target=True, reduction="none").sum(-1)[labels >= 0].sum()
+    torch.testing.assert_close(kl_sum, expected)
+    for mine, wanted in zip(got, torch.autograd.grad(0.37 * expected, parts), strict=True):
+        torch.testing.assert_close(mine, wanted)
 
 
 LIGER = """

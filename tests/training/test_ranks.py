@@ -139,6 +139,29 @@ def test_ranks_validate_and_end_alike(still: dict[str, str], tmp_path: Path) -> 
     np.testing.assert_allclose(found[1]["best_loss"], found[0]["best_loss"], rtol=1e-4)
 
 
+def test_ranks_share_what_guards_against_forgetting(still: dict[str, str], tmp_path: Path) -> None:
+    """Divided with LoRA to leave out, replicated with a copy of the LM; each against one process."""
+    flags = [
+        "--steps",
+        "5",
+        "--kl",
+        "2",
+        "--rehearsal",
+        still["corpus"],
+        "--rehearsal-weight",
+        "0.5",
+        "--lm-lr",
+        "1e-2",
+    ]
+    for lm_mode, size, more in (("lora", 2, ["--shard"]), ("full", 3, [])):
+        outs = [tmp_path / f"{lm_mode}{count}" for count in (1, size)]
+        train(still, outs[0], 1, *flags, "--lm-mode", lm_mode)
+        train(still, outs[1], size, *flags, "--lm-mode", lm_mode, *more)
+        for key in ("loss", "kl", "rehearsal_loss"):
+            found, wanted = (logged(out, key) for out in reversed(outs))
+            np.testing.assert_allclose(found, wanted, rtol=1e-4, atol=1e-7)
+
+
 @pytest.mark.parametrize("ranks", [1, 2, 3])
 def test_an_epoch_has_every_token_as_a_label_once(planted: dict[str, str], ranks: int) -> None:
     """Whatever the number of processes and wherever they are started anew."""

@@ -31,6 +31,12 @@ def test_oracle_ratio_goes_from_first_to_last(schedule: str) -> None:
     assert parse_oracle_mix("0.8:0.2") == (0.8, 0.2) and parse_oracle_mix("0.3") == (0.3, 0.3)
 
 
+def test_oracle_ratio_switches_once() -> None:
+    for fraction, first in ((0.25, 3), (0.0, 0), (1.0, 12)):
+        ratios = [oracle_ratio(step, 12, (1.0, 0.1), "switch", fraction) for step in range(12)]
+        assert ratios == [1.0] * first + [0.1] * (12 - first)
+
+
 @pytest.mark.parametrize("text", ["", "a", "1.2", "0.1:0.2:0.3", "-0.1", "nan"])
 def test_bad_oracle_mix_is_refused(text: str) -> None:
     with pytest.raises(InputError, match="expected RHO or RHO:RHO_END"):
