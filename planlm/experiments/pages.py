@@ -64,6 +64,13 @@ def _backbone(backbone: dict[str, Any], versus: str) -> Iterator[str]:
     if chosen:
         yield "Chosen on validation, before test was read:"
         yield _table(("row", "chosen", "mean NLL on validation"), [_chosen_cells(*each) for each in chosen])
+    forgotten = [(row["label"], row["forgetting"]) for row in rows.values() if row["forgetting"]]
+    if forgotten:
+        yield "The LM with the plan off, before and after training: NLL on another corpus, and on this one:"
+        yield _table(
+            ("row", "corpus", "before", "after", "difference", "here before", "here after", "difference"),
+            [_forgetting_cells(*each) for each in forgotten],
+        )
     device = next((row["device"] for row in rows.values() if row["device"]), None)
     yield f"Cost of training, means over seeds{f', on {device}' if device else ''}:"
     yield _table(
@@ -106,6 +113,13 @@ def _chosen_cells(label: str, chosen: dict[str, Any]) -> list[str]:
 
     tried = "; ".join(f"{named(each['values'])}: {each['nll']:.4f}" for each in chosen["validation"])
     return [label, named(chosen["values"]), tried]
+
+
+def _forgetting_cells(label: str, found: dict[str, Any]) -> list[str]:
+    def cells(scores: dict[str, Any]) -> list[str]:
+        return [f"{scores['before']:.4f}", f"{scores['after']:.4f}", _number(scores["delta"], "{:+.4f}")]
+
+    return [label, Path(found["corpus"]).name, *cells(found), *cells(found["trained_on"])]
 
 
 def _cost_cells(row: dict[str, Any]) -> list[str]:

@@ -183,6 +183,20 @@ def test_the_test_over_seeds_is_scipys(
     assert compared["lower"] == 3 and np.isclose(compared["delta"], np.mean(joint) - np.mean(fixed))
 
 
+def test_tables_show_what_the_lm_has_forgotten_on_the_mean_over_seeds(
+    read: Callable[..., Experiment], planted: dict[str, str], tmp_path: Path
+) -> None:
+    def result(task: Task) -> dict[str, Any]:
+        after = 3.25 if "seed 1" in task.name else 3.75
+        found = {"before": 3.0, "after": after, "delta": after - 3.0, "ci95": [0.1, 1.0]}
+        return {**made_up(lambda task: 3.0)(task), "forgetting": {**found, "corpus": "a/other", "trained_on": found}}
+
+    experiment = read()
+    work = Work(experiment, planted["corpus"], tmp_path / "out", result)
+    text = " ".join(tables(collect(experiment, work.do(), work.store)).split())
+    assert "| joint | other | 3.0000 | 3.5000 | +0.5000 | 3.0000 | 3.5000 | +0.5000 |" in text
+
+
 def test_partial_tables_say_what_is_missing(
     read: Callable[..., Experiment], planted: dict[str, str], tmp_path: Path
 ) -> None:
