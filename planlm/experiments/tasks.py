@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,10 @@ from planlm.files import read_json
 
 RECORDS = "cells"
 """Folder of the records of finished tasks."""
+
+
+FOLDERS = {"lm": "lms", "tokens": "tokens", "planner": "planners", "train": "runs", "evaluate": "runs"}
+"""Where the folders of tasks are."""
 
 
 @dataclass(frozen=True)
@@ -227,9 +231,7 @@ class Planning:
         )
         identity = {"pretrain": options, "corpus": source}
         settings = {"pretrain": options, "corpus": str(folder)}
-        task = _task(
-            "lm", f"{backbone.name}: pre-training", backbone.name, settings, (made,), f"lms/{backbone.name}", identity
-        )
+        task = _task("lm", f"{backbone.name}: pre-training", backbone.name, settings, (made,), identity)
         return task.key, str(self.store.out / task.folder), task
 
     def _tokens(self, backbone: Backbone, name: str) -> Task:
@@ -238,8 +240,7 @@ class Planning:
         title = f"{backbone.name}: corpus {name}".strip()
         settings = {"corpus": str(folder), "lm": lm}
         identity = {"corpus": source, "lm": lm_key}
-        where = f"tokens/{backbone.name}-{name or 'corpus'}"
-        return _task("tokens", title, backbone.name, settings, (made, lm_task), where, identity)
+        return _task("tokens", title, backbone.name, settings, (made, lm_task), identity)
 
     def _planner(self, row: Row, seed: int) -> Task | None:
         if row.planner is None:
@@ -249,24 +250,24 @@ class Planning:
         options = _changed(PlannerConfig, {**self.experiment.planner, **row.planner, "seed": seed})
         settings = {"options": options, "corpus": str(folder)}
         identity = {"options": options, "corpus": source}
-        return _task("planner", f"planner, seed {seed}", "", settings, (made,), "planners/planner", identity)
+        return _task("planner", f"planner, seed {seed}", "", settings, (made,), identity)
 
     def _train(self, backbone: Backbone, row: Row, seed: int, values: dict[str, Any]) -> Task:
         options = {**self.experiment.train_options(backbone, row, values), "seed": seed}
-        tokens, options, others = self._other_corpora(backbone, options)
+        tokens, others = self._tokens(backbone, ""), self._others(backbone, options)
         planner = self._planner(row, seed)
         lm_key, lm, lm_task = self._lms[backbone.name]
         settings = {
             "options": _changed(TrainConfig, options),
-            "corpora": others,
+            "corpora": {name: other.key for name, other in others.items()},
             "lm": lm,
             "tokens": tokens.key,
             "planner": planner.key if planner else None,
         }
-        name = f"{backbone.name}: {row.name}{_shown(values)}, seed {seed}"
-        identity = {**settings, "lm": lm_key}
-        needs = (tokens, *(self._tokens(backbone, options[name]) for name in others), planner, lm_task)
-        return _task("train", name, backbone.name, settings, needs, f"runs/{backbone.name}.{row.name}.{seed}", identity)
+        title = f"{backbone.name}: {row.name}{_shown(values)}, seed {seed}"
+        identity = {**settings, "lm": lm_key}  # and not where it is
+        needs = (tokens, *others.values(), planner, lm_task)
+        return _task("train", title, backbone.name, settings, needs, identity)
 
     def _evaluate(
         self, backbone: Backbone, row: Row, seed: int, values: dict[str, Any], base: dict[str, Any], split: str,
@@ -275,25 +276,21 @@ class Planning:
         trained = self.experiment.base(row)
         train = self._train(backbone, trained, seed, base if row.model_of else values)
         options = self.experiment.evaluate_options(backbone, row, values)
-        tokens, options, others = self._other_corpora(backbone, options)
+        tokens, others = self._tokens(backbone, ""), self._others(backbone, options)
         settings = {
             "options": _changed(EvaluateConfig, {**options, "split": split}),
-            "corpora": others,
+            "corpora": {name: other.key for name, other in others.items()},
             "tokens": tokens.key,
             "train": train.key,
         }
-        name = f"{backbone.name}: {row.name}{_shown(values)}, seed {seed}, {split}"
-        needs = (train, tokens, *(self._tokens(backbone, options[name]) for name in others))
-        return _task(
-            "evaluate", name, backbone.name, settings | {"chosen": chosen}, needs, train.folder, identity=settings
-        )
+        title = f"{backbone.name}: {row.name}{_shown(values)}, seed {seed}, {split}"
+        needs = (train, tokens, *others.values())
+        task = _task("evaluate", title, backbone.name, settings, needs, identity=settings)
+        return replace(task, settings=settings | {"chosen": chosen}, folder=train.folder)
 
-    def _other_corpora(
-        self, backbone: Backbone, options: dict[str, Any]
-    ) -> tuple[Task, dict[str, Any], dict[str, str]]:
-        """The corpus in the LM's tokens, the options, and the keys of other corpora that they name."""
-        others = {name: self._tokens(backbone, options[name]).key for name in CORPUS_OPTIONS if options.get(name)}
-        return self._tokens(backbone, ""), options, others
+    def _others(self, backbone: Backbone, options: dict[str, Any]) -> dict[str, Task]:
+        """The tasks that make the other corpora which options name, by the option."""
+        return {name: self._tokens(backbone, options[name]) for name in CORPUS_OPTIONS if options.get(name)}
 
 
 def pending(planned: Planned, store: Store) -> Iterator[Task]:
@@ -317,17 +314,12 @@ def _key(kind: str, identity: Any) -> str:
 
 
 def _task(
-    kind: str, name: str, backbone: str, settings: dict[str, Any], needs: tuple[Task | None, ...], folder: str,
-    identity: Any,
-) -> Task:  # fmt: skip
-    """A task; `identity` is what decides its result. An evaluation works in the folder of the training."""
+    kind: str, name: str, backbone: str, settings: dict[str, Any], needs: tuple[Task | None, ...], identity: Any
+) -> Task:
+    """A task in a folder of its own, which follows from `identity`, what decides its result, and from no name."""
     key = _key(kind, identity)
-    own = kind != "evaluate"
-    needed = tuple(dict.fromkeys(need.key for need in needs if need))
-    by_key = {need.key: need for need in needs if need}
-    return Task(
-        key, kind, name, backbone, settings, tuple(by_key[k] for k in needed), f"{folder}-{key[:8]}" if own else folder
-    )
+    needed = {need.key: need for need in needs if need}
+    return Task(key, kind, name, backbone, settings, tuple(needed.values()), f"{FOLDERS[kind]}/{key}")
 
 
 def _changed(config: type[CommandConfig], options: dict[str, Any]) -> dict[str, Any]:

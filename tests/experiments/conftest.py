@@ -66,6 +66,7 @@ class Work:
             task = next(each for each in todo if all(self.store.record(need.key) for need in each.needs))
             if task.kind == "train":
                 self.store.model(task).mkdir(parents=True)
+            assert task.kind != "evaluate" or self.store.model(task).is_dir(), "evaluated without a model"
             self.done.append(task)
             record = {"kind": task.kind, "seconds": 1.0, "began": "now", "result": self._result(task)}
             self.store.path(task.key).write_text(json.dumps(record))

@@ -126,6 +126,25 @@ def test_tasks_depend_on_what_decides_them_alone(
     }
 
 
+def test_rows_that_come_to_the_same_share_their_trainings_whatever_they_are_called(
+    read: Callable[..., Experiment], planted: dict[str, str], tmp_path: Path
+) -> None:
+    rho = {
+        "  joint": "  joint: {selection: soft}\n  rho: {selection: soft, sweep: {oracle_mix: [0, 1]}, plans: [oracle]}"
+    }
+    work = Work(read(**rho), planted["corpus"], tmp_path / "out", made_up(lambda task: 3.0))
+    work.do()
+    assert [task.kind for task in work.done].count("train") == 2 * 3
+    renamed = {"  joint": "  other: {selection: soft}", "compare": ""}
+    again = Work(read(**renamed), planted["corpus"], tmp_path / "out", made_up(lambda task: 3.0))
+    again.do()
+    assert again.done == []
+    moved = tmp_path / "out" / ".." / "out"
+    elsewhere = Work(read(**rho), planted["corpus"], moved, made_up(lambda task: 3.0))
+    elsewhere.do()
+    assert elsewhere.done == []
+
+
 def test_a_corpus_that_was_made_here_is_known_by_its_content(
     read: Callable[..., Experiment], planted: dict[str, str], tmp_path: Path
 ) -> None:
