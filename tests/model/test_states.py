@@ -103,6 +103,33 @@ def test_changing_a_token_changes_no_plan_before_it(
         assert moved == [own < segment and (segment < 3) == (at < 8) for segment in range(6)]
 
 
+@pytest.mark.parametrize(
+    "options", [{"conditioning": "embedding"}, {"conditioning": "insert"}, {"attention_window": 3}]
+)
+def test_with_other_conditionings_and_a_short_attention(
+    options: dict[str, Any], lm_folder: Callable[[str], str], encoder: object
+) -> None:
+    """States are those of a pass without plans, so nothing before a token follows it; generation finds the same."""
+    model, inputs = joint(lm_folder("llama"), encoder, "both", planner_lm_layers=1, **options), batch()
+    before = model(**inputs, use_cache=False)
+    for at in (1, 4, 6, 12):
+        changed = inputs["input_ids"].clone()
+        changed[0, at] = changed[0, at] % 299 + 1
+        after = model(**(inputs | {"input_ids": changed}), use_cache=False)
+        torch.testing.assert_close(after.logits[:, :at], before.logits[:, :at], rtol=1e-5, atol=1e-5)
+        assert not torch.equal(after.action_logits, before.action_logits)
+    ids = model.tokenizer(TEXT, return_tensors="pt").input_ids
+    how: dict[str, Any] = {"max_new_tokens": 12, "do_sample": False, "suppress_tokens": [0]}
+    assert torch.equal(model.generate(ids, use_cache=True, **how), model.generate(ids, use_cache=False, **how))
+
+
+def test_the_loss_reaches_lora_below(lm_folder: Callable[[str], str], encoder: object) -> None:
+    model = joint(lm_folder("llama"), encoder, "lm", lora=(2, 4.0))
+    model(**batch(), want_oracle_nll=True, use_cache=False).oracle_nll[4].backward()
+    lower = [p for name, p in model.lm.named_parameters() if "layers.0." in name and ".lora_B." in name]
+    assert lower and any(p.grad is not None and p.grad.abs().sum() > 0 for p in lower)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_going_on_from_the_states_is_a_whole_pass(
