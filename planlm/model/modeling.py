@@ -276,7 +276,7 @@ class PlanLMForCausalLM(ModelFolder, GenerationMixin):
             (what runs the LM with the plans, the planner's cross-entropy `[S]` with the oracle actions if there are
             any, its logits `[S, K]` if it ran).
         """
-        assert self.planner is not None and isinstance(self.adapter, PlanAdapter)
+        assert self.planner is not None and not isinstance(self.adapter, Bottleneck)
         facts, logits, noise, oracle = SELECTIONS[selection], None, None, inputs.actions
         states, rows = None, inputs.segment_rows
         if facts.needs_others:
