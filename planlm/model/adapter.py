@@ -71,7 +71,9 @@ class EmbeddedPlans:
     def run(self, base: PreTrainedModel, call: dict[str, Any]) -> Any:
         """Call an LM's base model with these plans; `call` has the other arguments."""
         embeds = token_embeddings(base, call)
-        planned = add_plan(embeds.flatten(0, 1), self._projected, self._segment_ids, self._gate)
+        gate = None if self._gate is None else self._gate.to(embeds.device)
+        plan, ids = self._projected.to(embeds.device), self._segment_ids.to(embeds.device)
+        planned = add_plan(embeds.flatten(0, 1), plan, ids, gate)
         return base(**call | {"input_ids": None, "inputs_embeds": planned.view(embeds.shape)})
 
 

@@ -30,21 +30,21 @@ class Bottleneck(nn.Module):
 
     def __init__(self, lm: PreTrainedModel, config: PlanLMConfig, planner: Planner) -> None:
         super().__init__()
-        self.first_layer, self.widths = conditioned_widths(lm, config.conditioned_layers)
+        self.first_layer, widths = conditioned_widths(lm, config.conditioned_layers)
         with torch.device("meta"):
             adapter = PlanAdapter(lm, config)
         left = sum(parameter.numel() for part in (planner, adapter) for parameter in part.parameters())
         self.down, self.up = nn.ModuleList(), nn.ModuleList()
-        for number, width in enumerate(self.widths):
+        for number, width in enumerate(widths):
             # A layer has 2 width * size + size + width weights; what rounding leaves is the next one's.
-            share = left / (len(self.widths) - number)
+            share = left / (len(widths) - number)
             size = max(1, round((share - width) / (2 * width + 1)))
             left -= size * (2 * width + 1) + width
-            up = nn.Linear(size, width, bias=False)
+            up = nn.Linear(size, width)
             nn.init.zeros_(up.weight)
+            nn.init.zeros_(up.bias)
             self.down.append(nn.Linear(width, size))
             self.up.append(up)
-        self.bias = nn.Parameter(torch.zeros(sum(self.widths)))  # side by side, as the adapter's: it learns as fast
 
     def plans(self) -> BottleneckPlans:
         """What a call of the LM takes."""
@@ -69,4 +69,4 @@ class BottleneckPlans:
             return x
         states = x.flatten(2)  # [B, W, H d]
         added = own.up[layer](nn.functional.gelu(own.down[layer](states)))
-        return x + (added + own.bias.split(own.widths)[layer]).to(x.dtype).view(x.shape)
+        return x + added.to(x.device, x.dtype).view(x.shape)

@@ -126,16 +126,16 @@ class InsertedPlans:
             mask = None
         past = self._check(cache, mask)
         embeds = token_embeddings(base, call)
-        width = embeds.shape[1]
+        width, segment_ids = embeds.shape[1], self._segment_ids.to(embeds.device)
         if self.begins is None:
             call = call | {"use_cache": bool(call["use_cache"])}
-            begins = _begins(self._segment_ids)
+            begins = _begins(segment_ids)
         else:  # what is no text, as trained prompts, stands in front of it
-            begins = nn.functional.pad(self.begins, (past + width - self.begins.shape[1], 0))
+            begins = nn.functional.pad(self.begins.to(embeds.device), (past + width - self.begins.shape[1], 0))
         is_cached = cache is not None or call["use_cache"] is not False
         layout = _Layout(begins[:, past:], aligned=is_cached)
         table = torch.cat((embeds.flatten(0, 1), self._projected.to(embeds), embeds.new_zeros(1, embeds.shape[2])))
-        source = layout.source(self._segment_ids, len(table) - 1)
+        source = layout.source(segment_ids, len(table) - 1)
         inputs = table.index_select(0, source.flatten()).unflatten(0, source.shape)  # [B, X, d]
         numbers = torch.arange(past, past + width, device=embeds.device)[None] if positions is None else positions
         columns = None
@@ -191,7 +191,7 @@ class _Layout:
         self._slots = begins.any(dim=0, keepdim=True).expand_as(begins) if aligned else begins
         count = self._slots.cumsum(dim=1)
         self._tokens = torch.arange(width, device=begins.device) + count  # [B, W], column of each token
-        most = int(count[:, -1].max()) if count.numel() else 0
+        most = int(count[:, -1].max()) if count.numel() else 0  # the one time that the device is waited for
         # Few sizes where every row ends with columns to spare: libraries compile kernels for each shape that they meet.
         step = 1 if aligned else max(4, width // 8)
         self.width = width + -(-most // step) * step

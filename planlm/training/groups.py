@@ -56,7 +56,9 @@ def trainable_groups(model: PlanLMForCausalLM, config: TrainConfig, steps: int) 
 
     if config.selection != "none":
         adapter = dict(model.adapter.named_parameters(prefix="adapter"))
-        bias = {"adapter.bias": adapter.pop("adapter.bias")}
+        # The control's last biases learn as fast as the adapter's, or it would be the weaker for that.
+        last = [name for name in adapter if name == "adapter.bias" or (".up." in name and name.endswith(".bias"))]
+        bias = {name: adapter.pop(name) for name in last}
         codebook = {name: adapter.pop(name) for name in ("adapter.codebook",) if name in adapter}
         add("adapter", adapter, config.lr)
         add("bias", bias, config.lr * BIAS_REACH * model.config.action_dim**0.5)

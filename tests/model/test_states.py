@@ -83,12 +83,14 @@ def test_which_tokens_make_a_sentence() -> None:
     assert torch.equal(found[..., 0], expected)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    ("kind", "conditioning"), [("lm", "adapter"), ("both", "adapter"), ("both", "embedding"), ("lm", "insert")]
+)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_changing_a_token_changes_no_plan_before_it(
-    family: str, kind: str, lm_folder: Callable[[str], str], encoder: object
+    family: str, kind: str, conditioning: str, lm_folder: Callable[[str], str], encoder: object
 ) -> None:
-    model, inputs = joint(lm_folder(family), encoder, kind), batch()
+    model, inputs = joint(lm_folder(family), encoder, kind, conditioning=conditioning), batch()
     before = model(**inputs, use_cache=False)
     for at in range(16):
         changed = inputs["input_ids"].clone()

@@ -90,7 +90,10 @@ def test_what_is_restored_is_what_the_optimiser_makes_itself(is_divided: bool) -
         ({"codebook_per_layer": True, "gate": True}, {"weight", "gate", "bias", "codebook"}),
         ({"conditioning": "embedding", "gate": True}, {"weight", "gate", "bias", "codebook"}),
         ({"conditioning": "insert"}, {"weight", "bias", "codebook"}),
-        ({"conditioning": "bottleneck", "selection": "fixed"}, {"down.0.weight", "down.0.bias", "up.0.weight", "bias"}),
+        (
+            {"conditioning": "bottleneck", "selection": "fixed"},
+            {"down.0.weight", "down.0.bias", "up.0.weight", "up.0.bias"},
+        ),
     ],
 )
 def test_every_conditioning_trains_and_is_evaluated(
