@@ -46,8 +46,8 @@ def test_insertion_is_that_of_a_slow_reference(inserting: PlanLMForCausalLM) -> 
     """Windows apart, packed with padding behind, and behind padding: all outputs are those of the tokens."""
     inputs, plain = batch(), inserting.adapter
     (ids, segments), width = (inputs[name] for name in ("input_ids", "segment_ids")), 10
-    mixture = inserting.planner(inputs["sentence_embeddings"], None, inputs["segment_rows"]).softmax(-1)
-    plans = mixture @ plain.codebook @ plain.weight.T + plain.bias
+    states = inserting.planner(inputs["sentence_embeddings"])[inputs["segment_rows"].unbind(1)]
+    plans = inserting.planner.head(states).softmax(-1) @ plain.codebook @ plain.weight.T + plain.bias
     expected = [reference(inserting, ids[row], segments[row].tolist(), plans) for row in range(2)]
     apart = inserting(**inputs)
     torch.testing.assert_close(apart.logits, torch.stack(expected), rtol=1e-4, atol=1e-5)
