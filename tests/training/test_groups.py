@@ -131,7 +131,7 @@ def test_every_conditioning_trains_and_is_evaluated(
     ("options", "message"),
     [
         ({"conditioning": "insert", "gate": True}, "--gate: has no meaning with conditioning insert"),
-        ({"conditioning": "insert", "conditioned_layers": 1}, "--conditioned-layers has no meaning with"),
+        ({"conditioning": "insert", "conditioned_layers": 1}, "--conditioned-layers: has no meaning with"),
         ({"conditioning": "insert", "codebook_per_layer": True}, "--codebook-per-layer: has no meaning"),
         ({"conditioning": "bottleneck"}, "--selection soft: conditioning bottleneck has no plan; set selection fixed"),
         (
