@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import re
 import shlex
@@ -41,6 +42,15 @@ def test_commands_parse(line: str) -> None:
 
 def test_every_command_is_in_the_table() -> None:
     assert set(re.findall(r"^\| `([a-z-]+)` \|", README, re.MULTILINE)) == set(cli.COMMANDS)
+
+
+def test_parity_names_options_that_there_are() -> None:
+    configs = [command.config for command in cli.COMMANDS.values()]
+    known = {field.name.replace("_", "-") for config in configs for field in dataclasses.fields(config)}
+    cells = re.findall(r"`([^`]*)`", (ROOT / "docs" / "parity.md").read_text())
+    named = {name for cell in cells for name in re.findall(r"--([a-z][a-z-]+)", cell)}
+    assert len(named) > 20
+    assert named <= known
 
 
 def test_make_targets_exist() -> None:
