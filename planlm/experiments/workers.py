@@ -81,8 +81,12 @@ class Workers:
         with self.log(tasks[0]).open("a", encoding="utf-8") as log:
             process = subprocess.Popen(
                 [sys.executable, "-m", "planlm.experiments.cell", str(self.out)],
-                env=self._environment(slot), stdin=subprocess.PIPE, stdout=log, stderr=subprocess.STDOUT, text=True,
-            )  # fmt: skip
+                env=self._environment(slot, tasks[0].kind),
+                stdin=subprocess.PIPE,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                text=True,
+            )
         assert process.stdin is not None
         with contextlib.suppress(BrokenPipeError):  # it has failed already, and its log says how
             process.stdin.write(json.dumps(told) + "\n")
@@ -111,13 +115,14 @@ class Workers:
             lines = file.read().decode(errors="replace").replace("\r", "\n").splitlines()
         return next((line.strip() for line in reversed(lines) if line.strip()), "")
 
-    def _environment(self, slot: int) -> dict[str, str]:
-        """For a process: alone, with its share of the cores, on its GPU."""
+    def _environment(self, slot: int, kind: str) -> dict[str, str]:
+        """For a process: alone, with its share of the cores, on its GPU. While a corpus is made nothing else can be."""
+        threads = max(1, _cores() // local_world_size()) if kind == "corpus" else self.threads
         found = {name: value for name, value in os.environ.items() if not name.startswith(_TORCHRUN)}
         given = found.get("OMP_NUM_THREADS", "")
         # torchrun sets 1 by itself; a user who sets fewer than the share has a reason
         is_users = given.isascii() and given.isdigit() and int(given) > 0 and world_size() == 1
-        found["OMP_NUM_THREADS"] = str(min(self.threads, int(given)) if is_users else self.threads)
+        found["OMP_NUM_THREADS"] = str(min(threads, int(given)) if is_users else threads)
         if self._devices:
             found["CUDA_VISIBLE_DEVICES"] = self._devices[(local_rank() * self.jobs + slot) % len(self._devices)]
         return found | {"PYTHONUNBUFFERED": "1"}

@@ -21,10 +21,11 @@ TORCHRUN = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE
 def test_cells_share_the_cores_and_fewer_threads_stay_fewer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(workers, "_cores", lambda: 8)
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-    assert Workers(tmp_path, 2)._environment(0)["OMP_NUM_THREADS"] == "4"
+    assert Workers(tmp_path, 2)._environment(0, "train")["OMP_NUM_THREADS"] == "4"
+    assert Workers(tmp_path, 2)._environment(0, "corpus")["OMP_NUM_THREADS"] == "8"
     monkeypatch.setenv("OMP_NUM_THREADS", "3")
-    assert Workers(tmp_path, 2)._environment(0)["OMP_NUM_THREADS"] == "3"
-    assert Workers(tmp_path, 20)._environment(0)["OMP_NUM_THREADS"] == "1"
+    assert Workers(tmp_path, 2)._environment(0, "train")["OMP_NUM_THREADS"] == "3"
+    assert Workers(tmp_path, 20)._environment(0, "train")["OMP_NUM_THREADS"] == "1"
 
 
 def test_a_rank_has_one_cell_and_that_one_knows_nothing_of_ranks(
@@ -35,7 +36,7 @@ def test_a_rank_has_one_cell_and_that_one_knows_nothing_of_ranks(
         monkeypatch.setenv(name, value)
     found = Workers(tmp_path, None)
     assert found.jobs == 1
-    environment = found._environment(0)
+    environment = found._environment(0, "train")
     assert not environment.keys() & TORCHRUN.keys() and environment["OMP_NUM_THREADS"] == "4"
 
 
@@ -43,7 +44,7 @@ def test_each_cell_has_a_gpu_of_those_that_are_visible(tmp_path: Path, monkeypat
     monkeypatch.setattr(workers, "_devices", lambda: ["2", "5"])
     found = Workers(tmp_path, None)
     assert found.jobs == 2
-    assert [found._environment(slot)["CUDA_VISIBLE_DEVICES"] for slot in range(2)] == ["2", "5"]
+    assert [found._environment(slot, "train")["CUDA_VISIBLE_DEVICES"] for slot in range(2)] == ["2", "5"]
 
 
 def start(out: Path) -> subprocess.Popen[str]:
