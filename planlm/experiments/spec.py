@@ -431,9 +431,9 @@ def _check_row(where: str, experiment: Experiment, row: Row) -> None:
         for values in row.candidates():
             if not row.model_of:
                 options = experiment.train_options(backbone, row, values)
-                _build(_training, where, {**_located(experiment, options), "corpus": "-", "out": "-"})
+                _build(_training, where, {**_located(where, experiment, options), "corpus": "-", "out": "-"})
             options = experiment.evaluate_options(backbone, row, values)
-            _build(EvaluateConfig, where, {**_located(experiment, options), "corpus": "-", "run": "-"})
+            _build(EvaluateConfig, where, {**_located(where, experiment, options), "corpus": "-", "run": "-"})
     unknown = set(row.plans) - SELECTIONS.keys() - {SAMPLED}
     if unknown or len(set(row.plans)) < len(row.plans):
         raise InputError(
@@ -443,11 +443,11 @@ def _check_row(where: str, experiment: Experiment, row: Row) -> None:
         _build(PlannerConfig, where, {**experiment.planner, **row.planner, "corpus": "-", "out": "-"})
 
 
-def _located(experiment: Experiment, options: dict[str, Any]) -> dict[str, Any]:
+def _located(where: str, experiment: Experiment, options: dict[str, Any]) -> dict[str, Any]:
     """Options, whose other corpora have to be those of the file."""
     for name in CORPUS_OPTIONS:
         if options.get(name) is not None and options[name] not in experiment.corpora:
-            raise InputError(f"{name} {options[name]}: no corpus of this name under corpora")
+            raise InputError(f"{where}: {name} {options[name]}: no corpus of this name under corpora")
     return options
 
 

@@ -19,6 +19,7 @@ from scipy.stats import ttest_rel
 from planlm.config import ExperimentConfig
 from planlm.errors import InputError
 from planlm.experiments import run as experiments
+from planlm.experiments.cell import _corpora
 from planlm.experiments.pages import tables
 from planlm.experiments.results import check_budgets, collect
 from planlm.experiments.spec import Experiment
@@ -143,6 +144,24 @@ def test_rows_that_come_to_the_same_share_their_trainings_whatever_they_are_call
     elsewhere = Work(read(**rho), planted["corpus"], moved, made_up(lambda task: 3.0))
     elsewhere.do()
     assert elsewhere.done == []
+
+
+def test_other_corpora_come_in_the_tokens_of_the_lm(
+    read: Callable[..., Experiment], planted: dict[str, str], tmp_path: Path
+) -> None:
+    with pytest.raises(InputError, match="rows: joint: rehearsal other: no corpus of this name under corpora"):
+        read(**{"  joint": "  joint: {selection: soft, rehearsal: other, lm_mode: full}"})
+    changes = {
+        "  joint": "  joint: {selection: soft, rehearsal: other, lm_mode: full, evaluate: {forgetting: other}}",
+        "versus": f"corpora: {{other: {{corpus: {planted['corpus']}}}}}\nversus: fixed",
+    }
+    work = Work(read(**changes), planted["corpus"], tmp_path / "out", made_up(lambda task: 3.0))
+    work.do()
+    for kind, option in (("train", "rehearsal"), ("evaluate", "forgetting")):
+        task = next(each for each in work.done if each.kind == kind and "joint" in each.name)
+        assert list(task.settings["corpora"]) == [option]
+        assert _corpora(work.store.out, task.settings) == {option: "corpus"}  # as the made-up task left it
+        assert {need.kind for need in task.needs} >= {"tokens"}
 
 
 def test_a_corpus_that_was_made_here_is_known_by_its_content(
