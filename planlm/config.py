@@ -270,7 +270,11 @@ class TrainConfig(LoopConfig):
     batch_size: int = option(32, "windows per forward pass (the papers'), of all processes together", limit=BATCH)
     accumulate: int = option(1, "forward passes per optimiser step", limit=count(65_536))
     window: int = option(128, "tokens per window (the papers')", limit=TOKENS)
-    lr: float = option(1e-3, "peak learning rate of the new parameters (adapter)", limit=NOT_NEGATIVE)
+    lr: float = option(
+        1e-3,
+        "peak learning rate of the new parameters (adapter; a tenth of it with --conditioning embedding)",
+        limit=NOT_NEGATIVE,
+    )
     planner_lr: float = option(3e-4, "peak learning rate of the planner", limit=NOT_NEGATIVE)
     codebook_lr: float = option(1e-4, "peak learning rate of the codebook", limit=NOT_NEGATIVE)
     lm_lr: float | None = option(

@@ -23,6 +23,14 @@ that never changes learns what all text has in common faster than one that does:
 even `oracle` (dev/log.md).
 """
 
+EMBEDDED = 0.1
+"""Learning rate of what is added to token embeddings, in those of an adapter.
+
+Token embeddings are small beside what attention returns. On a GPT-2 of 4.5 million parameters, frozen, 40,000 tokens,
+a rate of 1e-2 serves the adapter (loss 5.356); here it takes the loss from 5.37 to 7.54 within 10 steps, 1e-3 ends at
+5.362, 1e-4 at 5.356.
+"""
+
 
 @dataclass(frozen=True)
 class ParameterGroup:
@@ -60,8 +68,9 @@ def trainable_groups(model: PlanLMForCausalLM, config: TrainConfig, steps: int) 
         last = [name for name in adapter if name == "adapter.bias" or (".up." in name and name.endswith(".bias"))]
         bias = {name: adapter.pop(name) for name in last}
         codebook = {name: adapter.pop(name) for name in ("adapter.codebook",) if name in adapter}
-        add("adapter", adapter, config.lr)
-        add("bias", bias, config.lr * BIAS_REACH * model.config.action_dim**0.5)
+        lr = config.lr * (EMBEDDED if config.conditioning == "embedding" else 1.0)
+        add("adapter", adapter, lr)
+        add("bias", bias, lr * BIAS_REACH * model.config.action_dim**0.5)
         if codebook:
             add("codebook", codebook, config.codebook_lr, config.unfreeze_codebook_at)
     learns = SELECTIONS[config.selection].trains_planner or config.planner_loss > 0

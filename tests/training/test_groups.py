@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -101,7 +102,13 @@ def test_every_conditioning_trains_and_is_evaluated(
 ) -> None:
     """A run that is taken up in the middle ends where one does that was not; every weight has moved."""
     options = {"steps": 4, "window": 32, "batch_size": 4, "lr": 1e-2, "conditioning": "adapter", **way}
-    shared = {"corpus": planted["corpus"], "lm": planted["lm"], "unfreeze_planner_at": 0.0, "checkpoint_every": 2}
+    shared = {
+        "corpus": planted["corpus"],
+        "lm": planted["lm"],
+        "unfreeze_planner_at": 0.0,
+        "checkpoint_every": 2,
+        "log_every": 1,
+    }
     runs = {name: TrainConfig(out=str(tmp_path / name), **shared, **options) for name in ("whole", "cut")}
     last = train(runs["whole"])
     with pytest.MonkeyPatch.context() as patch:
@@ -116,6 +123,8 @@ def test_every_conditioning_trains_and_is_evaluated(
     moments = {name: value for name, value in stored.items() if name.endswith("exp_avg")}
     names = {name.removeprefix("optimizer/adapter.").removesuffix("/exp_avg") for name in moments if "adapter" in name}
     assert trained <= names and all(value.abs().sum() > 0 for value in moments.values())
+    rate = max(json.loads(line)["lr"]["adapter"] for line in (tmp_path / "whole" / "metrics.jsonl").open())
+    assert rate == pytest.approx(1e-3 if way.get("conditioning") == "embedding" else 1e-2)
     has_planner = "selection" not in way
     assert has_planner == any("planner" in name for name in moments) == any("planner" in name for name in whole)
     plans = "none,fixed,soft,oracle" if has_planner else "none,fixed"
