@@ -54,13 +54,16 @@ def train(config: TrainConfig) -> dict[str, Any]:
     _check_fit(config, corpus, lm)
     planner = Planner.load(Path(config.planner) / "planner") if config.planner else None
     rehearsal = None if config.rehearsal is None else _rehearsal(config.rehearsal, corpus)
+    repeated = None if rehearsal is None else _nonempty(_loader(config, rehearsal.split("train")), "--rehearsal")
     horizon = planner.settings["horizon"] if planner and config.planner_loss > 0 else 1
     loader: Any = _loader(config, corpus.split("train"), horizon)
-    held_out = None if config.validate_every is None else _loader(config, first_documents(corpus, config))
+    held_out = None
+    if config.validate_every is not None:
+        held_out = _nonempty(_loader(config, first_documents(corpus, config)), "--validate-documents")
     steps = num_steps(config, loader.num_batches, config.accumulate)
     model = _model(config, corpus, lm, planner)
-    if rehearsal is not None:
-        loader = WithRehearsal(loader, _loader(config, rehearsal.split("train")))
+    if repeated is not None:
+        loader = WithRehearsal(loader, repeated)
     identity = on_rank_zero(lambda: identify(corpus, model.lm, planner, rehearsal))
     base = base_model(model, config)
     parallel = Parallel(model, lm_layers(model.lm) if config.shard else None)
@@ -94,6 +97,13 @@ def _loader(config: TrainConfig, dataset: datasets.Dataset, horizon: int = 1) ->
         planner_sequence_per_window=config.planner_input != "embeddings",
     )
     loader.share, loader.horizon = (rank(), world_size()), horizon
+    return loader
+
+
+def _nonempty(loader: PlanLoader, option: str) -> PlanLoader:
+    """`loader`, of documents that an option names; refuses those of one token each, in which nothing is predicted."""
+    if loader.num_batches == 0:
+        raise InputError(f"{option}: none of those documents has a second token to predict; give others, or more")
     return loader
 
 

@@ -77,3 +77,21 @@ def planted(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
             )
         )  # fmt: skip
     return {"corpus": str(folder / "corpus"), "lm": str(folder / "lm")}
+
+
+@pytest.fixture(scope="session")
+def of_one_token(planted: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A prepared corpus of the same tokenizer whose documents have a token each: there is nothing to predict."""
+    folder: Path = tmp_path_factory.mktemp("of_one_token")
+    (folder / "texts").mkdir()
+    for document in range(40):
+        (folder / "texts" / f"{document:03}.txt").write_text(TYPES[document % 2])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(shards, "SentenceEncoder", TypeEncoder)
+        prepare(
+            PrepareConfig(
+                inputs=(str(folder / "texts"),), out=str(folder / "corpus"), tokenizer=planted["lm"], actions=2,
+                encoder="types", validation_fraction=0.2, test_fraction=0.2, min_sentences=1,
+            )
+        )  # fmt: skip
+    return str(folder / "corpus")

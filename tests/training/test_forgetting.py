@@ -159,3 +159,12 @@ def test_mistakes_are_named(changes: dict[str, Any], message: str, planted: dict
     with pytest.raises(InputError, match=message):
         train(settings(planted, tmp_path / "run", **changes))
     assert not (tmp_path / "run").exists()
+
+
+def test_a_rehearsal_without_a_token_to_predict_is_refused(
+    planted: dict[str, str], of_one_token: str, tmp_path: Path
+) -> None:
+    """And not looked through for ever."""
+    with pytest.raises(InputError, match=r"^--rehearsal: none of those documents has a second token to predict"):
+        train(settings(planted, tmp_path / "run", lm_mode="full", rehearsal=of_one_token))
+    assert not (tmp_path / "run").exists()

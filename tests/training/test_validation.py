@@ -156,3 +156,14 @@ def test_mistakes_are_named(planted: dict[str, str], tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"--patience: counts measurements .* set --validate-every too"):
         train(settings(planted, tmp_path / "run", patience=3))
     assert not (tmp_path / "run").exists()
+
+
+def test_documents_without_a_token_to_predict_are_refused(
+    planted: dict[str, str], of_one_token: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A loss of 0 over no token would be the best for ever."""
+    documents = PreparedCorpus.load(of_one_token).split("validation")
+    monkeypatch.setattr("planlm.training.train.first_documents", lambda *_: documents)
+    with pytest.raises(InputError, match=r"^--validate-documents: none of those documents has a second token"):
+        train(settings(planted, tmp_path / "run", validate_every=1))
+    assert not (tmp_path / "run").exists()
