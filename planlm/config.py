@@ -25,6 +25,7 @@ from planlm.settings import (
     POSITIVE,
     SAMPLING,
     SEED,
+    TEMPERATURE,
     TOKENS,
     Limit,
     as_kind,
@@ -174,7 +175,7 @@ class PlannerConfig(LoopConfig):
         None,
         "temperature T (a squared distance) of targets softmax(-|x - E_k|^2 / T) over the centroids E, where x is the "
         "sentence's own embedding; default: its nearest centroid alone",
-        limit=POSITIVE,
+        limit=TEMPERATURE,
     )
     epochs: float = option(4.0, "passes over the training documents", limit=EPOCHS)
     batch_size: int = option(32, "documents per step (the papers'), of all processes together", limit=BATCH)
@@ -189,7 +190,7 @@ class TrainConfig(LoopConfig):
     lm: str | None = option(None, "causal LM, by hub name or folder; default: the LM whose tokenizer the corpus used")
     planner: str | None = option(None, "run directory of pretrain-planner; without one the planner starts untrained")
     selection: str = option("soft", "what the LM is conditioned on (docs/method.md)", choices=tuple(SELECTIONS))
-    temperature: float = option(1.0, "softmax temperature of the mixture", limit=POSITIVE)
+    temperature: float = option(1.0, "softmax temperature of the mixture", limit=TEMPERATURE)
     top_k: int | None = option(None, "actions kept by --selection top-k", limit=COUNT)
     gumbel_scale: float = option(1.0, "scale of the Gumbel noise", limit=NOT_NEGATIVE)
     conditioning: str = option(
@@ -312,7 +313,7 @@ class EvaluateConfig(CommandConfig):
     )
     num_plans: int | None = option(None, "plans drawn for the row sampled; default: 8", limit=count(10_000))
     temperature: float | None = option(
-        None, "softmax temperature of the plans; default: the one trained with", limit=POSITIVE
+        None, "softmax temperature of the plans; default: the one trained with", limit=TEMPERATURE
     )
     window: int | None = option(None, "tokens of context; default: the LM's, at most 1024", limit=TOKENS)
     stride: int | None = option(None, "tokens scored per window; default: the window", limit=TOKENS)

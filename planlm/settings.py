@@ -35,6 +35,7 @@ COUNT = count()
 NOT_NEGATIVE = Limit("at least 0", lambda value: value >= 0)
 NUMBER = Limit("at least 0", lambda value: value >= 0, 1_000_000_000)
 POSITIVE = Limit("more than 0", lambda value: value > 0)
+TEMPERATURE = Limit("1e-30 to 1e+30", lambda value: 1e-30 <= value <= 1e30)  # scores over it are finite in float32
 EPOCHS = Limit("more than 0", lambda value: value > 0, 1_000_000)
 BATCH = count(1_000_000)
 TOKENS = count(1 << 24)  # of a window: no LM's context is longer

@@ -98,6 +98,17 @@ def test_inputs_that_are_none_are_refused(inputs: Any) -> None:
 # Numbers
 
 
+@pytest.mark.parametrize("value", [0, 1e-45, 1e39, 1e300])
+def test_temperatures_by_which_scores_overflow_are_refused(value: float) -> None:
+    """They gave NaN, of which it was said that training had diverged."""
+    with pytest.raises(InputError, match=r"^--temperature .*: expected 1e-30 to 1e\+30$"):
+        train(temperature=value)
+    with pytest.raises(InputError, match=r"^--temperature .*: expected 1e-30 to 1e\+30$"):
+        config.EvaluateConfig(run="r", corpus="c", temperature=value)
+    with pytest.raises(InputError, match=r"^--soft-targets .*: expected 1e-30 to 1e\+30$"):
+        config.PlannerConfig(corpus="c", out="r", soft_targets=value)
+
+
 def whole_numbers() -> list[tuple[str, str]]:
     return [
         (command, field.name)

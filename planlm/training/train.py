@@ -159,10 +159,12 @@ def check_settings(config: TrainConfig) -> None:
         problems.append(f"--oracle-mix has no meaning with --selection {config.selection}")
     reads_lm = config.planner_input != "embeddings"
     learns = (selection.trains_planner or config.planner_loss > 0) and not config.freeze_planner
+    learns = learns and config.unfreeze_planner_at < 1
     if reads_lm and selection.asks_planner and not selection.needs_others and not learns:
         problems.append(
             f"--planner-input {config.planner_input}: its projection starts untrained, and the planner does not train "
-            "(--freeze-planner, or a --selection without gradient and no --planner-loss); leave it out"
+            "(--freeze-planner, --unfreeze-planner-at 1, or a --selection without gradient and no --planner-loss); "
+            "leave it out"
         )
     if reads_lm and selection.needs_others:
         problems.append(f"--selection {config.selection} is for --planner-input embeddings: others have no LM states")
@@ -171,6 +173,14 @@ def check_settings(config: TrainConfig) -> None:
     problems += [f"--{problem}" for problem in _problems_of_conditioning(config)]
     if config.oracle_schedule == "switch" and ":" not in config.oracle_mix:
         problems.append("--oracle-schedule switch goes from RHO to RHO_END; give both, as in --oracle-mix 1:0")
+    unused = {
+        "oracle-switch-at": ("--oracle-schedule switch", config.oracle_schedule == "switch"),
+        "rehearsal-weight": ("--rehearsal", config.rehearsal is not None),
+    }
+    for option, (needs, is_there) in unused.items():
+        name = option.replace("-", "_")
+        if not is_there and getattr(config, name) != TrainConfig.__dataclass_fields__[name].default:
+            problems.append(f"--{option} is for {needs}; set that too, or leave it out")
     if config.lm_mode == "freeze" and (config.kl > 0 or config.rehearsal is not None):
         guard = "--kl" if config.kl > 0 else "--rehearsal"
         problems.append(
@@ -186,6 +196,8 @@ def _problems_of_conditioning(config: TrainConfig) -> list[str]:
     problems = conditioning_problems(config.conditioning, **{name: getattr(config, name) for name in names})
     if config.conditioned_layers is not None and config.conditioning not in BY_LAYER:
         problems.append(f"conditioned-layers: has no meaning with --conditioning {config.conditioning}")
+    if config.conditioning == "insert" and config.attention_window == 1:
+        problems.append("attention-window 1: with --conditioning insert no token would see its plan; set 2 or more")
     asks_plan = config.planner_loss > 0 or max(parse_oracle_mix(config.oracle_mix)) > 0
     if config.conditioning == "bottleneck" and asks_plan:
         problems.append("conditioning bottleneck has no plan; leave --planner-loss and --oracle-mix out")

@@ -152,6 +152,8 @@ def test_positions_of_both_corpora_are_stored(planted: dict[str, str]) -> None:
         ({"kl": 0.1}, r"--kl with --lm-mode freeze: nothing can be forgotten; leave it out"),
         ({"rehearsal": "corpus"}, r"--rehearsal with --lm-mode freeze: nothing can be forgotten"),
         ({"rehearsal": "nowhere", "lm_mode": "full"}, r"nowhere: no prepared corpus"),
+        ({"rehearsal_weight": 0.5}, r"--rehearsal-weight is for --rehearsal; set that too"),
+        ({"oracle_switch_at": 0.2, "oracle_mix": "1:0"}, r"--oracle-switch-at is for --oracle-schedule switch"),
         ({"oracle_schedule": "switch", "oracle_mix": "0.5"}, r"--oracle-schedule switch goes from RHO to RHO_END"),
     ],
 )

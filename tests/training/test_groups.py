@@ -142,6 +142,10 @@ def test_every_conditioning_trains_and_is_evaluated(
         ({"conditioning": "insert", "gate": True}, "--gate: has no meaning with conditioning insert"),
         ({"conditioning": "insert", "conditioned_layers": 1}, "--conditioned-layers: has no meaning with"),
         ({"conditioning": "insert", "codebook_per_layer": True}, "--codebook-per-layer: has no meaning"),
+        (
+            {"conditioning": "insert", "attention_window": 1},
+            "--attention-window 1: with --conditioning insert no token",
+        ),
         ({"conditioning": "bottleneck"}, "--selection soft: conditioning bottleneck has no plan; set selection fixed"),
         (
             {"conditioning": "bottleneck", "selection": "fixed", "planner_loss": 0.1},

@@ -95,6 +95,7 @@ def test_a_window_is_planned_alike_in_every_batch(planted: dict[str, str]) -> No
     [
         ({"planner_input": "lm", "freeze_planner": True}, "--planner-input lm: its projection starts untrained"),
         ({"planner_input": "both", "selection": "hard", "planner_loss": 0.0}, "--planner-input both"),
+        ({"planner_input": "lm", "unfreeze_planner_at": 1.0}, "--unfreeze-planner-at 1"),
         ({"planner_lm_layers": 2}, "--planner-lm-layers is for --planner-input"),
     ],
 )
