@@ -53,7 +53,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     Raises:
         InputError: anything wrong with the arguments, the model, the corpus, or their fit.
     """
-    plans = _parse(config)
+    plans = parse_plans(config)
     run = Path(config.run)
     corpus = PreparedCorpus.load(config.corpus)
     dataset = corpus.split(config.split)
@@ -122,8 +122,12 @@ def _planner_metrics(
     return planner_metrics(model.planner, dataset, corpus.action_counts, predicted=predicted)
 
 
-def _parse(config: EvaluateConfig) -> list[str]:
-    """The plans asked for, in order and each once."""
+def parse_plans(config: EvaluateConfig) -> list[str]:
+    """The plans asked for, in order and each once.
+
+    Raises:
+        InputError: names every contradiction between the settings.
+    """
     plans = list(dict.fromkeys(plan.strip() for plan in config.plans.split(",") if plan.strip()))
     problems = []
     if not plans or set(plans) - {*SELECTIONS, SAMPLED}:
@@ -152,17 +156,24 @@ def load_evaluated(run: Path, plans: list[str], corpus: PreparedCorpus) -> tuple
     if plans == ["none"] and described.is_file() and read_json(described).get("model_type") != PlanLMConfig.model_type:
         return PlanLMForCausalLM.from_lm(str(run), corpus.codebook).to(device()), False  # type: ignore[arg-type]
     model = load_model(str(run))
-    if model.planner is None and set(plans) - set(WITHOUT_PLAN):
-        raise InputError(
-            f"--plans {','.join(plans)}: {run} has no plan (conditioning bottleneck); set --plans none,fixed"
-        )
+    has_planner, reads_lm = model.planner is not None, model.planner_input is not None
+    problem = plans_problem(plans, str(run), has_planner=has_planner, top_k=model.config.plan_top_k, reads_lm=reads_lm)
+    if problem:
+        raise InputError(f"--plans {','.join(plans)}: {problem}")
+    return model, has_planner
+
+
+def plans_problem(plans: list[str], run: str, *, has_planner: bool, top_k: int | None, reads_lm: bool) -> str | None:
+    """Why a model, called `run`, that was trained in this way has not all these plans; None where it has."""
+    if not has_planner and set(plans) - set(WITHOUT_PLAN):
+        return f"{run} has no plan (conditioning bottleneck); set --plans none,fixed"
     for plan in plans:
         facts = SELECTIONS.get(plan, Selection())
-        if facts.needs_top_k and model.config.plan_top_k is None:
-            raise InputError(f"--plans {','.join(plans)}: {run} was not trained with --top-k; leave {plan} out")
-        if facts.needs_others and model.planner_input is not None:
-            raise InputError(f"--plans {','.join(plans)}: the planner of {run} reads the LM's states; leave {plan} out")
-    return model, model.planner is not None
+        if facts.needs_top_k and top_k is None:
+            return f"{run} was not trained with --top-k; leave {plan} out"
+        if facts.needs_others and reads_lm:
+            return f"the planner of {run} reads the LM's states; leave {plan} out"
+    return None
 
 
 def check_fit(

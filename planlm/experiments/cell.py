@@ -19,7 +19,8 @@ from pathlib import Path
 from typing import Any
 
 from planlm.errors import InputError, MachineError
-from planlm.files import locked, read_json, write_json
+from planlm.experiments.record import read_record, write_record
+from planlm.files import locked, read_json
 from planlm.signals import handling
 from planlm.terminal import note, silence_libraries
 
@@ -65,8 +66,9 @@ def _do(out: Path, task: dict[str, Any]) -> None:
     if record.exists():
         return
     began, start = datetime.now(UTC), time.monotonic()
+    _check_contents(task["settings"].get("contents", {}))
     result = KINDS[task["kind"]](out, task)
-    write_json(
+    write_record(
         record,
         {
             **task,
@@ -76,6 +78,15 @@ def _do(out: Path, task: dict[str, Any]) -> None:
             "result": result,
         },
     )
+
+
+def _check_contents(contents: dict[str, str]) -> None:
+    """Refuse corpora that have changed since the tasks were planned: a result would be kept as another corpus'."""
+    from planlm.corpus.store import PreparedCorpus
+
+    for folder, content in contents.items():
+        if PreparedCorpus.load(folder).fingerprint != content:
+            raise InputError(f"{folder}: has changed since the experiment was started; start it again")
 
 
 def _corpus(out: Path, task: dict[str, Any]) -> dict[str, Any]:
@@ -139,7 +150,7 @@ def _train(out: Path, task: dict[str, Any]) -> dict[str, Any]:
     planner = settings["planner"]
     config = TrainConfig(
         **settings["options"] | _corpora(out, settings),
-        corpus=_needed(out, settings["tokens"])["result"]["corpus"],
+        corpus=_in_tokens(out, settings["tokens"], settings),
         lm=settings["lm"],
         planner=str(out / _needed(out, planner)["folder"]) if planner else None,
         out=str(run),
@@ -169,7 +180,7 @@ def _evaluate(out: Path, task: dict[str, Any]) -> dict[str, Any]:
     config = EvaluateConfig(
         **settings["options"] | _corpora(out, settings),
         run=str(run),
-        corpus=_needed(out, settings["tokens"])["result"]["corpus"],
+        corpus=_in_tokens(out, settings["tokens"], settings),
     )
     result = evaluate(config)
     kept = read_json(run / RESULTS)[config.split]
@@ -192,12 +203,18 @@ def _parameters_added(model: Path) -> int:
 
 def _needed(out: Path, key: str) -> dict[str, Any]:
     """The record of a task that this one needs."""
-    return read_json(out / "cells" / f"{key}.json")
+    return read_record(out / "cells" / f"{key}.json")
+
+
+def _in_tokens(out: Path, key: str, settings: dict[str, Any]) -> str:
+    """The folder of a corpus in the LM's tokens, wherever it and the experiment are by now."""
+    record = _needed(out, key)
+    return str(out / record["folder"]) if "splits" in record["result"] else settings["sources"][key]
 
 
 def _corpora(out: Path, settings: dict[str, Any]) -> dict[str, str]:
     """Options that name another corpus, as its folder in the LM's tokens."""
-    return {name: _needed(out, key)["result"]["corpus"] for name, key in settings["corpora"].items()}
+    return {name: _in_tokens(out, key, settings) for name, key in settings["corpora"].items()}
 
 
 KINDS = {

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +13,13 @@ from planlm.terminal import note
 
 MINUS = "−"
 
+PLOTS = ("rows", "where")
+"""Plots of each LM, beside its curves."""
+
 
 def tables(results: dict[str, Any]) -> str:
     """Tables in Markdown: for each LM the rows, the comparisons, what was chosen and what it cost."""
-    parts = [f"# {results['title']}"]
+    parts = [f"# {' '.join(results['title'].split())}"]
     if results["missing"]:
         count = len(results["missing"])
         parts.append(
@@ -142,7 +145,7 @@ def _interval(ends: Sequence[float] | None) -> str:
 
 def _table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A Markdown table whose columns line up in a terminal too."""
-    cells = [[cell.replace("|", "\\|") for cell in row] for row in (headings, *rows)]
+    cells = [[" ".join(cell.replace("|", "\\|").split()) for cell in row] for row in (headings, *rows)]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     lines = [
         "| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |" for row in cells
@@ -159,17 +162,17 @@ def write_plots(results: dict[str, Any], out: Path) -> None:
         return
     for name, backbone in results["backbones"].items():
         if (table := _figure_rows(backbone)) is not None:
-            save_png(perplexity_figure(table), out / f"{_file(name)}-rows.png")
+            save_png(perplexity_figure(table), out / plot_name(name, "rows"))
             parts = {key: backbone[key] for key in ("by_position", "by_length") if key in backbone}
             shown = {row["plan"] for bucket in parts.get("by_position", [])[:1] for row in bucket["rows"]}
             rows = [row for row in table["rows"] if row["plan"] in shown]
             if (figure := breakdown_figure({**table, **parts, "rows": rows})) is not None:
-                save_png(figure, out / f"{_file(name)}-where.png")
+                save_png(figure, out / plot_name(name, "where"))
         for curve_name, curve in backbone["curves"].items():
             if any(curve["lines"].values()):
                 versus = f"nats per token against {curve['versus']}"
                 figure = lines_figure(curve["lines"], x=curve["x"], y=versus, title=f"{name}: {curve_name}")
-                save_png(figure, out / f"{_file(name)}-{_file(curve_name)}.png")
+                save_png(figure, out / plot_name(name, curve_name))
 
 
 def _figure_rows(backbone: dict[str, Any]) -> dict[str, Any] | None:
@@ -189,7 +192,7 @@ def _figure_rows(backbone: dict[str, Any]) -> dict[str, Any] | None:
                 verdict = "better" if compared["delta"] < 0 else "worse"
             rows.append(
                 {
-                    "plan": row["label"] if len(row["plans"]) == 1 else f"{row['label']} / {plan}",
+                    "plan": figure_name(row["label"], row["plans"], plan),
                     "perplexity": found["perplexity"],
                     "delta": compared["delta"],
                     "ci95": interval,
@@ -201,5 +204,11 @@ def _figure_rows(backbone: dict[str, Any]) -> dict[str, Any] | None:
     return {"rows": rows, "versus": reference, "split": split} if reference and len(rows) > 1 else None
 
 
-def _file(name: str) -> str:
-    return re.sub(r"[^\w.=-]+", "-", name)
+def figure_name(label: str, plans: Collection[str], plan: str) -> str:
+    """What a row under one of its plans is called in figures."""
+    return label if len(plans) == 1 else f"{label} / {plan}"
+
+
+def plot_name(backbone: str, what: str) -> str:
+    """The file of an LM's plot."""
+    return "-".join(re.sub(r"[^\w.=-]+", "-", name) for name in (backbone, what)) + ".png"

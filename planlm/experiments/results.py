@@ -17,7 +17,7 @@ from planlm import __version__
 from planlm.errors import InputError
 from planlm.evaluation.breakdown import SplitScores, by_length, by_position
 from planlm.evaluation.significance import DocumentScores, compare_rows
-from planlm.experiments.pages import tables, write_plots
+from planlm.experiments.pages import figure_name, tables, write_plots
 from planlm.experiments.spec import Backbone, Curve, Experiment, Row
 from planlm.experiments.tasks import Planned, Store
 from planlm.files import write_json, write_text
@@ -122,20 +122,20 @@ class _Backbone:
 
         Of scores averaged over seeds, with intervals over documents; nothing while the reference is missing.
         """
-        reference = self.experiment.side(self.experiment.versus)
+        reference, plan = self.experiment.side(self.experiment.versus)
+        versus = figure_name(reference.label, reference.plans, plan)
         averaged = {}
         for row in self.experiment.rows.values():
             for plan in row.plans:
                 kept = [record["result"]["scores"] for record in self._records[row.name].values()]
                 if kept and all("position_nll" in each for each in kept):
-                    averaged[_named(row, plan)] = SplitScores(
+                    averaged[figure_name(row.label, row.plans, plan)] = SplitScores(
                         np.mean([each["nll"][plan] for each in kept], axis=0),
                         np.asarray(kept[0]["tokens"]),
                         np.mean([each["position_nll"][plan] for each in kept], axis=0),
                         np.asarray(kept[0]["position_tokens"]),
                         seconds=0.0,
                     )
-        versus = _named(*reference)
         if versus not in averaged:
             return {}
         alike = {
@@ -239,11 +239,6 @@ def _compare(scores: Scores, reference: Scores) -> dict[str, Any]:
         "t": t,
         "p": p,
     }
-
-
-def _named(row: Row, plan: str) -> str:
-    """What a row under a plan is called in figures."""
-    return row.label if len(row.plans) == 1 else f"{row.label} / {plan}"
 
 
 def _half_width(values: Any) -> float | None:

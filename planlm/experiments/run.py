@@ -76,11 +76,16 @@ def _open(out: Path, described: Experiment) -> None:
     if mark.is_file():
         if (before := read_json(mark).get("name")) != described.name:
             raise InputError(f"{out}: holds the experiment {before}; choose another --out")
-    elif out.exists() and (not out.is_dir() or any(out.iterdir())):
+    elif out.exists() and (not out.is_dir() or any(not _is_ours(path) for path in out.iterdir())):
         raise InputError(f"{out}: holds other files; choose another --out")
     for name in (RECORDS, "logs"):
         (out / name).mkdir(parents=True, exist_ok=True)
     write_json(mark, {"name": described.name})
+
+
+def _is_ours(path: Path) -> bool:
+    """Whether another rank or command may just have made this, which begins on the folder at the same time."""
+    return path.name in (RECORDS, "logs", MARK) or path.name.endswith(".partial")
 
 
 class _Loop:
@@ -99,7 +104,7 @@ class _Loop:
             note(f"{self.described.title}: {_count(planned, todo)}")
         while todo:
             self._start(todo)
-            if not self.workers.running and not any(task.key in self._later for task in todo):
+            if not self.workers.running and not self._later:
                 break
             time.sleep(0.2)
             for work in self.workers.ended():
@@ -112,7 +117,7 @@ class _Loop:
                     self._note(task, planned, todo)
             elif time.monotonic() - self._told > SECONDS:
                 self._tell()
-        return self.failed
+        return {key: why for key, why in self.failed.items() if self.store.record(key) is None}
 
     def _look(self, done: list[Task] | None = None) -> tuple[Planned, list[Task]]:
         """What is to be done now; new results are written, and models that nobody will ask for go."""
@@ -128,8 +133,9 @@ class _Loop:
     def _start(self, todo: list[Task]) -> None:
         """Start as many processes as there is room for."""
         now = time.monotonic()
+        self._later = {key: until for key, until in self._later.items() if until > now}
         for task in todo:
-            is_open = task.key not in self.failed and self._later.get(task.key, 0.0) <= now
+            is_open = task.key not in self.failed and task.key not in self._later
             if is_open and self.workers.has_room and self.workers.is_free(task) and self._is_ready(task, ()):
                 followers = (each for each in todo if each.kind == FOLLOWERS.get(task.kind))
                 self.workers.start(task, *(each for each in followers if self._is_follower(each, task)))

@@ -5,11 +5,12 @@ from __future__ import annotations
 import difflib
 import itertools
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
 from planlm.config import (
+    PLANNER_INPUTS,
     CommandConfig,
     EvaluateConfig,
     PlannerConfig,
@@ -18,16 +19,16 @@ from planlm.config import (
     TrainConfig,
 )
 from planlm.errors import InputError
+from planlm.evaluation.evaluate import parse_plans, plans_problem
 from planlm.evaluation.perplexity import SAMPLED
+from planlm.experiments.pages import PLOTS, figure_name, plot_name
+from planlm.experiments.section import OURS, Section, as_option, names_of, shown
 from planlm.flat_yaml import read_nested
 from planlm.selections import SELECTIONS
-from planlm.settings import SEED, as_kind, kind_of
+from planlm.settings import SEED, as_kind
 from planlm.training.train import check_settings
 
 Config = TypeVar("Config", bound=CommandConfig)
-
-OURS = {"corpus", "out", "json", "resume", "seed", "lm", "planner", "run", "split", "plans", "versus", "file", "jobs"}
-"""Options that the experiment sets itself."""
 
 BUDGET = ("steps", "epochs", "batch_size", "accumulate", "window")
 """Options that decide how many tokens a row is trained on."""
@@ -128,64 +129,9 @@ class Experiment:
 
     def evaluate_options(self, backbone: Backbone, row: Row, values: dict[str, Any]) -> dict[str, Any]:
         """Options of `evaluate` for a cell; `values` are the grid's, which go to training where they can."""
-        rest = values if row.model_of else {k: v for k, v in values.items() if k not in _names(TrainConfig)}
+        rest = values if row.model_of else {k: v for k, v in values.items() if k not in names_of(TrainConfig)}
         options = {**self.evaluate, **backbone.evaluate, **row.evaluate, **rest}
         return {**options, "plans": ",".join(row.plans), "versus": row.plans[0]}
-
-
-class Section:
-    """A mapping of the file whose names are taken one by one; what nobody takes is unknown.
-
-    Args:
-        where: the file and the names that lead here.
-        content: the mapping.
-    """
-
-    def __init__(self, where: str, content: Any) -> None:
-        if not isinstance(content, dict):
-            raise InputError(f"{where}: expected names with values below it, got {_shown(content)}")
-        self.where, self._known = where, set[str]()
-        self._content = {name.replace("-", "_"): (name, value) for name, value in content.items()}
-
-    def take(self, name: str, kind: type, default: Any = None) -> Any:
-        """The value of a name, of this kind (str, bool, list, dict, float)."""
-        self._known.add(name)
-        given, value = self._content.pop(name, (name, None))
-        if value is None:
-            return default
-        if kind is list:
-            return value if isinstance(value, list) else [value]
-        if kind is not dict:
-            try:
-                return as_kind(kind, value)
-            except ValueError as error:
-                raise InputError(f"{self.where}: {given}: {error}") from None
-        return Section(f"{self.where}: {given}", value)
-
-    def names(self, name: str) -> Iterator[tuple[str, Any]]:
-        """Names of a mapping with their values, as they are written; none where it is not there."""
-        self._known.add(name)
-        given, value = self._content.pop(name, (name, {}))
-        return iter(Section(f"{self.where}: {given}", value)._content.values())
-
-    def options(self, *configs: type[CommandConfig]) -> dict[str, Any]:
-        """All that is left, as options of one of these commands."""
-        known = {name: config for config in reversed(configs) for name in _names(config) - OURS}
-        self._known |= known.keys()
-        found = {}
-        for name in [name for name in self._content if name in known]:
-            given, value = self._content.pop(name)
-            found[name] = _as_option(f"{self.where}: {given}", known[name], name, value)
-        self.done()
-        return found
-
-    def done(self) -> None:
-        """Refuse what is left."""
-        for name, (given, _) in self._content.items():
-            if name in OURS:
-                raise InputError(f"{self.where}: {given}: is set by the experiment itself; delete it")
-            close = difflib.get_close_matches(name, sorted(self._known), n=1)
-            raise InputError(f"{self.where}: unknown {given!r}" + (f"; did you mean {close[0]}?" if close else ""))
 
 
 def read_experiment(path: Path) -> Experiment:
@@ -201,7 +147,8 @@ def read_experiment(path: Path) -> Experiment:
     seeds = _seeds(str(path), top.take("seeds", list, [0]))
     planner: Section = top.take("planner", dict, Section(str(path), {}))
     planner_per_seed = planner.take("per_seed", bool, True)
-    rows = dict(_rows(path, top))
+    train = top.take("train", dict, Section(str(path), {})).options(TrainConfig)
+    rows = dict(_rows(path, top, train.get("selection", TrainConfig.selection)))
     tune = top.take("tune_seeds", str, "first")
     if tune not in ("first", "all"):
         raise InputError(f"{path}: tune_seeds: expected first or all, got {tune}")
@@ -216,7 +163,7 @@ def read_experiment(path: Path) -> Experiment:
         backbones=tuple(_backbone(f"{path}: backbones: {given}", given, v) for given, v in top.names("backbones")),
         seeds=seeds,
         tune_seeds=seeds if tune == "all" else seeds[:1],
-        train=top.take("train", dict, Section(str(path), {})).options(TrainConfig),
+        train=train,
         evaluate=top.take("evaluate", dict, Section(str(path), {})).options(EvaluateConfig),
         rows=rows,
         versus=top.take("versus", str, next(iter(rows), "")),
@@ -262,6 +209,8 @@ def _backbone(where: str, name: str, content: Any) -> Backbone:
     section.done()
     if (found.lm is None) == (found.pretrain is None):
         raise InputError(f"{where}: expected either lm, a name or folder, or pretrain")
+    if "selection" in found.train:
+        raise InputError(f"{where}: train: selection: belongs to rows, which are compared over all LMs; set it there")
     return found
 
 
@@ -270,8 +219,8 @@ def _with_seed(section: Section) -> dict[str, Any]:
     return {**section.options(SmallLMConfig), "seed": seed}
 
 
-def _rows(path: Path, top: Section) -> Iterator[tuple[str, Row]]:
-    """The rows by name; a sweep becomes a row for each of its values, `name=value`."""
+def _rows(path: Path, top: Section, selection: str) -> Iterator[tuple[str, Row]]:
+    """The rows by name, trained with `selection` unless they say; a sweep is a row for each value, `name=value`."""
     for name, content in top.names("rows"):
         where = f"{path}: rows: {name}"
         if "/" in name or "=" in name:
@@ -281,11 +230,11 @@ def _rows(path: Path, top: Section) -> Iterator[tuple[str, Row]]:
         sweep = dict(_values(where, section.names("sweep"), TrainConfig, EvaluateConfig))
         if len(sweep) > 1:
             raise InputError(f"{where}: sweep: expected one option, got {', '.join(sweep)}")
-        row = _row(where, name, label, section)
+        row = _row(where, name, label, section, selection)
         if not sweep:
             yield name, row
         for option, values in sweep.items():
-            is_trained = option in _names(TrainConfig) and not row.model_of
+            is_trained = option in names_of(TrainConfig) and not row.model_of
             for value in values:
                 more = {option: value}
                 yield f"{name}={value}", Row(
@@ -297,7 +246,7 @@ def _rows(path: Path, top: Section) -> Iterator[tuple[str, Row]]:
                 )  # fmt: skip
 
 
-def _row(where: str, name: str, label: str | None, section: Section) -> Row:
+def _row(where: str, name: str, label: str | None, section: Section, selection: str) -> Row:
     grid = dict(_values(where, section.names("grid"), TrainConfig, EvaluateConfig))
     model_of = section.take("model_of", str)
     own_budget = section.take("own_budget", str)
@@ -311,13 +260,15 @@ def _row(where: str, name: str, label: str | None, section: Section) -> Row:
         planner = section.take("planner", dict, Section(where, {})).options(PlannerConfig)
     if model_of and not plans:
         raise InputError(f"{where}: missing plans, the selections to evaluate the model of {model_of} with")
+    if "selection" in grid and not plans:
+        raise InputError(f"{where}: missing plans, the selections to evaluate each of the grid with")
     train = section.options(*(() if model_of else (TrainConfig,)))
     return Row(
         name=name,
         label=label or name,
         train=train,
         evaluate=evaluate,
-        plans=plans or (train.get("selection", "soft"),),
+        plans=plans or (train.get("selection", selection),),
         grid=grid,
         model_of=model_of,
         planner=planner,
@@ -331,14 +282,17 @@ def _values(
     """Options with lists of values."""
     for given, values in names:
         name = given.replace("-", "_")
-        config = next((config for config in configs if name in _names(config) - OURS), None)
+        config = next((config for config in configs if name in names_of(config) - OURS), None)
         if config is None:
-            known = sorted(set().union(*map(_names, configs)) - OURS)
+            known = sorted(set().union(*map(names_of, configs)) - OURS)
             close = difflib.get_close_matches(name, known, n=1)
             raise InputError(f"{where}: unknown {given!r}" + (f"; did you mean {close[0]}?" if close else ""))
         if not isinstance(values, list) or not values:
-            raise InputError(f"{where}: {given}: expected a list of values, got {_shown(values)}")
-        yield name, [_as_option(f"{where}: {given}", config, name, value) for value in values]
+            raise InputError(f"{where}: {given}: expected a list of values, got {shown(values)}")
+        options = [as_option(f"{where}: {given}", config, name, value) for value in values]
+        if len(set(map(repr, options))) < len(options):
+            raise InputError(f"{where}: {given}: expected each value once, got {shown(values)}")
+        yield name, options
 
 
 def _curve(where: str, name: str, content: Any) -> Curve:
@@ -352,7 +306,7 @@ def _curve(where: str, name: str, content: Any) -> Curve:
 def _pairs(where: str, pairs: list[Any]) -> Iterator[tuple[str, str]]:
     for pair in pairs:
         if not isinstance(pair, list) or len(pair) != 2 or not all(isinstance(side, str) for side in pair):
-            raise InputError(f"{where}: compare: expected pairs such as [joint, hard/soft], got {_shown(pair)}")
+            raise InputError(f"{where}: compare: expected pairs such as [joint, hard/soft], got {shown(pair)}")
         yield pair[0], pair[1]
 
 
@@ -362,25 +316,19 @@ def _seeds(where: str, given: list[Any]) -> tuple[int, ...]:
     except ValueError as error:
         raise InputError(f"{where}: seeds: {error}") from None
     if not seeds or len(set(seeds)) < len(seeds) or not all(map(SEED.holds, seeds)):
-        raise InputError(f"{where}: seeds: expected whole numbers from {SEED.words}, each once, got {_shown(given)}")
+        raise InputError(f"{where}: seeds: expected whole numbers from {SEED.words}, each once, got {shown(given)}")
     return seeds
-
-
-def _as_option(where: str, config: type[CommandConfig], name: str, value: Any) -> Any:
-    """A value as an option's type."""
-    hint = next(field.type for field in fields(config) if field.name == name)
-    if value is None and "None" in str(hint):
-        return None
-    try:
-        value = as_kind(kind_of(config, name), value)
-    except ValueError as error:
-        raise InputError(f"{where}: {error}") from None
-    return list(value) if isinstance(value, tuple) else value
 
 
 def _training(**options: Any) -> TrainConfig:
     config = TrainConfig(**options)
     check_settings(config)
+    return config
+
+
+def _evaluation(**options: Any) -> EvaluateConfig:
+    config = EvaluateConfig(**options)
+    parse_plans(config)
     return config
 
 
@@ -398,6 +346,7 @@ def _check(path: Path, experiment: Experiment) -> None:
         raise InputError(f"{path}: expected at least one backbone, and one row")
     for row in experiment.rows.values():
         _check_row(f"{path}: rows: {row.name}", experiment, row)
+    _check_names(path, experiment)
     named = {"versus": [experiment.versus], "keep": experiment.keep, "compare": itertools.chain(*experiment.compare)}
     for what, names in named.items():
         for side in names:
@@ -408,6 +357,8 @@ def _check(path: Path, experiment: Experiment) -> None:
                 raise InputError(f"{path}: {what}: no row {row_name!r}{advice}")
             if plan and plan not in experiment.rows[row_name].plans:
                 raise InputError(f"{path}: {what}: {side}: {plan} is not among the plans of that row")
+            if "/" in side and what == "keep":
+                raise InputError(f"{path}: keep: {side}: a row has one model for all plans; give {row_name}")
     for curve in experiment.curves:
         points = [row for row in experiment.rows.values() if row.sweep == curve.rows]
         if not points or set(curve.plans) - set(points[0].plans):
@@ -420,6 +371,23 @@ def _check(path: Path, experiment: Experiment) -> None:
     _check_budgets(path, experiment)
 
 
+def _check_names(path: Path, experiment: Experiment) -> None:
+    """Refuse names under which tables and plots would show one thing in the place of another."""
+    names = {
+        "rows are labelled": [
+            figure_name(row.label, row.plans, plan) for row in experiment.rows.values() for plan in row.plans
+        ],
+        "plots are called": [
+            plot_name(backbone.name, what)
+            for backbone in experiment.backbones
+            for what in (*PLOTS, *(curve.name for curve in experiment.curves))
+        ],
+    }
+    for what, found in names.items():
+        if twice := next((name for name in found if found.count(name) > 1), None):
+            raise InputError(f"{path}: two {what} {twice}; give one another name")
+
+
 def _check_row(where: str, experiment: Experiment, row: Row) -> None:
     if row.model_of:
         base = experiment.rows.get(row.model_of)
@@ -429,18 +397,26 @@ def _check_row(where: str, experiment: Experiment, row: Row) -> None:
             raise InputError(f"{where}: own_budget and planner belong to {row.model_of}, which trains the model")
     for backbone in experiment.backbones:
         for values in row.candidates():
-            if not row.model_of:
-                options = experiment.train_options(backbone, row, values)
-                _build(_training, where, {**_located(where, experiment, options), "corpus": "-", "out": "-"})
+            options = experiment.train_options(backbone, experiment.base(row), {} if row.model_of else values)
+            trained = _build(_training, where, {**_located(where, experiment, options), "corpus": "-", "out": "-"})
+            _check_plans(where, row, trained)
             options = experiment.evaluate_options(backbone, row, values)
-            _build(EvaluateConfig, where, {**_located(where, experiment, options), "corpus": "-", "run": "-"})
+            _build(_evaluation, where, {**_located(where, experiment, options), "corpus": "-", "run": "-"})
+    if row.planner is not None:
+        _build(PlannerConfig, where, {**experiment.planner, **row.planner, "corpus": "-", "out": "-"})
+
+
+def _check_plans(where: str, row: Row, trained: TrainConfig) -> None:
+    """Refuse plans that there are not, or that a model trained in this way has not."""
     unknown = set(row.plans) - SELECTIONS.keys() - {SAMPLED}
     if unknown or len(set(row.plans)) < len(row.plans):
         raise InputError(
             f"{where}: plans: expected some of {', '.join(SELECTIONS)}, each once, got {', '.join(row.plans)}"
         )
-    if row.planner is not None:
-        _build(PlannerConfig, where, {**experiment.planner, **row.planner, "corpus": "-", "out": "-"})
+    has_planner, reads_lm = trained.conditioning != "bottleneck", trained.planner_input != PLANNER_INPUTS[0]
+    problem = plans_problem(list(row.plans), "the row", has_planner=has_planner, top_k=trained.top_k, reads_lm=reads_lm)
+    if problem:
+        raise InputError(f"{where}: plans: {problem}")
 
 
 def _located(where: str, experiment: Experiment, options: dict[str, Any]) -> dict[str, Any]:
@@ -477,20 +453,11 @@ def _check_budgets(path: Path, experiment: Experiment) -> None:
 
 
 def _of(config: type[CommandConfig], values: dict[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in values.items() if name in _names(config)}
-
-
-def _names(config: type[CommandConfig]) -> set[str]:
-    return {field.name for field in fields(config)}
+    return {name: value for name, value in values.items() if name in names_of(config)}
 
 
 def _number(where: str, value: Any) -> float:
     try:
         return float(value)
     except (TypeError, ValueError):
-        raise InputError(f"{where}: expected numbers, got {_shown(value)}") from None
-
-
-def _shown(value: Any) -> str:
-    text = " ".join(repr(value).split())
-    return text if len(text) < 80 else text[:77] + "..."
+        raise InputError(f"{where}: expected numbers, got {shown(value)}") from None

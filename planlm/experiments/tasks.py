@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
@@ -21,8 +20,8 @@ from planlm import __version__
 from planlm.config import CommandConfig, EvaluateConfig, PlannerConfig, PrepareConfig, SmallLMConfig, TrainConfig
 from planlm.corpus.store import MANIFEST, PreparedCorpus
 from planlm.errors import InputError
+from planlm.experiments.record import read_record
 from planlm.experiments.spec import CORPUS_OPTIONS, Backbone, Experiment, Row
-from planlm.files import read_json
 
 RECORDS = "cells"
 """Folder of the records of finished tasks."""
@@ -97,13 +96,22 @@ class Store:
     def record(self, key: str) -> dict[str, Any] | None:
         """What a finished task has left; None where it is not finished."""
         if key not in self._records and self.path(key).exists():
-            self._records[key] = read_json(self.path(key))
+            self._records[key] = read_record(self.path(key))
         return self._records.get(key)
 
     def forget(self, key: str) -> None:
         """A task is to be done again: its model is asked for and is not there any more."""
         self._records.pop(key, None)
         self.path(key).unlink(missing_ok=True)
+
+    def has_product(self, task: Task) -> bool:
+        """Whether what a finished task has made is still there; an evaluation makes nothing but its record."""
+        if task.kind == "train":
+            return self.model(task).is_dir()
+        if task.kind == "tokens" and "splits" not in (self.record(task.key) or {}).get("result", {}):
+            return True  # the corpus had the LM's tokens
+        folder = Path(task.folder) if task.kind == "corpus" else self.out / task.folder
+        return task.kind == "evaluate" or folder.is_dir()
 
     def model(self, task: Task) -> Path:
         """Folder of the model that a task trains."""
@@ -211,14 +219,33 @@ class Planning:
             raise InputError("no corpus: give --corpus, or corpus: or prepare: in the file")
         if prepare is None or (corpus and (Path(corpus) / MANIFEST).is_file()):
             assert corpus is not None
-            return _Source(PreparedCorpus.load(corpus).fingerprint, Path(corpus), None)
+            return self._there(name, Path(corpus))
         options = _changed(PrepareConfig, prepare)
         key = _key("corpus", options)
         folder = Path(corpus) if corpus else self.store.out / "corpora" / f"{name or 'corpus'}-{key[:8]}"
         if (folder / MANIFEST).is_file() and self.store.record(key) is not None:
-            return _Source(PreparedCorpus.load(folder).fingerprint, folder, None)
+            return self._there(name, folder)
         settings = {"prepare": options, "folder": str(folder)}
         return _Source(key, folder, Task(key, "corpus", f"corpus {name}".strip(), "", settings, (), str(folder)))
+
+    def _contents(self, name: str) -> dict[str, Any]:
+        """For a task that reads this corpus: what it holds, where that is known."""
+        source, folder, made = self._sources[name].parts
+        return {"contents": {} if made else {str(folder): source}}
+
+    def _there(self, name: str, folder: Path) -> _Source:
+        """A corpus that is there; the one that rows are trained on needs documents for all that is asked of it."""
+        corpus = PreparedCorpus.load(folder)
+        uses = {"train": "are trained on", "test": "are compared on"}
+        if any(row.grid for row in self.experiment.rows.values()):
+            uses["validation"] = "with grid are chosen on"
+        for split, use in uses.items() if not name else ():
+            if not corpus.manifest.splits[split]["documents"]:
+                raise InputError(
+                    f"{folder}: has no document in the {split} split, which rows {use}; prepare one that has, by more "
+                    "--inputs, --validation-fraction or --test-fraction"
+                )
+        return _Source(corpus.fingerprint, folder, None)
 
     def _lm(self, backbone: Backbone) -> tuple[str, str, Task | None]:
         """An LM: what identifies it, its name or folder, and the task that trains it if need be."""
@@ -230,7 +257,7 @@ class Planning:
             SmallLMConfig, {name.name: getattr(backbone.pretrain, name.name) for name in fields(backbone.pretrain)}
         )
         identity = {"pretrain": options, "corpus": source}
-        settings = {"pretrain": options, "corpus": str(folder)}
+        settings = {"pretrain": options, "corpus": str(folder), **self._contents("")}
         task = _task("lm", f"{backbone.name}: pre-training", backbone.name, settings, (made,), identity)
         return task.key, str(self.store.out / task.folder), task
 
@@ -238,7 +265,7 @@ class Planning:
         source, folder, made = self._sources[name].parts
         lm_key, lm, lm_task = self._lms[backbone.name]
         title = f"{backbone.name}: corpus {name}".strip()
-        settings = {"corpus": str(folder), "lm": lm}
+        settings = {"corpus": str(folder), "lm": lm, **self._contents(name)}
         identity = {"corpus": source, "lm": lm_key}
         return _task("tokens", title, backbone.name, settings, (made, lm_task), identity)
 
@@ -248,7 +275,7 @@ class Planning:
         source, folder, made = self._sources[""].parts
         seed = seed if self.experiment.planner_per_seed else self.experiment.seeds[0]
         options = _changed(PlannerConfig, {**self.experiment.planner, **row.planner, "seed": seed})
-        settings = {"options": options, "corpus": str(folder)}
+        settings = {"options": options, "corpus": str(folder), **self._contents("")}
         identity = {"options": options, "corpus": source}
         return _task("planner", f"planner, seed {seed}", "", settings, (made,), identity)
 
@@ -257,7 +284,7 @@ class Planning:
         tokens, others = self._tokens(backbone, ""), self._others(backbone, options)
         planner = self._planner(row, seed)
         lm_key, lm, lm_task = self._lms[backbone.name]
-        settings = {
+        settings: dict[str, Any] = {
             "options": _changed(TrainConfig, options),
             "corpora": {name: other.key for name, other in others.items()},
             "lm": lm,
@@ -267,6 +294,7 @@ class Planning:
         title = f"{backbone.name}: {row.name}{_shown(values)}, seed {seed}"
         identity = {**settings, "lm": lm_key}  # and not where it is
         needs = (tokens, *others.values(), planner, lm_task)
+        settings |= _sources(tokens, *others.values())
         return _task("train", title, backbone.name, settings, needs, identity)
 
     def _evaluate(
@@ -277,7 +305,7 @@ class Planning:
         train = self._train(backbone, trained, seed, base if row.model_of else values)
         options = self.experiment.evaluate_options(backbone, row, values)
         tokens, others = self._tokens(backbone, ""), self._others(backbone, options)
-        settings = {
+        settings: dict[str, Any] = {
             "options": _changed(EvaluateConfig, {**options, "split": split}),
             "corpora": {name: other.key for name, other in others.items()},
             "tokens": tokens.key,
@@ -286,27 +314,37 @@ class Planning:
         title = f"{backbone.name}: {row.name}{_shown(values)}, seed {seed}, {split}"
         needs = (train, tokens, *others.values())
         task = _task("evaluate", title, backbone.name, settings, needs, identity=settings)
-        return replace(task, settings=settings | {"chosen": chosen}, folder=train.folder)
+        settings |= {"chosen": chosen, **_sources(tokens, *others.values())}
+        return replace(task, settings=settings, folder=train.folder)
 
     def _others(self, backbone: Backbone, options: dict[str, Any]) -> dict[str, Task]:
         """The tasks that make the other corpora which options name, by the option."""
         return {name: self._tokens(backbone, options[name]) for name in CORPUS_OPTIONS if options.get(name)}
 
 
-def pending(planned: Planned, store: Store) -> Iterator[Task]:
-    """Tasks to be done; among them trainings whose model has gone and is asked for again."""
-    evaluations = [task for task in planned.tasks.values() if task.kind == "evaluate"]
-    users: dict[str, list[str]] = {}
-    for task in evaluations:
-        for needed in task.needs:
-            users.setdefault(needed.key, []).append(task.key)
-    for task in planned.tasks.values():
-        is_gone = task.kind == "train" and store.record(task.key) is not None and not store.model(task).is_dir()
+def pending(planned: Planned, store: Store) -> list[Task]:
+    """Tasks to be done, each behind what it needs; among them finished ones whose product is gone and asked for."""
+    todo: list[Task] = []
+    users: dict[str, list[str]] = {}  # tasks to be done, by what they need
+    for task in reversed(planned.tasks.values()):
+        is_gone = task.key in users and store.record(task.key) is not None and not store.has_product(task)
         # In this order: another rank deletes a model once its evaluations have their records.
-        if is_gone and any(store.record(user) is None for user in users.get(task.key, ())):
+        if is_gone and any(store.record(user) is None for user in users[task.key]):
             store.forget(task.key)
         if store.record(task.key) is None:
-            yield task
+            todo.append(task)
+            for needed in task.needs:
+                users.setdefault(needed.key, []).append(task.key)
+    return todo[::-1]
+
+
+def _sources(*tokens: Task) -> dict[str, Any]:
+    """For a task that reads corpora in an LM's tokens: where each was made from, and what that holds."""
+    contents = [task.settings["contents"] for task in tokens]
+    return {
+        "sources": {task.key: task.settings["corpus"] for task in tokens},
+        "contents": {folder: content for each in contents for folder, content in each.items()},
+    }
 
 
 def _key(kind: str, identity: Any) -> str:

@@ -64,8 +64,8 @@ class Work:
             if not todo:
                 break
             task = next(each for each in todo if all(self.store.record(need.key) for need in each.needs))
-            if task.kind == "train":
-                self.store.model(task).mkdir(parents=True)
+            if task.kind in ("train", "planner", "lm"):
+                (self.store.model(task) if task.kind == "train" else self.store.out / task.folder).mkdir(parents=True)
             assert task.kind != "evaluate" or self.store.model(task).is_dir(), "evaluated without a model"
             self.done.append(task)
             record = {"kind": task.kind, "seconds": 1.0, "began": "now", "result": self._result(task)}

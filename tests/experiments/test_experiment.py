@@ -160,7 +160,7 @@ def test_other_corpora_come_in_the_tokens_of_the_lm(
     for kind, option in (("train", "rehearsal"), ("evaluate", "forgetting")):
         task = next(each for each in work.done if each.kind == kind and "joint" in each.name)
         assert list(task.settings["corpora"]) == [option]
-        assert _corpora(work.store.out, task.settings) == {option: "corpus"}  # as the made-up task left it
+        assert _corpora(work.store.out, task.settings) == {option: planted["corpus"]}  # which has them already
         assert {need.kind for need in task.needs} >= {"tokens"}
 
 

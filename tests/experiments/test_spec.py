@@ -97,6 +97,20 @@ def test_a_sweep_is_a_row_for_each_value(read: Callable[..., Experiment]) -> Non
         ({"  joint": "  joint: {grid: {window: [16, 8]}}"}, "unequal budgets"),
         ({"  joint": "  joint: 3"}, "rows: joint: expected names with values below it, got 3"),
         ({"  joint": "  a/b: {selection: soft}"}, "expected a name without / and ="),
+        ({"  joint": "  joint: {label: fixed}"}, "two rows are labelled fixed; give one another name"),
+        ({"  joint": "  joint: {grid: {temperature: [1, 1.0]}}"}, "temperature: expected each value once"),
+        ({"  joint": "  joint: {grid: {selection: [soft, hard]}}"}, "missing plans, the selections to evaluate each"),
+        ({"  joint": "  joint: {plans: [soft, top-k]}"}, "the row was not trained with --top-k; leave top-k out"),
+        ({"  joint": "  joint: {selection: fixed, conditioning: bottleneck, plans: [soft]}"}, "has no plan"),
+        ({"  joint": "  joint: {planner_input: lm, plans: [soft, shuffled]}"}, "reads the LM's states"),
+        ({"  joint": "  joint: {evaluate: {num_plans: 4}}"}, "rows: joint: --num-plans 4: is for the row sampled"),
+        ({"  lm": "  lm: {lm: x, train: {selection: hard}}"}, "selection: belongs to rows"),
+        ({"  lm": "  lm: {lm: x}\n  a b: {lm: x}\n  a-b: {lm: x}"}, "two plots are called a-b-rows.png"),
+        ({"compare": "keep: [joint/soft]"}, "keep: joint/soft: a row has one model for all plans; give joint"),
+        (
+            {"  joint": "  joint: {sweep: {lr: [1, 2]}}", "compare": "curves: {rows: {rows: joint}}"},
+            "two plots are called lm-rows.png",
+        ),
         ({"name": "name: ../x"}, "expected what can be a folder's name"),
     ],
 )
@@ -109,6 +123,12 @@ def test_what_is_wrong_is_named_in_one_line(read: Callable[..., Experiment], cha
 def test_a_budget_of_its_own_wants_a_reason(read: Callable[..., Experiment]) -> None:
     found = read(**{"  joint": "  joint: {steps: 3, own_budget: half the tokens say as much}"})
     assert found.rows["joint"].own_budget == "half the tokens say as much"
+
+
+def test_rows_are_evaluated_with_the_selection_that_all_are_trained_with(read: Callable[..., Experiment]) -> None:
+    shared = {"train": "train: {selection: hard}", "  joint": "  joint: {}", "versus": "", "compare": ""}
+    found = read(**shared)
+    assert found.rows["joint"].plans == ("hard",) and found.rows["fixed"].plans == ("fixed",)
 
 
 def test_anchors_cannot_make_a_file_grow_without_end(read: Callable[..., Experiment]) -> None:
