@@ -13,6 +13,9 @@ from planlm.terminal import note
 
 MINUS = "−"
 
+MOST_LINES = 7
+"""Rows that a figure shows a line of each: there are no more colours that can be told apart."""
+
 PLOTS = ("rows", "where")
 """Plots of each LM, beside its curves."""
 
@@ -164,8 +167,8 @@ def write_plots(results: dict[str, Any], out: Path) -> None:
         if (table := _figure_rows(backbone)) is not None:
             save_png(perplexity_figure(table), out / plot_name(name, "rows"))
             parts = {key: backbone[key] for key in ("by_position", "by_length") if key in backbone}
-            shown = {row["plan"] for bucket in parts.get("by_position", [])[:1] for row in bucket["rows"]}
-            rows = [row for row in table["rows"] if row["plan"] in shown]
+            there = {row["plan"] for bucket in parts.get("by_position", [])[:1] for row in bucket["rows"]}
+            rows = [row for row in table["rows"] if row["plan"] in there & {*_compared(backbone), table["versus"]}]
             if (figure := breakdown_figure({**table, **parts, "rows": rows})) is not None:
                 save_png(figure, out / plot_name(name, "where"))
         for curve_name, curve in backbone["curves"].items():
@@ -173,6 +176,22 @@ def write_plots(results: dict[str, Any], out: Path) -> None:
                 versus = f"nats per token against {curve['versus']}"
                 figure = lines_figure(curve["lines"], x=curve["x"], y=versus, title=f"{name}: {curve_name}")
                 save_png(figure, out / plot_name(name, curve_name))
+
+
+def _compared(backbone: dict[str, Any]) -> list[str]:
+    """Rows whose gain is drawn by sentence and length: the first of those that are compared, or of all."""
+    rows = backbone["rows"]
+    sides = [side for each in backbone["compare"] for side in (each["row"], each["versus"])] or list(rows)
+    labels = []
+    for side in sides:
+        row, _, plan = side.partition("/")
+        if found := rows.get(row):
+            labels.append(_label(found, plan or next(iter(found["plans"]))))
+    return list(dict.fromkeys(labels))[:MOST_LINES]
+
+
+def _label(row: dict[str, Any], plan: str) -> str:
+    return row["label"] if len(row["plans"]) == 1 else f"{row['label']} / {plan}"
 
 
 def _figure_rows(backbone: dict[str, Any]) -> dict[str, Any] | None:

@@ -87,7 +87,7 @@ def test_a_sweep_is_a_row_for_each_value(read: Callable[..., Experiment]) -> Non
         ({"  joint": "  joint: {plans: [sofd]}"}, "rows: joint: plans: expected some of soft, hard"),
         ({"  joint": "  joint: {grid: {temperatur: [1]}}"}, "unknown 'temperatur'; did you mean temperature?"),
         ({"  joint": "  joint: {grid: {temperature: 1}}"}, "temperature: expected a list of values, got 1"),
-        ({"  joint": "  joint: {grid: {temperature: [0]}}"}, "--temperature 0.0: expected more than 0"),
+        ({"  joint": "  joint: {grid: {temperature: [0]}}"}, "--temperature 0.0: expected 1e-30 to 1e+30"),
         ({"  joint": "  joint: {sweep: {lr: [1], steps: [2]}}"}, "sweep: expected one option, got lr, steps"),
         ({"  joint": "  joint: {sweep: {selection: [soft]}}"}, "sweep: expected numbers, got 'soft'"),
         ({"  joint": "  joint: {model_of: fixt, plans: [none]}"}, "model_of: expected a row that trains a model"),
