@@ -48,7 +48,8 @@ def training(result: dict[str, Any], settings: config.TrainConfig) -> str:
 
 def evaluation(result: dict[str, Any], settings: config.EvaluateConfig) -> str:
     """The table of perplexities, where the differences arise, what planning costs, and the planner's metrics."""
-    parts = [format_rows(result), format_breakdown(result), format_cost(result["cost"])]
+    parts = [format_rows(result), format_breakdown(result)]
+    parts += [format_cost(result["cost"])] if "cost" in result else []
     parts += [format_forgetting(result["forgetting"])] if "forgetting" in result else []
     parts += [format_planner(result["planner"])] if result.get("planner") else []
     return "\n\n".join(filter(None, parts))

@@ -217,6 +217,7 @@ def test_advice_names_options_that_there_are() -> None:
         "corpus/prepare.py": flags["prepare"],
         "corpus/codebook.py": flags["prepare"], "corpus/sources.py": flags["prepare"],
         "corpus/shards.py": flags["prepare"], "evaluation/evaluate.py": flags["evaluate"] | before | {"--top-k"},
+        "experiments/paths.py": {"--out", "--seeds"},  # a command of its own
     }  # fmt: skip
     every = set().union(*flags.values()) | {"--version", "--help", "--config", "--nproc-per-node", "--no-deps"}
     named = re.compile(r"(?<![\w-])--[a-z][a-z-]*[a-z]")
