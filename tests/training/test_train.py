@@ -256,7 +256,7 @@ def test_planner_joins_at_its_fraction(planted: dict[str, str], planner: dict[st
         ({"selection": "top-k"}, "--selection top-k needs --top-k"),
         (
             {"temperature": 0.0, "batch_size": 0},
-            "--batch-size 0: expected at least 1; --temperature 0.0: expected more than 0",
+            "--batch-size 0: expected at least 1; --temperature 0.0: expected 1e-30 to 1e\\+30",
         ),
         ({"selection": "oracle", "oracle_mix": "0.5"}, "--oracle-mix has no meaning with --selection oracle"),
         ({"corpus": "nowhere"}, "nowhere: no prepared corpus"),
