@@ -177,6 +177,12 @@ def test_auto_classes_know_the_model_in_either_order() -> None:
         subprocess.run([sys.executable, "-c", code], check=True)
 
 
+@pytest.mark.parametrize("module", ["pretrained.weights", "pretrained.tokenizer", "text.encoder", "text.alignment"])
+def test_modules_below_the_model_can_be_imported_first(module: str) -> None:
+    """transformers' registry, when it is imported, imports the model's room, which imports these."""
+    subprocess.run([sys.executable, "-c", f"import planlm.{module}"], check=True, cwd=ROOT)
+
+
 def test_what_several_rooms_ask_of_the_machine_is_read_in_one_place() -> None:
     readers = {"RANK": "ranks", "WORLD_SIZE": "ranks", "LOCAL_RANK": "ranks", "PLANLM_CACHE": "kernels.environment"}
     for module, path in MODULES.items():

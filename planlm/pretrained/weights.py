@@ -18,9 +18,10 @@ from typing import Any
 from unittest import mock
 
 import torch
+import transformers  # whose Auto classes, once imported, import the model, and that this module
 from safetensors import SafetensorError, safe_open
 from torch import nn
-from transformers import AutoConfig, AutoModel, PreTrainedConfig, modeling_utils
+from transformers import PreTrainedConfig, modeling_utils
 from transformers.utils import cached_file
 
 from planlm.errors import InputError
@@ -232,9 +233,9 @@ def checked_encoder(name: str, folder: Path | None) -> Iterator[None]:
             if (weights := found.with_name("model.safetensors")).is_file():
                 check_packed(name, read_header(weights))
             continue
-        config = AutoConfig.from_pretrained(found.parent, trust_remote_code=False, local_files_only=True)
+        config = transformers.AutoConfig.from_pretrained(found.parent, trust_remote_code=False, local_files_only=True)
         stored = stored_tensors(str(found.parent), local_files_only=True)
-        check_sizes(name, config, stored, functools.partial(AutoModel.from_config, config))
+        check_sizes(name, config, stored, functools.partial(transformers.AutoModel.from_config, config))
     settings = folder.rglob("sentence_*_config.json") if folder else ()
     needs_pooler = any("pooler_output" in found.read_text(encoding="utf-8") for found in settings)
 
