@@ -371,11 +371,8 @@ class PlanLMForCausalLM(ModelFolder, GenerationMixin):
                 kwargs[wanted] = True
         call = (input_ids, inputs_embeds, attention_mask, position_ids, past_key_values)
         inputs, text = self._plan_inputs(plan, fields, call, selection)
-        plans: Plans | BottleneckPlans | None = None
-        oracle_nll = action_logits = None
         if position_ids is not None and attention_mask is None and past_key_values is None and not kwargs["use_cache"]:
             attention_mask = document_starts(self.lm, position_ids)
-        base: nn.Module = self.lm.base_model
         arguments = {
             "input_ids": input_ids,
             "attention_mask": attention_mask,
@@ -384,20 +381,7 @@ class PlanLMForCausalLM(ModelFolder, GenerationMixin):
             "inputs_embeds": inputs_embeds,
             **kwargs,
         }
-        if isinstance(self.adapter, Bottleneck):
-            plans = self.adapter.plans()
-        elif inputs is not None and (selection != "none" or inputs.want_oracle_nll):
-            if text is None and inputs.sentence_states is None and self._reads(selection, inputs.want_oracle_nll):
-                layers = (self.state_layers, self.adapter.first_layer)
-                inputs, base, arguments = read_states(self.lm, layers, inputs, arguments)
-            plans, oracle_nll, action_logits = self._plan(inputs, "uniform" if selection == "none" else selection)
-        if isinstance(plans, InsertedPlans) and text is not None:
-            plans.begins = text.begins()
-        if plans is None or selection == "none":
-            check_plain(past_key_values)
-            outputs = base(**arguments)
-        else:
-            outputs = plans.run(base, arguments)
+        outputs, oracle_nll, action_logits = self._run(inputs, text, selection, arguments)
         if text is not None:
             remember(text, outputs.past_key_values, action_logits)
         return PlanLMOutput(
@@ -408,6 +392,31 @@ class PlanLMForCausalLM(ModelFolder, GenerationMixin):
             oracle_nll=oracle_nll,
             action_logits=action_logits,
         )
+
+    def _run(
+        self, inputs: PlanInputs | None, text: Text | None, selection: str, arguments: dict[str, Any]
+    ) -> tuple[Any, Tensor | None, Tensor | None]:
+        """Run the LM's base model, called with `arguments`, under the plans of what `_plan_inputs` gave.
+
+        Returns:
+            (its output, and as `_plan` has them the planner's cross-entropy and its logits).
+        """
+        base: nn.Module = self.lm.base_model
+        plans: Plans | BottleneckPlans | None = None
+        oracle_nll = action_logits = None
+        if isinstance(self.adapter, Bottleneck):
+            plans = self.adapter.plans()
+        elif inputs is not None and (selection != "none" or inputs.want_oracle_nll):
+            if text is None and inputs.sentence_states is None and self._reads(selection, inputs.want_oracle_nll):
+                layers = (self.state_layers, self.adapter.first_layer)
+                inputs, base, arguments = read_states(self.lm, layers, inputs, arguments)
+            plans, oracle_nll, action_logits = self._plan(inputs, "uniform" if selection == "none" else selection)
+        if isinstance(plans, InsertedPlans) and text is not None:
+            plans.begins = text.begins()
+        if plans is None or selection == "none":
+            check_plain(arguments["past_key_values"])
+            return base(**arguments), oracle_nll, action_logits
+        return plans.run(base, arguments), oracle_nll, action_logits
 
     def _score(
         self,
