@@ -83,7 +83,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
         sampling=Sampling(config.num_plans or Sampling.num_plans, config.seed),
     )
     _check_scores(scores, config)
-    lost = {} if forgetting is None else {"forgetting": forgetting.measure(dataset, window, stride)}
+    lost = {} if forgetting is None else {"forgetting": forgetting.measure(dataset, window, stride, scores.get("none"))}
 
     def finish() -> dict[str, Any]:
         how = {"resamples": config.bootstrap, "seed": config.seed}

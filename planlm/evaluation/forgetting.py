@@ -43,12 +43,15 @@ class Forgetting:
         self._split, self._documents = _documents(self._other, config)
         self._base = _base_lm(config, corpus)
 
-    def measure(self, dataset: datasets.Dataset, window: int, stride: int) -> dict[str, Any]:
+    def measure(
+        self, dataset: datasets.Dataset, window: int, stride: int, after: DocumentScores | None
+    ) -> dict[str, Any]:
         """Score both LMs with the plan off; under torchrun the processes share the windows.
 
         Args:
             dataset: the documents that are evaluated, of the corpus trained on.
             window, stride: as elsewhere in the evaluation.
+            after: scores of the trained LM on `dataset` with the plan off, where they are known.
 
         Returns:
             `corpus`, `split`, `base_lm`; `before`, `after` (nats per token), `delta`, `ci95` (None below six
@@ -64,10 +67,10 @@ class Forgetting:
             raise InputError(
                 f"--base-lm {self._base}: its tokenizer is not that of {self._config.run}; give the LM it was"
             )
-        found = [
-            self._compare(*(self._score(model, documents, window, stride) for model in (base, self._model)))
-            for documents in (self._documents, dataset)
-        ]
+        found = []
+        for documents, known in ((self._documents, None), (dataset, after)):
+            before = self._score(base, documents, window, stride)
+            found.append(self._compare(before, known or self._score(self._model, documents, window, stride)))
         about = {"corpus": str(self._other.path), "split": self._split, "base_lm": self._base}
         return {**about, **found[0], "trained_on": found[1]}
 

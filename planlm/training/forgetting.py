@@ -35,16 +35,21 @@ class Guards:
         self.parallel, self.config, self._base = parallel, config, base
         self._model: PlanLMForCausalLM = parallel.model  # type: ignore[assignment]
 
-    def backward(self, batches: list[PlanBatch], rehearsal: list[PlanBatch]) -> tuple[float, dict[str, float]]:
+    def backward(
+        self, batches: list[PlanBatch], rehearsal: list[PlanBatch], own: float
+    ) -> tuple[float, dict[str, float]]:
         """Forward and backward; gradients add up in the parameters, and are not reduced over ranks yet.
+
+        Args:
+            batches: a step's own.
+            rehearsal: those of the second corpus.
+            own: labels of a step's own batches on all ranks.
 
         Returns:
             (what is added to the loss, metrics "kl" and "rehearsal_loss" as far as they are asked for).
         """
         config, device = self.config, self._model.device
-        own, repeated = all_reduce_sum(
-            *(sum(int((b.labels != -100).sum()) for b in each) for each in (batches, rehearsal))
-        )
+        (repeated,) = all_reduce_sum(sum(int((batch.labels != -100).sum()) for batch in rehearsal))
         sums = torch.zeros(2, dtype=torch.float64, device=device)
         for number, batch in enumerate([*rehearsal, *(batches if config.kl > 0 else [])]):
             batch = batch.to(device)

@@ -45,16 +45,15 @@ class Objective:
         rehearsal: list[PlanBatch] = []
         if self.config.rehearsal is not None:
             batches, rehearsal = map(list, zip(*batches, strict=True))
-        device, planner_loss = self.model.device, self.config.planner_loss
+        config, device, planner_loss = self.config, self.model.device, self.config.planner_loss
         num_labels, num_segments = all_reduce_sum(
             sum(int((batch.labels != -100).sum()) for batch in batches),
             sum(int((batch.actions >= 0).sum()) for batch in batches),
         )
-        config = self.config
         ratio = oracle_ratio(step, self.steps, self.ratios, config.oracle_schedule, config.oracle_switch_at)
         logged = is_logged(step, self.steps, self.config.log_every)
         # First, since gradients are reduced in the last pass, which has to reach all that trains.
-        guarded, found = (0.0, {}) if self.guards is None else self.guards.backward(batches, rehearsal)
+        guarded, found = (0.0, {}) if self.guards is None else self.guards.backward(batches, rehearsal, num_labels)
         sums = torch.zeros(4, device=device)
         for number, batch in enumerate(batches):
             batch = batch.to(device)
