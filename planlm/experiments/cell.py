@@ -7,7 +7,6 @@ commands and ranks can work on an experiment, and it stops, with a checkpoint, w
 from __future__ import annotations
 
 import json
-import math
 import os
 import shutil
 import signal
@@ -45,7 +44,7 @@ def main(out: Path) -> int:
         return BUSY
     except (InputError, MachineError) as error:
         note(f"error: {error}")
-        return 2 if isinstance(error, InputError) else 1
+        return error.status
     except KeyboardInterrupt:
         return 1
     return 0
@@ -166,7 +165,6 @@ def _train(out: Path, task: dict[str, Any]) -> dict[str, Any]:
         "tokens_per_second": sorted(rates)[len(rates) // 2] if rates else None,
         "memory": lines[-1].get("memory"),
         "device": device_name(device()),
-        "parameters_added": _parameters_added(run / "model"),
         "last": {name: value for name, value in last.items() if isinstance(value, int | float)},
     }
 
@@ -185,20 +183,6 @@ def _evaluate(out: Path, task: dict[str, Any]) -> dict[str, Any]:
     result = evaluate(config)
     kept = read_json(run / RESULTS)[config.split]
     return {**kept, **result, "scores": kept["scores"]}
-
-
-def _parameters_added(model: Path) -> int:
-    """Elements of a joint model's tensors that are not the LM's."""
-    from safetensors import safe_open
-
-    count = 0
-    for path in model.glob("*.safetensors"):
-        with safe_open(path, "pt") as file:
-            for name in file.keys():  # noqa: SIM118  (not a mapping)
-                if not name.startswith("lm."):
-                    shape = file.get_slice(name).get_shape()
-                    count += math.prod(shape)
-    return count
 
 
 def _needed(out: Path, key: str) -> dict[str, Any]:

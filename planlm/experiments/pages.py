@@ -25,9 +25,8 @@ def tables(results: dict[str, Any]) -> str:
     parts = [f"# {' '.join(results['title'].split())}"]
     if results["missing"]:
         count = len(results["missing"])
-        parts.append(
-            f"Missing so far, {count} cells: {'; '.join(results['missing'][:20])}{' ...' if count > 20 else ''}."
-        )
+        named = "; ".join(results["missing"][:20]) + (" ..." if count > 20 else "")
+        parts.append(f"Missing so far, {count} cell{'s' if count > 1 else ''}: {named}.")
     for name, backbone in results["backbones"].items():
         parts += [f"## {name}", *_backbone(backbone, results["versus"])]
     return "\n\n".join(parts) + "\n"

@@ -30,7 +30,7 @@ RESAMPLES = 500
 Scores = dict[int, DocumentScores]
 """Of one row under one plan, by seed."""
 
-COST = ("tokens", "seconds", "tokens_per_second", "memory", "parameters_added")
+COST = ("tokens", "seconds", "tokens_per_second", "memory")
 """Of training: tokens with a label, seconds, bytes at the peak, elements of tensors that are not the LM's."""
 
 
@@ -172,7 +172,10 @@ class _Backbone:
             "own_budget": self.experiment.base(row).own_budget,
             "chosen": self.planned.chosen.get((self.backbone.name, row.name)),
             "device": trained[0].get("device") if trained else None,
-            "cost": {name: _mean(result.get(name) for result in trained) for name in COST},
+            "cost": {
+                **{name: _mean(result.get(name) for result in trained) for name in COST},
+                "parameters_added": sum(size for part, size in first["cost"]["parameters"].items() if part != "lm"),
+            },
             "planner": {name: _mean(each.get(name) for each in planners) for name in (planners[0] if planners else {})},
             "forgetting": _averaged([record["result"].get("forgetting") for record in records.values()]),
             "read": {str(seed): record["began"] for seed, record in records.items()},

@@ -12,7 +12,7 @@ import hashlib
 import json
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -118,17 +118,12 @@ class Store:
         return self.out / task.folder / "model"
 
 
-@dataclass(frozen=True)
-class _Source:
+class _Source(NamedTuple):
     """A prepared corpus: what identifies it, its folder, and the task that makes it if it is not there."""
 
     key: str
     folder: Path
     made: Task | None
-
-    @property
-    def parts(self) -> tuple[str, Path, Task | None]:
-        return self.key, self.folder, self.made
 
 
 class Planning:
@@ -230,7 +225,7 @@ class Planning:
 
     def _contents(self, name: str) -> dict[str, Any]:
         """For a task that reads this corpus: what it holds, where that is known."""
-        source, folder, made = self._sources[name].parts
+        source, folder, made = self._sources[name]
         return {"contents": {} if made else {str(folder): source}}
 
     def _there(self, name: str, folder: Path) -> _Source:
@@ -252,7 +247,7 @@ class Planning:
         if backbone.pretrain is None:
             assert backbone.lm is not None
             return _fingerprint(backbone.lm), backbone.lm, None
-        source, folder, made = self._sources[""].parts
+        source, folder, made = self._sources[""]
         options = _changed(
             SmallLMConfig, {name.name: getattr(backbone.pretrain, name.name) for name in fields(backbone.pretrain)}
         )
@@ -262,7 +257,7 @@ class Planning:
         return task.key, str(self.store.out / task.folder), task
 
     def _tokens(self, backbone: Backbone, name: str) -> Task:
-        source, folder, made = self._sources[name].parts
+        source, folder, made = self._sources[name]
         lm_key, lm, lm_task = self._lms[backbone.name]
         title = f"{backbone.name}: corpus {name}".strip()
         settings = {"corpus": str(folder), "lm": lm, **self._contents(name)}
@@ -272,7 +267,7 @@ class Planning:
     def _planner(self, row: Row, seed: int) -> Task | None:
         if row.planner is None:
             return None
-        source, folder, made = self._sources[""].parts
+        source, folder, made = self._sources[""]
         seed = seed if self.experiment.planner_per_seed else self.experiment.seeds[0]
         options = _changed(PlannerConfig, {**self.experiment.planner, **row.planner, "seed": seed})
         settings = {"options": options, "corpus": str(folder), **self._contents("")}

@@ -153,7 +153,7 @@ def main(path: str) -> int:
         make_rows(table)
     except (InputError, MachineError) as error:
         note(f"error: {error}")
-        return 2 if isinstance(error, InputError) else 1
+        return error.status
     except KeyboardInterrupt:
         return 1
     return 0

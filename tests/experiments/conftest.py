@@ -88,6 +88,7 @@ def made_up(nll: Callable[[Task], float], tokens: Callable[[Task], int] = lambda
             "split": options.get("split", "test"), "window": 16, "stride": 16, "documents": 8, "tokens": sum(counts),
             "rows": [{"plan": plan, "nll": sum(scores[plan]) / sum(counts)} for plan in plans],
             "scores": {"tokens": counts, "nll": scores}, "planner": {"nll": 1.0},
+            "cost": {"parameters": {"lm": 1000, "planner": 20, "codebook": 8, "adapter": 4}},
         }  # fmt: skip
 
     return result
