@@ -65,7 +65,7 @@ def collect(experiment: Experiment, planned: Planned, store: Store) -> dict[str,
         for seed in experiment.seeds
         for backbone in experiment.backbones
         for row in experiment.rows
-        if store.record(planned.tests.get((backbone.name, row, seed), "")) is None
+        if store.record(planned.reported.get((backbone.name, row, seed), "")) is None
     ]
     found = {
         backbone.name: _Backbone(experiment, backbone, planned, store).collect() for backbone in experiment.backbones
@@ -90,7 +90,7 @@ class _Backbone:
             row: {
                 seed: record
                 for seed in experiment.seeds
-                if (record := store.record(planned.tests.get((backbone.name, row, seed), ""))) is not None
+                if (record := store.record(planned.reported.get((backbone.name, row, seed), ""))) is not None
             }
             for row in experiment.rows
         }

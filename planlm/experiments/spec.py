@@ -38,6 +38,9 @@ CORPUS_OPTIONS = ("rehearsal", "forgetting")
 
 MOST_CELLS = 100_000
 
+SPLITS = ("test", "validation")
+"""What rows may be compared on."""
+
 
 @dataclass(frozen=True)
 class Backbone:
@@ -98,6 +101,7 @@ class Experiment:
 
     name: str
     title: str
+    split: str
     corpus: str | None
     prepare: dict[str, Any] | None
     corpora: dict[str, dict[str, Any]]
@@ -149,12 +153,21 @@ def read_experiment(path: Path) -> Experiment:
     planner_per_seed = planner.take("per_seed", bool, True)
     train = top.take("train", dict, Section(str(path), {})).options(TrainConfig)
     rows = dict(_rows(path, top, train.get("selection", TrainConfig.selection)))
+    split = top.take("split", str, SPLITS[0])
+    if split not in SPLITS:
+        raise InputError(f"{path}: split: expected {' or '.join(SPLITS)}, got {split}")
+    if gridded := [row.name for row in rows.values() if row.grid and split == "validation"]:
+        raise InputError(
+            f"{path}: row {gridded[0]} has a grid, of which validation chooses, and split: validation compares on the "
+            "same documents; use sweep, or a row for each value"
+        )
     tune = top.take("tune_seeds", str, "first")
     if tune not in ("first", "all"):
         raise InputError(f"{path}: tune_seeds: expected first or all, got {tune}")
     found = Experiment(
         name=name,
         title=top.take("title", str, name),
+        split=split,
         corpus=top.take("corpus", str),
         prepare=_prepare(top),
         corpora={given: _corpus(f"{path}: corpora: {given}", value) for given, value in top.names("corpora")},

@@ -60,7 +60,7 @@ class Planned:
 
     Attributes:
         tasks: by key, each behind what it needs.
-        trains, tests: keys of the tasks of each (backbone, row, seed).
+        trains, reported: keys of the tasks of each (backbone, row, seed).
         budgets: of each (backbone, seed) the rows by the key of their training, for the equality of their tokens.
         chosen: for rows with a grid, by (backbone, row): `values`, and `validation`, the mean NLL of each candidate.
         later: kinds and backbones of tasks that depend on a choice which is still to be made.
@@ -69,7 +69,7 @@ class Planned:
 
     tasks: dict[str, Task] = field(default_factory=dict)
     trains: dict[tuple[str, str, int], str] = field(default_factory=dict)
-    tests: dict[tuple[str, str, int], str] = field(default_factory=dict)
+    reported: dict[tuple[str, str, int], str] = field(default_factory=dict)
     budgets: dict[tuple[str, int], dict[str, str]] = field(default_factory=dict)
     chosen: dict[tuple[str, str], dict[str, Any]] = field(default_factory=dict)
     later: list[tuple[str, str]] = field(default_factory=list)
@@ -156,7 +156,7 @@ class Planning:
         for seed in self.experiment.seeds:
             for backbone in self.experiment.backbones:
                 for row in self.experiment.rows.values():
-                    self._test(planned, backbone, row, seed)
+                    self._report(planned, backbone, row, seed)
         return planned
 
     def _open(self) -> None:
@@ -185,7 +185,7 @@ class Planning:
             best = min(found, key=lambda candidate: candidate["nll"])
             planned.chosen[backbone.name, row.name] = {"values": best["values"], "validation": found}
 
-    def _test(self, planned: Planned, backbone: Backbone, row: Row, seed: int) -> None:
+    def _report(self, planned: Planned, backbone: Backbone, row: Row, seed: int) -> None:
         base, chosen = self._base_values(planned, backbone, row), planned.chosen.get((backbone.name, row.name))
         if base is None or (row.grid and chosen is None):
             planned.later += [("train", backbone.name)] * (not row.model_of) + [("evaluate", backbone.name)]
@@ -194,10 +194,10 @@ class Planning:
                 planned.awaited.add(self._train(backbone, trained, seed, values).key)
             return
         task = planned.add(
-            self._evaluate(backbone, row, seed, chosen["values"] if chosen else {}, base, "test", chosen)
+            self._evaluate(backbone, row, seed, chosen["values"] if chosen else {}, base, self.experiment.split, chosen)
         )
         (train,) = (needed for needed in task.needs if needed.kind == "train")
-        planned.tests[backbone.name, row.name, seed] = task.key
+        planned.reported[backbone.name, row.name, seed] = task.key
         planned.trains[backbone.name, row.name, seed] = train.key
         if not self.experiment.base(row).own_budget:
             planned.budgets.setdefault((backbone.name, seed), {})[row.name] = train.key
@@ -231,7 +231,7 @@ class Planning:
     def _there(self, name: str, folder: Path) -> _Source:
         """A corpus that is there; the one that rows are trained on needs documents for all that is asked of it."""
         corpus = PreparedCorpus.load(folder)
-        uses = {"train": "are trained on", "test": "are compared on"}
+        uses = {"train": "are trained on", self.experiment.split: "are compared on"}
         if any(row.grid for row in self.experiment.rows.values()):
             uses["validation"] = "with grid are chosen on"
         for split, use in uses.items() if not name else ():

@@ -50,6 +50,14 @@ def test_options_of_rows_go_before_the_lms_and_those_before_the_common(read: Cal
     assert "temperature" not in found.evaluate_options(backbone, row, row.candidates()[1])
 
 
+def test_rows_are_compared_on_test_unless_the_file_says_validation(read: Callable[..., Experiment]) -> None:
+    assert read().split == "test" and read(seeds="split: validation").split == "validation"
+    with pytest.raises(InputError, match="split: expected test or validation, got train"):
+        read(seeds="split: train")
+    with pytest.raises(InputError, match="row joint has a grid, of which validation chooses"):
+        read(seeds="split: validation", **{"  joint": "  joint: {selection: soft, grid: {temperature: [1, 2]}}"})
+
+
 def test_a_sweep_is_a_row_for_each_value(read: Callable[..., Experiment]) -> None:
     found = read(**{"  joint": "  joint: {selection: soft, sweep: {oracle_mix: [0, 0.5]}}", "compare": ""})
     assert [(row.name, row.value) for row in found.rows.values()] == [
