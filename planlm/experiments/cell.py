@@ -17,11 +17,11 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from planlm.errors import InputError, MachineError
+from planlm.errors import InputError
 from planlm.experiments.record import read_record, write_record
+from planlm.experiments.workers import exit_status
 from planlm.files import locked, read_json
 from planlm.signals import handling
-from planlm.terminal import note, silence_libraries
 
 BUSY = 75
 """Exit status where another process is at work on the task."""
@@ -34,20 +34,17 @@ def main(out: Path) -> int:
     """Do the tasks on stdin; the exit status, as the command line has it, or `BUSY`."""
     tasks = json.loads(sys.stdin.readline())
     threading.Thread(target=_watch, daemon=True).start()
-    silence_libraries()
-    try:
+
+    def work() -> None:
         with handling(_terminate, signal.SIGTERM):
             for task in tasks:
                 with locked(out / "cells" / f"{Path(task['folder']).name}.lock"):
                     _do(out, task)
+
+    try:
+        return exit_status(work)
     except BlockingIOError:
         return BUSY
-    except (InputError, MachineError) as error:
-        note(f"error: {error}")
-        return error.status
-    except KeyboardInterrupt:
-        return 1
-    return 0
 
 
 def _watch() -> None:

@@ -8,12 +8,14 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from planlm.errors import InputError, MachineError
 from planlm.experiments.tasks import Task
 from planlm.ranks import local_rank, local_world_size, world_size
+from planlm.terminal import note, silence_libraries
 
 MEMORY = 4 << 30
 """Bytes that a cell is counted with where nothing is said about --jobs."""
@@ -149,3 +151,19 @@ def _default_jobs(devices: list[str]) -> int:
         return len(devices)
     memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     return max(1, min(_cores(), memory // MEMORY))
+
+
+def exit_status(work: Callable[[], object]) -> int:
+    """Do `work` in a process that another one started, libraries quiet; its exit status, as the command line has it.
+
+    The last line on stderr is then the reason, for who started it to pass on.
+    """
+    silence_libraries()
+    try:
+        work()
+    except (InputError, MachineError) as error:
+        note(f"error: {error}")
+        return error.status
+    except KeyboardInterrupt:
+        return 1
+    return 0

@@ -18,12 +18,12 @@ import numpy as np
 
 from planlm.config import EvaluateConfig, SmallLMConfig, TrainConfig
 from planlm.corpus.store import PreparedCorpus
-from planlm.errors import InputError, MachineError
 from planlm.evaluation.evaluate import evaluate
 from planlm.evaluation.significance import DocumentScores, compare_rows
 from planlm.experiments.small_lm import pretrain_lm, retokenize
+from planlm.experiments.workers import exit_status
 from planlm.report.results import EVALUATION
-from planlm.terminal import note, silence_libraries
+from planlm.terminal import note
 from planlm.training.train import train
 
 SPLIT = "test"
@@ -147,16 +147,8 @@ def collect(table: Table) -> dict[str, Any]:
 
 def main(path: str) -> int:
     """Make the rows of the table described in the JSON file `path`; the exit status, as the command line has it."""
-    silence_libraries()
     table = Table(**json.loads(Path(path).read_text(encoding="utf-8")))
-    try:
-        make_rows(table)
-    except (InputError, MachineError) as error:
-        note(f"error: {error}")
-        return error.status
-    except KeyboardInterrupt:
-        return 1
-    return 0
+    return exit_status(lambda: make_rows(table))
 
 
 if __name__ == "__main__":

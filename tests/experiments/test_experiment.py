@@ -92,6 +92,17 @@ def test_validation_chooses_and_nothing_else_is_read_on_test(
     assert "temperature 4.0" in text and "temperature 1.0: 2.9000" in text
 
 
+def test_split_validation_does_not_read_test(
+    read: Callable[..., Experiment], planted: dict[str, str], tmp_path: Path
+) -> None:
+    work = Work(read(seeds="split: validation"), planted["corpus"], tmp_path / "out", made_up(lambda task: 1.0))
+    planned = work.do()
+    evaluated = [task for task in work.done if task.kind == "evaluate"]
+    assert len(evaluated) == 2 and {task.settings["options"]["split"] for task in evaluated} == {"validation"}
+    results = collect(work.planning.experiment, planned, work.store)
+    assert results["missing"] == [] and results["backbones"]["lm"]["rows"]["joint"]["split"] == "validation"
+
+
 def test_a_model_that_is_gone_is_trained_again_only_for_a_new_question(
     read: Callable[..., Experiment], planted: dict[str, str], tmp_path: Path
 ) -> None:
