@@ -146,13 +146,14 @@ def main(argv: list[str] | None = None) -> int:
             signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second Ctrl-C must not tear the last line
         if rank() > 0:  # ended with the others, of which one says why
             return 1
-        return _fail(1, str(interrupt) or "interrupted")
+        # torchrun ends who is left, at times while it unwinds because another process is lost
+        return _fail(1, _lost_another(interrupt, _options(words)) or str(interrupt) or "interrupted")
     except Exception as error:
         options = _options(words)
-        if lost := _lost_another(error):
+        if lost := _lost_another(error, options):
             # Who ended has the reason to tell and is given the time; torchrun ends this one then.
             time.sleep(5)
-            return _fail(1, f"another process of this run {lost}" + "; --resume goes on" * ("--resume" in options))
+            return _fail(1, lost)
         failure = _machine_failure(error, options)
         if failure is None and isinstance(error, _USERS_FILE_ERRORS) and error.filename is not None:
             return _fail(2, f"{error.filename}: {error.strerror}")
@@ -256,11 +257,12 @@ def _causes(error: BaseException | None) -> Iterator[BaseException]:
         error = error.__cause__ or error.__context__
 
 
-def _lost_another(raised: BaseException) -> str | None:
-    """What has become of another process of the run where that is the error."""
+def _lost_another(raised: BaseException, options: set[str]) -> str | None:
+    """One line on what has become of another process of the run where that is the error; `options` as below."""
     for error in _causes(raised):
         if type(error).__name__ in ("DistBackendError", "DistNetworkError") or "gloo/transport" in str(error):
-            return "has not answered" if "Timed out" in str(error) else "has ended"
+            lost = "has not answered" if "Timed out" in str(error) else "has ended"
+            return f"another process of this run {lost}" + "; --resume goes on" * ("--resume" in options)
         if isinstance(error, MachineError):
             break
     return None

@@ -221,6 +221,23 @@ def test_a_full_disk_is_found_behind_other_errors(run: Any, capsys: pytest.Captu
     assert "no space left" in capsys.readouterr().err
 
 
+def test_ended_while_it_unwinds_it_says_who_was_lost(run: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    """torchrun may send its SIGTERM before the error of a collective has reached the top."""
+
+    def implementation(settings: config.ReportConfig) -> None:
+        try:
+            raise torch.distributed.DistNetworkError("Connection reset by peer")
+        finally:
+            signal.raise_signal(signal.SIGTERM)
+
+    before = signal.getsignal(signal.SIGINT)
+    try:
+        assert run(implementation) == 1
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert capsys.readouterr().err == "planlm: error: another process of this run has ended\n"
+
+
 def test_a_bug_keeps_its_traceback(run: Any, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(ZeroDivisionError):
         run(failing(ZeroDivisionError()))
