@@ -44,11 +44,12 @@ SPLITS = ("test", "validation")
 
 @dataclass(frozen=True)
 class Backbone:
-    """An LM: `lm` names one, or `pretrain` says how to train one here; options for its rows."""
+    """An LM: `lm` names one, or `pretrain` says how to train one here, and `pretrain_corpus` on what."""
 
     name: str
     lm: str | None
     pretrain: SmallLMConfig | None
+    pretrain_corpus: str
     train: dict[str, Any]
     evaluate: dict[str, Any]
 
@@ -212,10 +213,12 @@ def _corpus(where: str, content: Any) -> dict[str, Any]:
 def _backbone(where: str, name: str, content: Any) -> Backbone:
     section = Section(where, content)
     pretrain: Section | None = section.take("pretrain", dict)
+    corpus = pretrain.take("corpus", str, "") if pretrain else ""
     found = Backbone(
         name,
         section.take("lm", str),
         _build(SmallLMConfig, pretrain.where, _with_seed(pretrain)) if pretrain else None,
+        corpus,
         section.take("train", dict, Section(where, {})).options(TrainConfig),
         section.take("evaluate", dict, Section(where, {})).options(EvaluateConfig),
     )
@@ -357,6 +360,10 @@ def _check(path: Path, experiment: Experiment) -> None:
     """Refuse what contradicts itself, before anything is made."""
     if not experiment.backbones or not experiment.rows:
         raise InputError(f"{path}: expected at least one backbone, and one row")
+    for backbone in experiment.backbones:
+        _check_corpus(
+            f"{path}: backbones: {backbone.name}: pretrain", experiment, "corpus", backbone.pretrain_corpus or None
+        )
     for row in experiment.rows.values():
         _check_row(f"{path}: rows: {row.name}", experiment, row)
     _check_names(path, experiment)
@@ -435,9 +442,13 @@ def _check_plans(where: str, row: Row, trained: TrainConfig) -> None:
 def _located(where: str, experiment: Experiment, options: dict[str, Any]) -> dict[str, Any]:
     """Options, whose other corpora have to be those of the file."""
     for name in CORPUS_OPTIONS:
-        if options.get(name) is not None and options[name] not in experiment.corpora:
-            raise InputError(f"{where}: {name} {options[name]}: no corpus of this name under corpora")
+        _check_corpus(where, experiment, name, options.get(name))
     return options
+
+
+def _check_corpus(where: str, experiment: Experiment, option: str, name: str | None) -> None:
+    if name is not None and name not in experiment.corpora:
+        raise InputError(f"{where}: {option} {name}: no corpus of this name under corpora")
 
 
 def _check_budgets(path: Path, experiment: Experiment) -> None:

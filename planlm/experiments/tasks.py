@@ -247,12 +247,12 @@ class Planning:
         if backbone.pretrain is None:
             assert backbone.lm is not None
             return _fingerprint(backbone.lm), backbone.lm, None
-        source, folder, made = self._sources[""]
+        source, folder, made = self._sources[backbone.pretrain_corpus]
         options = _changed(
             SmallLMConfig, {name.name: getattr(backbone.pretrain, name.name) for name in fields(backbone.pretrain)}
         )
         identity = {"pretrain": options, "corpus": source}
-        settings = {"pretrain": options, "corpus": str(folder), **self._contents("")}
+        settings = {"pretrain": options, "corpus": str(folder), **self._contents(backbone.pretrain_corpus)}
         task = _task("lm", f"{backbone.name}: pre-training", backbone.name, settings, (made,), identity)
         return task.key, str(self.store.out / task.folder), task
 

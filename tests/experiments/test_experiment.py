@@ -175,6 +175,21 @@ def test_other_corpora_come_in_the_tokens_of_the_lm(
         assert {need.kind for need in task.needs} >= {"tokens"}
 
 
+def test_an_lm_can_be_trained_on_another_corpus(
+    read: Callable[..., Experiment], planted: dict[str, str], tmp_path: Path
+) -> None:
+    other = shutil.copytree(planted["corpus"], tmp_path / "other")
+    changes = {
+        "  lm": "  lm: {pretrain: {corpus: more, steps: 2}}",
+        "versus": f"corpora: {{more: {{corpus: {other}}}}}\nversus: fixed",
+    }
+    work = Work(read(**changes), planted["corpus"], tmp_path / "out", made_up(lambda task: 3.0))
+    work.do()
+    (lm,) = (task for task in work.done if task.kind == "lm")
+    assert lm.settings["corpus"] == str(other) and list(lm.settings["contents"]) == [str(other)]
+    assert {task.settings["corpus"] for task in work.done if task.kind == "tokens"} == {planted["corpus"]}
+
+
 def test_a_corpus_that_was_made_here_is_known_by_its_content(
     read: Callable[..., Experiment], planted: dict[str, str], tmp_path: Path
 ) -> None:

@@ -88,6 +88,7 @@ def test_a_sweep_is_a_row_for_each_value(read: Callable[..., Experiment]) -> Non
         ({"  lm": "  lm: {}"}, "backbones: lm: expected either lm, a name or folder, or pretrain"),
         ({"  lm": "  lm: {pretrain: {layer: 3}}"}, "pretrain: unknown 'layer'; did you mean layers?"),
         ({"  lm": "  lm: {pretrain: {steps: -1}}"}, "pretrain: --steps -1: expected at least 1"),
+        ({"  lm": "  lm: {pretrain: {corpus: more}}"}, "backbones: lm: pretrain: corpus more: no corpus of this name"),
         ({"  joint": "  joint: {selction: soft}"}, "rows: joint: unknown 'selction'; did you mean selection?"),
         ({"  joint": "  joint: {selection: sofd}"}, "rows: joint: --selection sofd: expected one of"),
         ({"  joint": "  joint: {selection: top-k}"}, "rows: joint: --selection top-k needs --top-k"),
