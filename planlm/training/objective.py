@@ -35,7 +35,7 @@ class Objective:
         self.ratios, self.guards = parse_oracle_mix(config.oracle_mix), guards
         model.train()
         if config.lm_mode == "freeze":
-            model.lm.eval()  # no dropout in weights that cannot adapt to it
+            model.lm.eval()  # no dropout in weights that do not learn; the planner's follows its gradients
 
     def backward(self, step: int, batches: list[Any]) -> dict[str, float]:
         """Forward and backward over a step's batches; gradients add up in the parameters.
@@ -46,6 +46,8 @@ class Objective:
         if self.config.rehearsal is not None:
             batches, rehearsal = map(list, zip(*batches, strict=True))
         config, device, planner_loss = self.config, self.model.device, self.config.planner_loss
+        if (planner := self.model.planner) is not None:
+            planner.train(self.model.training and any(weight.requires_grad for weight in planner.parameters()))
         num_labels, num_segments = all_reduce_sum(
             sum(int((batch.labels != -100).sum()) for batch in batches),
             sum(int((batch.actions >= 0).sum()) for batch in batches),

@@ -21,6 +21,7 @@ from planlm.errors import InputError
 from planlm.evaluation.evaluate import evaluate
 from planlm.kernels import environment
 from planlm.model import PlanLMForCausalLM
+from planlm.model.planner import Planner
 from planlm.training.groups import trainable_groups
 from planlm.training.objective import Objective
 from planlm.training.parallel import Parallel
@@ -123,6 +124,26 @@ def test_micro_batches_equal_one_big_batch(planted: dict[str, str], tmp_path: Pa
     for name, expected in gradients[0].items():
         error = (gradients[1][name] - expected).norm() / expected.norm().clamp(min=1e-12)
         assert error < 1e-5 or expected.norm() < 1e-9, f"{name}: {error}"
+
+
+def test_dropout_is_where_weights_train_alone(planted: dict[str, str], tmp_path: Path) -> None:
+    """A planner that is frozen, or has not joined yet, plans as it does in evaluation."""
+    corpus = PreparedCorpus.load(planted["corpus"])
+    model = PlanLMForCausalLM.from_lm(
+        planted["lm"], corpus.codebook, planner=Planner.of_codebook(corpus.codebook, dropout=0.5), conditioned_layers=2
+    )
+    torch.nn.init.normal_(model.adapter.weight)
+    model.requires_grad_(False)
+    model.adapter.requires_grad_(True)
+    objective = Objective(Parallel(model), settings(planted, tmp_path), steps=9)
+    batches = list(islice(PlanLoader(corpus.split("train"), window=16, batch_size=4), 1))
+    first, second = (objective.backward(0, batches)["loss"] for _ in range(2))
+    assert first == second
+    model.planner.requires_grad_(True)
+    third, fourth = (objective.backward(0, batches)["loss"] for _ in range(2))
+    assert len({first, third, fourth}) == 3
+    model.eval()
+    assert objective.backward(0, batches)["loss"] == first
 
 
 def test_what_is_logged_alone_costs_nothing_between_log_lines(planted: dict[str, str], tmp_path: Path) -> None:
