@@ -16,7 +16,7 @@ MINUS = "−"
 MOST_LINES = 7
 """Rows that a figure shows a line of each: there are no more colours that can be told apart."""
 
-PLOTS = ("rows", "where")
+PLOTS = ("rows", "where", "forgetting")
 """Plots of each LM, beside its curves."""
 
 
@@ -124,7 +124,7 @@ def _forgetting_cells(label: str, found: dict[str, Any]) -> list[str]:
     def cells(scores: dict[str, Any]) -> list[str]:
         return [f"{scores['before']:.4f}", f"{scores['after']:.4f}", _number(scores["delta"], "{:+.4f}")]
 
-    return [label, Path(found["corpus"]).name, *cells(found), *cells(found["trained_on"])]
+    return [label, found["corpus"], *cells(found), *cells(found["trained_on"])]
 
 
 def _cost_cells(row: dict[str, Any]) -> list[str]:
@@ -158,7 +158,7 @@ def _table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 def write_plots(results: dict[str, Any], out: Path) -> None:
     """Plots of each LM, of its rows and its curves; without matplotlib a line says that there are none."""
     try:
-        from planlm.report.plots import breakdown_figure, lines_figure, perplexity_figure, save_png
+        from planlm.report.plots import breakdown_figure, lines_figure, perplexity_figure, save_png, trade_figure
     except InputError as error:
         note(f"no plots: {error}")
         return
@@ -175,6 +175,22 @@ def write_plots(results: dict[str, Any], out: Path) -> None:
                 versus = f"nats per token against {curve['versus']}"
                 figure = lines_figure(curve["lines"], x=curve["x"], y=versus, title=f"{name}: {curve_name}")
                 save_png(figure, out / plot_name(name, curve_name))
+        if len(forgotten := [row for row in backbone["rows"].values() if row["forgetting"]]) > 1:
+            x = f"rise of the NLL on {forgotten[0]['forgetting']['corpus']} with the plan off, nats per token"
+            title = f"{name}: what is learnt here against what is forgotten there"
+            figure = trade_figure(_trade(backbone["rows"]), x=x, y="NLL here, nats per token", title=title)
+            save_png(figure, out / plot_name(name, "forgetting"))
+
+
+def _trade(rows: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
+    """Rows whose forgetting was measured, as `trade_figure` takes them; those of a sweep are one line."""
+    lines: dict[str, list[dict[str, Any]]] = {}
+    for name, row in rows.items():
+        if row["forgetting"]:
+            nll = next(iter(row["plans"].values()))["nll"]
+            point = {"x": row["forgetting"]["delta"], "y": nll, "label": row["label"]}
+            lines.setdefault(name.partition("=")[0], []).append(point)
+    return lines
 
 
 def _compared(backbone: dict[str, Any]) -> list[str]:

@@ -162,6 +162,9 @@ class _Backbone:
                 "is_reference": self.experiment.side(self.experiment.versus) == (row, plan),
             }
         first = next(iter(records.values()))["result"]
+        forgetting = _averaged([record["result"].get("forgetting") for record in records.values()])
+        if forgetting is not None:  # a folder is called by its key
+            forgetting["corpus"] = self.experiment.evaluate_options(self.backbone, row, {})["forgetting"]
         trained = [record["result"] for record in self._trained(row)]
         planners = [record["result"]["planner"] for record in records.values() if record["result"].get("planner")]
         return {
@@ -177,7 +180,7 @@ class _Backbone:
                 "parameters_added": sum(size for part, size in first["cost"]["parameters"].items() if part != "lm"),
             },
             "planner": {name: _mean(each.get(name) for each in planners) for name in (planners[0] if planners else {})},
-            "forgetting": _averaged([record["result"].get("forgetting") for record in records.values()]),
+            "forgetting": forgetting,
             "read": {str(seed): record["began"] for seed, record in records.items()},
         }
 

@@ -193,6 +193,36 @@ def lines_figure(lines: dict[str, Sequence[dict[str, Any]]], *, x: str, y: str, 
     return figure
 
 
+def trade_figure(lines: dict[str, Sequence[dict[str, Any]]], *, x: str, y: str, title: str) -> Figure:
+    """What one thing costs in another: points that bear their names, with a line through those of a sweep.
+
+    Args:
+        lines: by name, points with `x`, `y` and `label`, in the order of the line.
+        x, y: what the axes show.
+        title: of the figure.
+    """
+    with mpl.rc_context(_STYLE):
+        figure = Figure(figsize=(8.4, 4.6), layout="constrained")
+        axes = figure.add_subplot()
+        for color, points in zip(itertools.cycle(SERIES), lines.values(), strict=False):
+            axes.plot(
+                [point["x"] for point in points], [point["y"] for point in points],
+                color=color, marker="o", markersize=6, linewidth=1.4,
+            )  # fmt: skip
+            for point in points:
+                axes.annotate(
+                    point["label"], (point["x"], point["y"]), xytext=(6, 5), textcoords="offset points",
+                    color=color, fontsize="small",
+                )  # fmt: skip
+        axes.margins(0.15)
+        axes.set_xlabel(x)
+        axes.set_ylabel(y)
+        axes.set_title(title, pad=10)
+        axes.grid(linewidth=0.8)
+        axes.set_axisbelow(True)
+    return figure
+
+
 def save_png(figure: Figure, path: str | Path) -> None:
     """Write a figure as PNG."""
     with mpl.rc_context(_STYLE), replacing(Path(path)) as file:

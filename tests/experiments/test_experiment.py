@@ -20,7 +20,7 @@ from planlm.config import ExperimentConfig
 from planlm.errors import InputError
 from planlm.experiments import run as experiments
 from planlm.experiments.cell import _corpora
-from planlm.experiments.pages import tables
+from planlm.experiments.pages import tables, write_plots
 from planlm.experiments.results import check_budgets, collect
 from planlm.experiments.spec import Experiment
 from planlm.experiments.tasks import Task
@@ -253,12 +253,18 @@ def test_tables_show_what_the_lm_has_forgotten_on_the_mean_over_seeds(
     def result(task: Task) -> dict[str, Any]:
         after = 3.25 if "seed 1" in task.name else 3.75
         found = {"before": 3.0, "after": after, "delta": after - 3.0, "ci95": [0.1, 1.0]}
-        return {**made_up(lambda task: 3.0)(task), "forgetting": {**found, "corpus": "a/other", "trained_on": found}}
+        return {**made_up(lambda task: 3.0)(task), "forgetting": {**found, "corpus": "a/b", "trained_on": found}}
 
-    experiment = read()
+    experiment = read(
+        evaluate="evaluate: {window: 16, forgetting: other}",
+        versus=f"corpora: {{other: {{corpus: {planted['corpus']}}}}}\nversus: fixed",
+    )
     work = Work(experiment, planted["corpus"], tmp_path / "out", result)
-    text = " ".join(tables(collect(experiment, work.do(), work.store)).split())
+    results = collect(experiment, work.do(), work.store)
+    text = " ".join(tables(results).split())
     assert "| joint | other | 3.0000 | 3.5000 | +0.5000 | 3.0000 | 3.5000 | +0.5000 |" in text
+    write_plots(results, tmp_path)
+    assert (tmp_path / "lm-forgetting.png").stat().st_size > 1000
 
 
 def test_partial_tables_say_what_is_missing(
