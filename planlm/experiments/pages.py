@@ -187,9 +187,10 @@ def _trade(rows: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
     lines: dict[str, list[dict[str, Any]]] = {}
     for name, row in rows.items():
         if row["forgetting"]:
+            value = name.partition("=")[2]
             nll = next(iter(row["plans"].values()))["nll"]
-            point = {"x": row["forgetting"]["delta"], "y": nll, "label": row["label"]}
-            lines.setdefault(name.partition("=")[0], []).append(point)
+            point = {"x": row["forgetting"]["delta"], "y": nll, "label": value}
+            lines.setdefault(row["label"].removesuffix(f" {value}"), []).append(point)
     return lines
 
 

@@ -194,7 +194,7 @@ def lines_figure(lines: dict[str, Sequence[dict[str, Any]]], *, x: str, y: str, 
 
 
 def trade_figure(lines: dict[str, Sequence[dict[str, Any]]], *, x: str, y: str, title: str) -> Figure:
-    """What one thing costs in another: points that bear their names, with a line through those of a sweep.
+    """What one thing costs in another: a point for each row, a line with its values for each sweep.
 
     Args:
         lines: by name, points with `x`, `y` and `label`, in the order of the line.
@@ -204,22 +204,25 @@ def trade_figure(lines: dict[str, Sequence[dict[str, Any]]], *, x: str, y: str, 
     with mpl.rc_context(_STYLE):
         figure = Figure(figsize=(8.4, 4.6), layout="constrained")
         axes = figure.add_subplot()
-        for color, points in zip(itertools.cycle(SERIES), lines.values(), strict=False):
+        above = itertools.cycle((True, False))  # of neighbouring lines
+        for color, (name, points) in zip(itertools.cycle(SERIES), lines.items(), strict=False):
             axes.plot(
                 [point["x"] for point in points], [point["y"] for point in points],
-                color=color, marker="o", markersize=6, linewidth=1.4,
+                color=color, marker="o", markersize=6, linewidth=1.4, label=name,
             )  # fmt: skip
+            lift = 7 if len(points) > 1 and next(above) else -15
             for point in points:
                 axes.annotate(
-                    point["label"], (point["x"], point["y"]), xytext=(6, 5), textcoords="offset points",
-                    color=color, fontsize="small",
+                    point["label"], (point["x"], point["y"]), xytext=(0, lift), textcoords="offset points",
+                    color=color, fontsize="small", ha="center",
                 )  # fmt: skip
-        axes.margins(0.15)
+        axes.margins(0.12)
         axes.set_xlabel(x)
         axes.set_ylabel(y)
         axes.set_title(title, pad=10)
         axes.grid(linewidth=0.8)
         axes.set_axisbelow(True)
+        figure.legend(frameon=False, loc="outside right upper")
     return figure
 
 
