@@ -9,7 +9,7 @@ import io
 import itertools
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -193,7 +193,7 @@ def lines_figure(lines: dict[str, Sequence[dict[str, Any]]], *, x: str, y: str, 
     return figure
 
 
-def trade_figure(lines: dict[str, Sequence[dict[str, Any]]], *, x: str, y: str, title: str) -> Figure:
+def trade_figure(lines: Mapping[str, Sequence[dict[str, Any]]], *, x: str, y: str, title: str) -> Figure:
     """What one thing costs in another: a point for each row, a line with its values for each sweep.
 
     Args:
