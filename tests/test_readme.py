@@ -27,7 +27,8 @@ def blocks(language: str, text: str) -> list[str]:
 
 def command_lines() -> list[str]:
     """Command lines of README and docs, and the examples in the commands' help."""
-    lines = [line for page in PAGES for block in blocks("sh", page.read_text()) for line in block.splitlines()]
+    shown = "".join(block for page in PAGES for block in blocks("sh", page.read_text()))
+    lines = shown.replace("\\\n", "").splitlines()  # a backslash continues a command
     return [line for line in lines if line.startswith("planlm ")] + [
         command.example for command in cli.COMMANDS.values()
     ]
