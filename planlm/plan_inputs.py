@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
-from typing import Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -42,6 +43,8 @@ class PlanInputs(Movable):
         sentence_states: `[R, n, d]`, at each position the mean of the LM's states over the sentence before, 0 where
             there is none; for a planner that reads them, by default from the windows themselves. Then each window has
             a planner sequence of its own.
+        segment_bounds: int32 `[S + 1]`, between which of all B W positions those of each segment lie, see
+            `corpus.offsets`; where it is not given, kernels that want it find it.
     """
 
     segment_ids: Tensor
@@ -54,3 +57,10 @@ class PlanInputs(Movable):
     want_oracle_nll: bool = False
     sentence_states: Tensor | None = None
     actions_ahead: Tensor | None = None
+    segment_bounds: Tensor | None = None
+
+    def replaced(self, **fields: Any) -> PlanInputs:
+        """The same with other `fields`; with other segments, without the bounds that were those of the old ones."""
+        if "segment_ids" in fields or "segment_rows" in fields:
+            fields = {"segment_bounds": None} | fields
+        return dataclasses.replace(self, **fields)

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from planlm.corpus.mapped import MappedFiles
+from planlm.corpus.offsets import segment_bounds
 from planlm.corpus.packing import fill, packs
 from planlm.corpus.writing import joined
 from planlm.errors import InputError
@@ -337,12 +338,12 @@ class PlanLoader(_Loader[PlanBatch]):
             input_ids=torch.from_numpy(input_ids),
             position_ids=torch.from_numpy(position_ids),
             labels=torch.from_numpy(labels),
-            plan=self._plan_inputs(torch.from_numpy(segment_ids), np.concatenate(segments), unique, contents),
+            plan=self._plan_inputs(segment_ids, np.concatenate(segments), unique, contents),
             documents=torch.from_numpy(documents),
         )
 
     def _plan_inputs(
-        self, segment_ids: Tensor, segments: np.ndarray, unique: np.ndarray, contents: list[dict[str, np.ndarray]]
+        self, segment_ids: np.ndarray, segments: np.ndarray, unique: np.ndarray, contents: list[dict[str, np.ndarray]]
     ) -> PlanInputs:
         """Plan inputs of segments `[s, 2]`, document (as its place in `unique` and `contents`) and sentence of each."""
         rows = [segments.T]
@@ -366,13 +367,14 @@ class PlanLoader(_Loader[PlanBatch]):
             following = contents[own]["actions"][number + 1 : number + self.horizon]
             row[: len(following)] = following
         return PlanInputs(
-            segment_ids=segment_ids,
+            segment_ids=torch.from_numpy(segment_ids),
             segment_rows=torch.from_numpy(placed[0]),
             sentence_embeddings=layout.embeddings([content["embeddings"] for content in contents]),
             sentence_positions=layout.positions(),
             actions=torch.from_numpy(actions),
             actions_ahead=torch.from_numpy(ahead) if self.horizon > 1 else None,
             shuffled_rows=None if self._partners is None else torch.from_numpy(placed[1]),
+            segment_bounds=segment_bounds(segment_ids, len(actions)),
         )
 
 

@@ -128,7 +128,7 @@ class _Scored:
     def __init__(self, model: PlanLMForCausalLM, batch: PlanBatch, width: int) -> None:
         self._model, self._batch = model, batch
         self._ids, self._labels = batch.input_ids[:, :width], batch.labels[:, :width]
-        self._plan = replace(batch.plan, segment_ids=batch.plan.segment_ids[:, :width])
+        self._plan = batch.plan.replaced(segment_ids=batch.plan.segment_ids[:, :width])
 
     def under(self, selection: str) -> Tensor:
         """NLL of each token under a selection."""

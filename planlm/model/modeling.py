@@ -8,7 +8,6 @@ from __future__ import annotations
 import copy
 import inspect
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any, NoReturn
 
 import torch
@@ -234,7 +233,7 @@ class PlanLMForCausalLM(ModelFolder, GenerationMixin):
         if plan is None and "segment_ids" in fields:
             return PlanInputs(**fields), None
         if isinstance(plan, PlanInputs):
-            return (replace(plan, **fields) if fields else plan), None
+            return plan.replaced(**fields), None
         if not self.plans(selection) and not fields.get("want_oracle_nll"):
             return None, None
         if torch.compiler.is_exporting() or torch.jit.is_tracing():  # type: ignore[attr-defined]
@@ -249,7 +248,7 @@ class PlanLMForCausalLM(ModelFolder, GenerationMixin):
         lower = lower_part(self.lm, self.state_layers) if reads else None
         read = None if lower is None else lambda texts: text_states(lower, texts, text.ids.device)
         found = plan_inputs(text, width, self.config.action_dim, read)
-        return (replace(found, **fields) if fields else found), text
+        return found.replaced(**fields), text
 
     def _reads(self, selection: str, want_oracle_nll: bool) -> bool:
         """Whether a call's planner reads the LM's states."""
