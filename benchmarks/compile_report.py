@@ -213,19 +213,7 @@ def make_job(case: str, request: triton_tiles.Launch, architecture: int, dtype: 
 
 def compile_job(job: Job) -> Compilation:
     """Compile for the job's architecture and read the machine code's resources."""
-    kernel = getattr(importlib.import_module(job.module), job.kernel)
-    attributes = {(index,): [["tt.divisibility", 16]] for index in job.aligned}
-    source = ASTSource(kernel, dict(job.signature), dict(job.constants), attributes)
-    options = {"num_warps": job.tiles.num_warps, "num_stages": job.tiles.num_stages}
-    compiled = triton.compile(source, target=GPUTarget("cuda", job.architecture, 32), options=options)
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(compiled.asm["cubin"])
-        file.flush()
-        usage, code = (
-            subprocess.run([TOOLS / "cuobjdump", option, file.name], capture_output=True, text=True, check=True).stdout
-            for option in ("-res-usage", "-sass")
-        )
-    resources = {name: int(value) for name, value in re.findall(r"\b([A-Z]+):(\d+)", usage)}
+    compiled, resources, code = machine_code(job)
     tiles = job.tiles
     return Compilation(
         job.case,
@@ -240,6 +228,23 @@ def compile_job(job: Job) -> Compilation:
         len(TENSOR_CORES.findall(code)),
         "tt.dot" in compiled.asm["ttir"],
     )
+
+
+def machine_code(job: Job) -> tuple[Any, dict[str, int], str]:
+    """What Triton made of a job, the resources that cuobjdump names (REG, STACK, LOCAL), and the instructions."""
+    kernel = getattr(importlib.import_module(job.module), job.kernel)
+    attributes = {(index,): [["tt.divisibility", 16]] for index in job.aligned}
+    source = ASTSource(kernel, dict(job.signature), dict(job.constants), attributes)
+    options = {"num_warps": job.tiles.num_warps, "num_stages": job.tiles.num_stages}
+    compiled = triton.compile(source, target=GPUTarget("cuda", job.architecture, 32), options=options)
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        usage, code = (
+            subprocess.run([TOOLS / "cuobjdump", option, file.name], capture_output=True, text=True, check=True).stdout
+            for option in ("-res-usage", "-sass")
+        )
+    return compiled, {name: int(value) for name, value in re.findall(r"\b([A-Z]+):(\d+)", usage)}, code
 
 
 def forgotten(found: Sequence[Compilation | Job]) -> Iterator[str]:
