@@ -35,7 +35,14 @@ from triton.compiler import ASTSource
 from benchmarks import harness
 from planlm.errors import InputError
 from planlm.files import write_text
-from planlm.kernels import triton_addition, triton_backward, triton_forward, triton_projection, triton_tiles
+from planlm.kernels import (
+    triton_addition,
+    triton_backward,
+    triton_cross_entropy,
+    triton_forward,
+    triton_projection,
+    triton_tiles,
+)
 from planlm.kernels.contract import ProjectionGradients, ProjectionInputs
 from planlm.progress import track
 
@@ -45,7 +52,7 @@ SHARED_MEMORY = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10, 120: 99 << 10}
 """Bytes that a block may have, by architecture."""
 TENSOR_CORES = re.compile(r"\b(?:HMMA|HGMMA|UTC\w*MMA)\b")
 POINTERS = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.int64: "*i64"}
-MODULES = (triton_forward, triton_backward, triton_addition)
+MODULES = (triton_forward, triton_backward, triton_addition, triton_cross_entropy)
 
 
 @dataclass(frozen=True)
@@ -98,11 +105,13 @@ class Compilation:
 def calls(dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], None]]]:
     """Calls of the backend that between them reach every kernel and every option that changes its code, by name."""
     yield "gate", partial(run_addition, dtype, True)
+    yield "cross-entropy", partial(run_cross_entropy, dtype)
     project = partial(run_projection, dtype)
     yield "everything", partial(project, noise=True, oracle=True)
     if dtype == torch.float16:
         return  # as bfloat16
     yield "no gate", partial(run_addition, dtype, False)
+    yield "cross-entropy, unaligned rows", partial(run_cross_entropy, dtype, width=50257)
     yield "plain", project
     yield "top-k", partial(project, top_k=8, oracle=True)
     yield "few sentences", partial(project, noise=True, oracle=True, sizes=(257, 8192, 768, 2304))
@@ -163,6 +172,12 @@ def run_addition(dtype: torch.dtype, gated: bool) -> None:
     gate = torch.empty(768, dtype=dtype, device="meta") if gated else None
     triton_addition.add_plan(x, plan, ids, gate)
     triton_addition.add_plan_backward(x, plan, ids, gate, [True, gated])
+
+
+def run_cross_entropy(dtype: torch.dtype, width: int = 50304) -> None:
+    """Logits over GPT-2's vocabulary, in rows of `width`."""
+    logits = torch.empty(4096, width, dtype=dtype, device="meta")[:, :50257]
+    triton_cross_entropy.cross_entropy_(logits, torch.empty(4096, dtype=torch.int64, device="meta"))
 
 
 def jobs(architectures: list[int]) -> list[Job]:

@@ -177,10 +177,10 @@ def _triton_lacks(device: str, index: int | None) -> str | None:
 
 
 def _register_triton(device: str) -> None:
-    from . import triton_addition, triton_projection
+    from . import triton_addition, triton_cross_entropy, triton_projection
 
     library = operators.define("planlm_interpreted" if device == "cpu" else "planlm")
-    for module in (triton_projection, triton_addition):
+    for module in (triton_projection, triton_addition, triton_cross_entropy):
         for name in module.OPERATORS:
             library.impl(name, getattr(module, name), device.upper())
 

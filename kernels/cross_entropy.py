@@ -2,28 +2,39 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
-from .backend import choose
+from .backend import Backend, choose
 
 
 def cross_entropy_(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
     """Cross-entropy of each row and its gradient, `softmax(logits) - onehot(target)`; not differentiable.
 
-    Computed in float32, on a CPU in one go where the C++ operators are to be had.
+    Computed in float32. Triton (CUDA) and C++ (CPU) turn the logits into the gradient in place, which moves 6 bytes for
+    each logit in bf16 on CUDA, and 4 of a row that stays in the second-level cache; the eager formula moves 72 there.
 
     Args:
-        logits (Tensor): `[N, V]`; may be overwritten.
+        logits (Tensor): `[N, V]`, any strides; may be overwritten. On CUDA rows that begin at multiples of 16 elements
+            are read several times as fast.
         target (Tensor): int64 `[N]`; negative: not scored, loss and gradient are zero.
 
     Returns:
-        tuple[Tensor, Tensor]: (gradient `[N, V]` in the dtype of the logits, loss `[N]` float32).
+        tuple[Tensor, Tensor]: (gradient `[N, V]` in the dtype of the logits, loss `[N]` float32). Both are NaN in a row
+            that has a NaN, plus infinity or nothing but minus infinity, and in Triton where the target is beyond V.
+
+    Raises:
+        ValueError, IndexError, RuntimeError: not a target a row, or one beyond V (looked for on the CPU only).
     """
     working = torch.float64 if logits.dtype == torch.float64 else torch.float32
-    backend = choose("cross_entropy_", logits.device, working) if logits.device.type == "cpu" else None
-    fits = logits.dtype in (torch.float32, torch.bfloat16) and logits.stride(-1) == 1
-    if backend is not None and backend.name == "cpp" and fits:
+    backend = choose("cross_entropy_", logits.device, working)
+    if logits.stride(1) != 1 or logits.stride(0) < logits.shape[1]:  # columns that are not adjacent, rows that overlap
+        logits = logits.contiguous()
+    if backend is not None and backend.name == "triton":
+        return logits, _triton(backend)(logits, target)
+    if backend is not None and backend.name == "cpp" and logits.dtype in (torch.float32, torch.bfloat16):
         nll: Tensor = torch.ops.planlm.cross_entropy_(logits, target)
         return logits, nll
     scored = target >= 0
@@ -34,4 +45,14 @@ def cross_entropy_(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
     nll = (log_normalizer - values.gather(1, target)).squeeze(1).where(scored, 0.0)
     gradient = values.sub_(log_normalizer).exp_()
     gradient.scatter_add_(1, target, gradient.new_full(target.shape, -1.0))
-    return gradient.mul_(scored[:, None]).to(logits.dtype), nll.float()
+    return gradient.masked_fill_(~scored[:, None], 0.0).to(logits.dtype), nll.float()
+
+
+def _triton(backend: Backend) -> Callable[[Tensor, Tensor], Tensor]:
+    """Triton's launcher, which costs less host time than the operator that torch.compile needs."""
+    if torch.compiler.is_compiling():
+        operator: Callable[[Tensor, Tensor], Tensor] = backend.operators.cross_entropy_
+        return operator
+    from . import triton_cross_entropy
+
+    return triton_cross_entropy.cross_entropy_

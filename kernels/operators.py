@@ -2,9 +2,9 @@
 
 `planlm::` holds the C++ implementation for the CPU (csrc/) and the Triton one for CUDA; `planlm_interpreted::` the
 Triton one on CPU tensors, through Triton's interpreter, which is how it is tested where there is no GPU. A backend
-implements four functions, `plan_projection`, `plan_projection_backward`, `add_plan` and `add_plan_backward`;
-docs/kernels.md has their contract. On the CPU csrc/operators.cpp takes the place of `add_plan`'s rules below, and there
-are `cross_entropy_` and `packed_attention`.
+implements four functions, `plan_projection`, `plan_projection_backward`, `add_plan` and `add_plan_backward`, and
+`cross_entropy_`, which mutates and has no gradient; docs/kernels.md has their contract. On the CPU csrc/operators.cpp
+takes the place of `add_plan`'s rules below, and there is `packed_attention`.
 """
 
 from __future__ import annotations
@@ -29,8 +29,9 @@ SCHEMAS = (
     "float temperature, int top_k, bool[8] needs) -> Tensor[]",
     "add_plan(Tensor x, Tensor plan, Tensor segment_ids, Tensor? gate) -> Tensor",
     "add_plan_backward(Tensor grad, Tensor plan, Tensor segment_ids, Tensor? gate, bool[2] needs) -> (Tensor, Tensor)",
-    # On the CPU alone. Where a target is negative both gradient and loss are zero.
+    # Where a target is negative both gradient and loss are zero.
     "cross_entropy_(Tensor(a!) logits, Tensor target) -> Tensor nll",
+    # On the CPU alone.
     "packed_attention(Tensor query, Tensor key, Tensor value, Tensor first, float scale) -> (Tensor out, "
     "Tensor log_sums)",
     "packed_attention_backward(Tensor grad, Tensor query, Tensor key, Tensor value, Tensor out, Tensor log_sums, "

@@ -13,9 +13,10 @@ import pytest
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
 ROOT = Path(__file__).parents[2]
+NAMES = ("interpreted.py", "interpreted_addition.py", "test_cross_entropy.py", "test_grid.py", "test_likely.py")
 
 
-@pytest.mark.parametrize("name", ["interpreted.py", "interpreted_addition.py", "test_grid.py", "test_likely.py"])
+@pytest.mark.parametrize("name", NAMES)
 def test_in_the_interpreter(name: str) -> None:
     test = str(Path(__file__).with_name(name))
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", test]
@@ -32,6 +33,8 @@ assert not list(compile_report.forgotten(jobs))
 assert list(compile_report.forgotten(jobs[:1]))
 row = compile_report.compile_job(next(job for job in jobs if job.kernel == "projection_fwd_kernel"))
 assert row.has_product and not list(row.violations()), row
+row = compile_report.compile_job(next(job for job in jobs if job.case == "cross-entropy" and job.dtype == "bfloat16"))
+assert row.registers <= 32 and not list(row.violations()), row  # two programs of 1,024 threads a multiprocessor
 """
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True)
