@@ -289,7 +289,8 @@ class TrainConfig(LoopConfig):
     )
     loss_kernel: str = option(
         "chunked",
-        "cross-entropy of the tokens; liger: Liger-Kernel's, on CUDA, with planlm[liger] installed",
+        "cross-entropy of the tokens; liger: Liger-Kernel's, slower and with fewer logits in memory, on CUDA, with "
+        "planlm[liger] installed",
         choices=("chunked", "liger"),
     )
     compile: bool = option(False, "compile the LM with torch.compile: the first steps take minutes")

@@ -1,14 +1,17 @@
 """Cross-entropy of a large-vocabulary linear head without keeping the logits.
 
 The gradient of the logits is formed chunk by chunk in the forward pass (Liger-Kernel's and torch's chunked
-linear cross-entropy work alike), so at most `CHUNK` bytes of logits exist at a time. torch 2.13's own
-`linear_cross_entropy` with options does the same, but took 4 to 18 times as long on a CPU (dev/log.md).
+linear cross-entropy work alike), so that the logits of a chunk are all that exist: `CHUNK` bytes on a CPU, those of
+`TOKENS` on a GPU. torch 2.13's own `linear_cross_entropy` with options does the same, but took 4 to 18 times as long
+on a CPU (dev/log.md).
+
+Sizes: N tokens, d channels, V vocabulary.
 """
 
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -16,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from planlm.errors import InputError
+from planlm.kernels.backend import full_precision
 from planlm.model.families import is_plain
 from planlm.speedups.lm import cross_entropy_
 
@@ -25,6 +29,15 @@ speed and few enough sums of the weight's gradient: at half of it they took a fo
 
 MULTIPLE = 128
 """A chunk has a multiple of so many tokens: with 1,043 instead of 1,024 the products took a twentieth longer."""
+
+TOKENS = 4096
+"""Tokens of a chunk on a GPU, at most: 412 MB of logits of GPT-2 in bf16. Its products read the head twice and its
+gradient in float32 once, and write that: 12 V d bytes a chunk. The gradient's product has 2 TOKENS V d operations for
+8 V d + 2 TOKENS V bytes; on an H100 it is bound by memory below 1,200 (d = 2,048) to 2,000 tokens (d = 576)."""
+
+ALIGNED = 64
+"""On a GPU the head has a multiple of so many rows: with 50,257 no row of the logits but each eighth would begin at a
+multiple of 16 bytes, which cuBLAS's fast kernels and the loss kernel's wide loads ask for."""
 
 WORDS = 8192
 """Rows of the head whose gradient is formed at a time, before it is added in float32: 13 MB of GPT-2-small's 77."""
@@ -38,32 +51,18 @@ ChunkLoss = Callable[[Tensor, slice], tuple[Tensor, Tensor]]
 which may be the same tensor, and each token's loss `[tokens]`."""
 
 
+Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
+"""Of hidden states, in their dtype, and of weight and bias, in float32; None for one that is not needed."""
+
+
 class _LinearLoss(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, chunk_loss: ChunkLoss
     ) -> tuple[Tensor, Tensor]:
-        needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
-        token_loss = hidden.new_zeros(hidden.shape[0], dtype=torch.float32)
-        grad_hidden = torch.zeros_like(hidden) if needs_hidden else None
-        grad_weight = torch.zeros_like(weight, dtype=torch.float32) if needs_weight else None
-        grad_bias = torch.zeros_like(bias, dtype=torch.float32) if needs_bias and bias is not None else None
-        compute_weight = weight.to(hidden.dtype)
-        compute_bias = None if bias is None else bias.to(hidden.dtype)
-        size = CHUNK // (weight.shape[0] * hidden.element_size())  # tokens of a chunk
-        size = max(1, size // MULTIPLE * MULTIPLE or size)
-        for begin in range(0, hidden.shape[0], size):
-            chunk = slice(begin, begin + size)
-            logits = F.linear(hidden[chunk], compute_weight, compute_bias)  # [tokens, V]
-            grad, token_loss[chunk] = chunk_loss(logits, chunk)
-            if grad_hidden is not None:
-                torch.mm(grad, compute_weight, out=grad_hidden[chunk])
-            if grad_weight is not None:
-                for words, grad_words in zip(grad_weight.split(WORDS), grad.split(WORDS, dim=1), strict=True):
-                    words += grad_words.t() @ hidden[chunk]
-            if grad_bias is not None:
-                grad_bias += grad.sum(dim=0, dtype=torch.float32)
-        ctx.gradients = grad_hidden, grad_weight, grad_bias
+        on_gpu = hidden.device.type in ("cuda", "meta") and len(hidden) > 0
+        in_chunks = _by_cublas if on_gpu else _by_words
+        token_loss, ctx.gradients = in_chunks(hidden, weight, bias, chunk_loss, ctx.needs_input_grad[:3])
         ctx.dtypes = hidden.dtype, weight.dtype, None if bias is None else bias.dtype
         ctx.mark_non_differentiable(token_loss)
         return token_loss.sum(), token_loss
@@ -76,6 +75,89 @@ class _LinearLoss(torch.autograd.Function):
             raise RuntimeError("loss of a linear head: its backward pass ran before; compute the loss again")
         gradients, ctx.gradients = zip(ctx.gradients, ctx.dtypes, strict=True), None
         return *(None if it is None else it.mul_(grad_sum.to(it.dtype)).to(dtype) for it, dtype in gradients), None
+
+
+def _by_words(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, chunk_loss: ChunkLoss, needs: Sequence[bool]
+) -> tuple[Tensor, Gradients]:
+    """Each token's loss, and the gradients of their sum that are needed, with little memory beside a chunk's logits."""
+    token_loss = hidden.new_zeros(hidden.shape[0], dtype=torch.float32)
+    grad_hidden = torch.zeros_like(hidden) if needs[0] else None
+    grad_weight = torch.zeros_like(weight, dtype=torch.float32) if needs[1] else None
+    grad_bias = torch.zeros_like(bias, dtype=torch.float32) if needs[2] and bias is not None else None
+    compute_weight = weight.to(hidden.dtype)
+    compute_bias = None if bias is None else bias.to(hidden.dtype)
+    size = CHUNK // (weight.shape[0] * hidden.element_size())  # tokens of a chunk
+    size = max(1, size // MULTIPLE * MULTIPLE or size)
+    for begin in range(0, hidden.shape[0], size):
+        chunk = slice(begin, begin + size)
+        logits = F.linear(hidden[chunk], compute_weight, compute_bias)  # [tokens, V]
+        grad, token_loss[chunk] = chunk_loss(logits, chunk)
+        if grad_hidden is not None:
+            torch.mm(grad, compute_weight, out=grad_hidden[chunk])
+        if grad_weight is not None:
+            for words, grad_words in zip(grad_weight.split(WORDS), grad.split(WORDS, dim=1), strict=True):
+                words += grad_words.t() @ hidden[chunk]
+        if grad_bias is not None:
+            grad_bias += grad.sum(dim=0, dtype=torch.float32)
+    return token_loss, (grad_hidden, grad_weight, grad_bias)
+
+
+def _by_cublas(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, chunk_loss: ChunkLoss, needs: Sequence[bool]
+) -> tuple[Tensor, Gradients]:
+    """`_by_words` for a GPU and at least one token: few large products, the weight's gradient summed by them.
+
+    A bf16 product that is added to a float32 matrix in place rounds nothing to bf16, and makes no temporary.
+    """
+    num_tokens, num_words = len(hidden), len(weight)
+    sums = torch.promote_types(hidden.dtype, torch.float32)
+    head, offset = _aligned(weight, hidden.dtype), None if bias is None else _aligned(bias, hidden.dtype)
+    size = -(-num_tokens // -(-num_tokens // TOKENS))  # tokens of a chunk: as many in each
+    size = min(size + -size % MULTIPLE, num_tokens)
+    logits = hidden.new_empty(size, len(head))  # one for all chunks; what is beyond the vocabulary stays 0
+    token_loss = hidden.new_empty(num_tokens, dtype=torch.float32)
+    grad_hidden = hidden.new_empty(hidden.shape) if needs[0] else None
+    grad_head = hidden.new_empty(head.shape, dtype=sums) if needs[1] else None
+    grad_bias = hidden.new_zeros(num_words, dtype=sums) if needs[2] else None
+    for begin in range(0, num_tokens, size):
+        chunk = slice(begin, begin + size)
+        states = hidden[chunk]
+        grad = logits[: len(states)]
+        if offset is None:
+            torch.mm(states, head.t(), out=grad)
+        else:
+            torch.addmm(offset, states, head.t(), out=grad)
+        words = grad[:, :num_words]
+        found, token_loss[chunk] = chunk_loss(words, chunk)
+        if found is not words:
+            words.copy_(found)
+        if grad_hidden is not None:
+            torch.mm(grad, head, out=grad_hidden[chunk])
+        if grad_head is not None:  # the first chunk's product is not added to anything
+            torch.addmm(grad_head, grad.t(), states, beta=min(begin, 1), out_dtype=sums, out=grad_head)
+        if grad_bias is not None:
+            grad_bias += words.sum(dim=0, dtype=sums)
+    return token_loss, (grad_hidden, None if grad_head is None else grad_head[:num_words], grad_bias)
+
+
+def _aligned(parameter: Tensor, dtype: torch.dtype) -> Tensor:
+    """A head's weight or bias in a dtype, with zeros up to a multiple of `ALIGNED` words."""
+    num_words = len(parameter)
+    if num_words % ALIGNED == 0:
+        return parameter.to(dtype)
+    padded = parameter.new_empty(num_words + -num_words % ALIGNED, *parameter.shape[1:], dtype=dtype)
+    padded[:num_words] = parameter
+    padded[num_words:] = 0
+    return padded
+
+
+def _dtype_of_products(hidden: Tensor) -> torch.dtype:
+    """Autocast's where that is on, else that of `hidden`."""
+    device = hidden.device.type
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+        return torch.get_autocast_dtype(device)
+    return hidden.dtype
 
 
 def linear_cross_entropy(
@@ -95,10 +177,8 @@ def linear_cross_entropy(
         (sum of the scored tokens' NLL, nats, differentiable; NLL of each token `[N]` float32, detached, 0 where not
         scored).
     """
-    device = hidden.device.type
-    if torch.is_autocast_enabled(device):
-        hidden = hidden.to(torch.get_autocast_dtype(device))
-    with torch.autocast(device, enabled=False):
+    hidden = hidden.to(_dtype_of_products(hidden))
+    with full_precision(hidden.device):
         nll_sum, token_nll = _LinearLoss.apply(
             hidden,
             weight,
@@ -121,8 +201,7 @@ def divergence(hidden: Tensor, head: nn.Module, reference: tuple[Tensor, nn.Modu
     """
     base_head: Any = head if reference[1] is None else reference[1]
     assert is_plain(head, nn.Linear) and is_plain(base_head, nn.Linear)
-    device = hidden.device.type
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
+    dtype = _dtype_of_products(hidden)
     base_hidden, is_compared = reference[0].to(dtype), labels >= 0
     base_weight = base_head.weight.detach().to(dtype)
     base_bias = None if base_head.bias is None else base_head.bias.detach().to(dtype)
@@ -130,7 +209,7 @@ def divergence(hidden: Tensor, head: nn.Module, reference: tuple[Tensor, nn.Modu
     def chunk_loss(logits: Tensor, chunk: slice) -> tuple[Tensor, Tensor]:
         return _divergence_(logits, F.linear(base_hidden[chunk], base_weight, base_bias), is_compared[chunk])
 
-    with torch.autocast(device, enabled=False):
+    with full_precision(hidden.device):
         kl_sum: Tensor = _LinearLoss.apply(hidden.to(dtype), head.weight, head.bias, chunk_loss)[0]
     return kl_sum
 
@@ -151,11 +230,10 @@ def _liger(hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None =
     """`linear_cross_entropy` by Liger-Kernel, which gives no token's own NLL; weight gradients add up in float32."""
     from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy
 
-    device = hidden.device.type
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
+    dtype = _dtype_of_products(hidden)
     hidden, weight = hidden.to(dtype), weight.to(dtype)
     bias = None if bias is None else bias.to(dtype)
-    with torch.autocast(device, enabled=False):
+    with full_precision(hidden.device):
         nll_sum = liger_fused_linear_cross_entropy(
             hidden, weight, labels, bias, reduction="sum", accum_dtype=torch.float32
         )

@@ -5,19 +5,52 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from planlm.kernels import use_backend
 from planlm.model import loss
 from planlm.model.loss import divergence, linear_cross_entropy
 
 CHUNK = 64
 """Rows of a chunk of 11 float32 logits each."""
 
+ADDMM = torch.addmm
 
+
+def addmm(
+    total: Tensor, left: Tensor, right: Tensor, *, out_dtype: torch.dtype | None = None, **options: Any
+) -> Tensor:
+    """torch.addmm with a dtype for the result, which the CPU lacks: sums as cuBLAS's, of operands in half precision."""
+    if out_dtype is None:
+        return ADDMM(total, left, right, **options)
+    assert left.dtype == right.dtype and total.dtype == out_dtype and options["out"] is total
+    return ADDMM(total, left.to(out_dtype), right.to(out_dtype), **options)
+
+
+@pytest.fixture
+def _as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Chunks and products of the GPU's path, 64 tokens and 16 words at a time."""
+    monkeypatch.setattr(loss, "_by_words", loss._by_cublas)
+    monkeypatch.setattr(loss, "TOKENS", CHUNK)
+    monkeypatch.setattr(loss, "MULTIPLE", 8)
+    monkeypatch.setattr(loss, "ALIGNED", 16)
+    monkeypatch.setattr(torch, "addmm", addmm)
+
+
+@pytest.fixture(params=["cpu", "gpu"])
+def _path(request: pytest.FixtureRequest) -> None:
+    """The CPU's path, and the GPU's."""
+    if request.param == "gpu":
+        request.getfixturevalue("_as_on_a_gpu")
+
+
+@pytest.mark.usefixtures("_path")
 @pytest.mark.parametrize("num_rows", [1, CHUNK, 2 * CHUNK + 37])
 @pytest.mark.parametrize("with_bias", [False, True])
 def test_agrees_with_the_unchunked_loss(num_rows: int, with_bias: bool, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -42,6 +75,7 @@ def test_agrees_with_the_unchunked_loss(num_rows: int, with_bias: bool, monkeypa
         torch.testing.assert_close(mine, part.grad)
 
 
+@pytest.mark.usefixtures("_path")
 @pytest.mark.parametrize("num_rows", [1, 2 * CHUNK + 37])
 @pytest.mark.parametrize("has_own_head", [False, True])
 def test_divergence_agrees_with_the_unchunked_one(
@@ -62,6 +96,71 @@ def test_divergence_agrees_with_the_unchunked_one(
     torch.testing.assert_close(kl_sum, expected)
     for mine, wanted in zip(got, torch.autograd.grad(0.37 * expected, parts), strict=True):
         torch.testing.assert_close(mine, wanted)
+
+
+@pytest.mark.usefixtures("_as_on_a_gpu")
+def test_on_a_gpu_partial_gradients_of_the_weight_are_not_rounded() -> None:
+    """40 chunks of bf16: as exact as float32 sums of the same products."""
+    hidden, weight = 1 + torch.randn(40 * CHUNK, 8).bfloat16(), torch.randn(11, 8, requires_grad=True)
+    labels, slopes = torch.randint(11, (len(hidden),)), []
+
+    def chunk_loss(logits: Tensor, chunk: slice) -> tuple[Tensor, Tensor]:
+        slopes.append(loss.cross_entropy_(logits, labels[chunk])[0].double())
+        return logits, torch.zeros(len(logits))
+
+    loss._LinearLoss.apply(hidden, weight, None, chunk_loss)[0].backward()
+    assert len(slopes) == 40
+    want = torch.cat(slopes).T @ hidden.double()
+    assert ((weight.grad - want).norm() / want.norm()).item() < 1e-6
+
+
+@pytest.mark.usefixtures("_as_on_a_gpu")
+@pytest.mark.parametrize("weight_learns", [True, False])
+def test_on_a_gpu_only_what_learns_is_computed(weight_learns: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    sums = []
+    monkeypatch.setattr(torch, "addmm", lambda *parts, **options: sums.append(parts[0]) or addmm(*parts, **options))
+    hidden, weight = torch.randn(2 * CHUNK, 8, requires_grad=True), torch.randn(11, 8, requires_grad=weight_learns)
+    linear_cross_entropy(hidden, weight, torch.randint(11, (len(hidden),)))[0].backward()
+    assert len(sums) == 2 * weight_learns and (weight.grad is not None) == weight_learns
+
+
+class LargeResults(TorchDispatchMode):
+    """Collects the names of the operators that write a matrix of at least so many rows and columns."""
+
+    def __init__(self, rows: int, columns: int) -> None:
+        super().__init__()
+        self.rows, self.columns, self.names = rows, columns, []
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        result = function(*args, **(kwargs or {}))
+        is_large = isinstance(result, Tensor) and result.ndim == 2
+        if is_large and result.shape[0] >= self.rows and result.shape[1] >= self.columns and not function.is_view:
+            self.names.append(function._schema.name)
+        return result
+
+
+def test_on_a_gpu_logits_exist_once_and_nothing_waits() -> None:
+    """On tensors without data: a wait for a value would raise."""
+    triton_tiles = pytest.importorskip("planlm.kernels.triton_tiles")
+    num_tokens, num_words = 2 * loss.TOKENS + 8, 50257
+    hidden = torch.empty(num_tokens, 24, device="meta", dtype=torch.bfloat16, requires_grad=True)
+    weight = torch.empty(num_words, 24, device="meta", requires_grad=True)
+    labels = torch.empty(num_tokens, device="meta", dtype=torch.int64)
+    launches: list[Any] = []
+    counter = LargeResults(1024, num_words)
+    with use_backend("triton"), triton_tiles.observed(lambda launch: bool(launches.append(launch)), 90), counter:
+        nll_sum, token_nll = linear_cross_entropy(hidden, weight, labels)
+    nll_sum.backward()
+    assert counter.names == ["aten::new_empty", *["aten::mm"] * 3]
+    assert nll_sum.dtype == token_nll.dtype == torch.float32 and token_nll.shape == (num_tokens,)
+    assert hidden.grad.dtype == torch.bfloat16 and weight.grad.dtype == torch.float32
+    assert hidden.grad.shape == hidden.shape and weight.grad.shape == weight.shape
+    chunks = [launch.arguments["logits"] for launch in launches]
+    assert [len(logits) for logits in chunks] == [2816, 2816, 2568]
+    assert all(logits.dtype == torch.bfloat16 and logits.stride() == (50304, 1) for logits in chunks)
+    compiled = torch.compile(linear_cross_entropy, fullgraph=True, backend="aot_eager")
+    with use_backend("triton"):
+        assert compiled(hidden, weight, labels)[1].shape == (num_tokens,)
 
 
 LIGER = """
