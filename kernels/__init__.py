@@ -10,13 +10,21 @@ Imports torch only; a backend's own dependencies are imported when it is first u
 # under that name. It gets an empty module: a second copy would register every operation twice.
 if __name__ == "planlm.kernels":
     from .addition import StackedPlan, add_plan
-    from .attention import has_packed_attention, packed_attention
+    from .attention import (
+        Documents,
+        has_packed_attention,
+        packed_attention,
+        say_masked,
+        varlen_attention,
+        varlen_documents,
+    )
     from .backend import use_backend
     from .cross_entropy import cross_entropy_
     from .projection import plan_projection, plan_projection_from_hidden
     from .reference import PlanProjection
 
     __all__ = [
+        "Documents",
         "PlanProjection",
         "StackedPlan",
         "add_plan",
@@ -25,5 +33,8 @@ if __name__ == "planlm.kernels":
         "packed_attention",
         "plan_projection",
         "plan_projection_from_hidden",
+        "say_masked",
         "use_backend",
+        "varlen_attention",
+        "varlen_documents",
     ]

@@ -6,13 +6,27 @@ Sizes: B sequences, W positions, H query heads, G key heads (H a multiple of G),
 from __future__ import annotations
 
 import functools
+import importlib.util
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from .backend import choose, constant
-from .cpp import fast_bf16
+from .cpp import fast_bf16, logger
+
+
+class Documents(NamedTuple):
+    """Documents side by side in all positions of a batch, row after row, for `varlen_attention`.
+
+    Attributes:
+        offsets: int32 `[N + 1]`, the first position of each, and the end; equal ones enclose nothing.
+        longest: positions of the longest, or more.
+    """
+
+    offsets: Tensor
+    longest: int
 
 
 def packed_attention(query: Tensor, key: Tensor, value: Tensor, first: Tensor, scale: float) -> Tensor:
@@ -49,6 +63,105 @@ def packed_attention(query: Tensor, key: Tensor, value: Tensor, first: Tensor, s
         enable_gqa=bool(query.shape[2] != key.shape[2]),  # tracing makes a tensor of it
     )
     return mixed.transpose(1, 2)
+
+
+def varlen_attention(
+    query: Tensor, key: Tensor, value: Tensor, documents: Documents, scale: float, window: int | None = None
+) -> Tensor:
+    """What `packed_attention` computes, by torch's flash attention over `documents`, without a mask or a wait.
+
+    For where `varlen_reason` has none. It launches the same blocks for batches of the same shapes and `longest`.
+
+    Args:
+        query (Tensor): `[B, W, H, d]`.
+        key (Tensor): `[B, W, G, d]`.
+        value (Tensor): `[B, W, G, d]`.
+        documents (Documents): what stands in all B W positions.
+        scale (float): of the scores.
+        window (int | None): keys that a position sees at most, its own the last; None: all of its document so far.
+
+    Returns:
+        Tensor: `[B, W, H, d]`.
+    """
+    from torch.nn.attention.varlen import varlen_attn  # brings torch's compiler, seconds that a CPU has no use for
+
+    dense = (tensor if tensor.stride(-1) == 1 else tensor.contiguous() for tensor in (query, key, value))
+    q, k, v = (tensor.flatten(0, 1) for tensor in dense)  # [B W, H, d], [B W, G, d]
+    offsets, longest = documents.offsets.to(query.device), documents.longest
+    back = -1 if window is None or window >= longest else window - 1  # keys before a position's own; -1: all
+    shares, sees = query.shape[2] != key.shape[2], (back, 0)
+    out: Tensor = varlen_attn(  # type: ignore[assignment]  # a tuple, asked for more
+        q, k, v, offsets, offsets, longest, longest, scale=scale, window_size=sees, enable_gqa=shares
+    )
+    return out.view(query.shape)
+
+
+def varlen_reason(
+    device_type: str,
+    dtype: torch.dtype,
+    head_dim: int,
+    *,
+    dropout: float = 0.0,
+    capability: tuple[int, int] | None = None,
+) -> str | None:
+    """Why `varlen_attention` cannot serve, in words; None where it can.
+
+    Args:
+        device_type (str): "meta", of tensors without data, stands for CUDA.
+        dtype (torch.dtype): in which queries, keys and values are multiplied.
+        head_dim (int): d.
+        dropout (float): of attention's weights.
+        capability (tuple[int, int] | None): of the GPU; None: not asked.
+    """
+    if device_type not in ("cuda", "meta"):
+        return f"it runs on CUDA, and this is {device_type}"
+    if not _has_varlen(device_type):
+        return f"torch {torch.__version__} has none"
+    if capability is not None and capability < (8, 0):
+        return "it needs a GPU of compute capability 8.0, and this one has {}.{}".format(*capability)
+    if dtype not in (torch.bfloat16, torch.float16):
+        return f"it computes in bf16 or float16, and this is {str(dtype).removeprefix('torch.')}"
+    if head_dim % 8 or head_dim > 256 or 192 < head_dim <= 224:  # those not on every GPU in a backward pass
+        return f"its heads have a multiple of 8 channels, up to 192 or 232 to 256, and these have {head_dim}"
+    if dropout > 0:
+        return f"it has no dropout, and attention's is {dropout}"
+    return None
+
+
+def varlen_documents(
+    documents: Documents, device: torch.device, dtype: torch.dtype, head_dim: int, *, dropout: float = 0.0
+) -> Documents | None:
+    """The documents, if `varlen_attention` can serve here; else None, and off the CPU a line that says why, once.
+
+    Args:
+        documents (Documents): of a batch.
+        device (torch.device): of the attention.
+        dtype (torch.dtype): of the weights, which autocast may change for products.
+        head_dim (int): d.
+        dropout (float): of attention's weights.
+    """
+    if torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type):
+        dtype = torch.get_autocast_dtype(device.type)
+    capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else None
+    reason = varlen_reason(device.type, dtype, head_dim, dropout=dropout, capability=capability)
+    if reason is None:
+        return documents
+    if device.type != "cpu":
+        say_masked(reason)
+    return None
+
+
+@functools.cache
+def say_masked(reason: str) -> None:
+    """Say that packed documents are not attended to by torch's kernel for them, and why; each reason once."""
+    logger.warning("packed documents: attention takes a mask, since torch's kernel for them cannot serve: %s", reason)
+
+
+@functools.cache
+def _has_varlen(device_type: str) -> bool:
+    """Whether this torch has it, and for CUDA was built with it."""
+    built = device_type != "cuda" or torch.backends.cuda.is_flash_attention_available()
+    return built and importlib.util.find_spec("torch.nn.attention.varlen") is not None
 
 
 def has_packed_attention(device: torch.device, dtype: torch.dtype) -> bool:

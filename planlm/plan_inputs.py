@@ -45,6 +45,9 @@ class PlanInputs(Movable):
             a planner sequence of its own.
         segment_bounds: int32 `[S + 1]`, between which of all B W positions those of each segment lie, see
             `corpus.offsets`; where it is not given, kernels that want it find it.
+        sentence_cu_seqlens: int32 `[N + 1]`, where in all R n positions documents begin, and padding, and the end;
+            without it the planner's attention needs a mask on CUDA.
+        sentence_longest: so many positions a document has there at most.
     """
 
     segment_ids: Tensor
@@ -58,9 +61,14 @@ class PlanInputs(Movable):
     sentence_states: Tensor | None = None
     actions_ahead: Tensor | None = None
     segment_bounds: Tensor | None = None
+    sentence_cu_seqlens: Tensor | None = None
+    sentence_longest: int = 0
 
     def replaced(self, **fields: Any) -> PlanInputs:
-        """The same with other `fields`; with other segments, without the bounds that were those of the old ones."""
+        """The same with other `fields`, and without the offsets of what these replace."""
+        stale: dict[str, Any] = {}
         if "segment_ids" in fields or "segment_rows" in fields:
-            fields = {"segment_bounds": None} | fields
-        return dataclasses.replace(self, **fields)
+            stale["segment_bounds"] = None
+        if "sentence_embeddings" in fields or "sentence_positions" in fields:
+            stale["sentence_cu_seqlens"] = None
+        return dataclasses.replace(self, **stale | fields)

@@ -7,7 +7,6 @@ far as a window shows them), A dimensions of an embedding.
 from __future__ import annotations
 
 import dataclasses
-import itertools
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -19,8 +18,9 @@ import pyarrow.compute
 import torch
 from torch import Tensor
 
+from planlm.corpus.layout import Layout
 from planlm.corpus.mapped import MappedFiles
-from planlm.corpus.offsets import segment_bounds
+from planlm.corpus.offsets import document_offsets, few_sizes, segment_bounds
 from planlm.corpus.packing import fill, packs
 from planlm.corpus.writing import joined
 from planlm.errors import InputError
@@ -33,16 +33,6 @@ RELEASED_AFTER = 64
 """Documents read between releases of the mapped files: for each the system maps some 64 KiB of every column."""
 
 Batch = TypeVar("Batch", "PlanBatch", "SentenceBatch")
-
-
-def few_sizes(size: int) -> int:
-    """`size` or up to an eighth more: an even number, one of eight between two powers of two.
-
-    The libraries below compile a kernel for each shape of matrix product that they meet and keep it, oneDNN up to 1,024
-    of them and torch's batch-reduce products all. With sizes as they come, training grew by 4 to 10 MB a step.
-    """
-    step = max(2, 1 << max(0, size.bit_length() - 4))
-    return -(-size // step) * step
 
 
 @dataclass(frozen=True)
@@ -60,6 +50,9 @@ class PlanBatch(Movable):
         plan: what the model plans from; each document once (or for each window), as far as a segment needs it.
             Segments at the end that no position has bring S to one of few sizes; they have no action.
         documents: [B, W] int64, number of the document in the split, -1 on padding.
+        cu_seqlens: [N + 1] int32, where in all B W positions windows begin, padding counted to the one before it, as
+            `position_ids` have it, and the end; see `corpus.offsets.document_offsets`.
+        longest: so many positions a window has at most.
     """
 
     input_ids: Tensor
@@ -67,6 +60,13 @@ class PlanBatch(Movable):
     labels: Tensor
     plan: PlanInputs
     documents: Tensor
+    cu_seqlens: Tensor | None = None
+    longest: int = 0
+
+    @property
+    def layout(self) -> dict[str, Any]:
+        """How the sequences are divided into windows, as keyword arguments of the model."""
+        return {"position_ids": self.position_ids, "cu_seqlens": self.cu_seqlens, "longest": self.longest}
 
     @property
     def actions(self) -> Tensor:
@@ -103,12 +103,22 @@ class SentenceBatch(Movable):
         sentence_positions: [R, n] int64, number of the sentence in its document; 0 on padding.
         actions: [R, n] int64, of the sentences; -100 on padding.
         own_embeddings: [R, n, A] float32, at each position the sentence's own embedding, if asked for.
+        cu_seqlens: [N + 1] int32, where in all R n positions documents begin, and padding, and the end.
+        longest: so many positions a document has at most.
     """
 
     sentence_embeddings: Tensor
     sentence_positions: Tensor
     actions: Tensor
     own_embeddings: Tensor | None = None
+    cu_seqlens: Tensor | None = None
+    longest: int = 0
+
+    @property
+    def planner_inputs(self) -> dict[str, Any]:
+        """Keyword arguments of the planner."""
+        names = ("sentence_embeddings", "sentence_positions", "cu_seqlens", "longest")
+        return {name: getattr(self, name) for name in names}
 
     def ahead(self, step: int) -> Tensor:
         """[R, n] int64, where in all sequences, one behind the other, the sentence `step` later stands, -1 for none."""
@@ -334,12 +344,15 @@ class PlanLoader(_Loader[PlanBatch]):
                 segments.append(np.stack([np.full_like(shown, own), shown], axis=1))
                 num_segments += len(shown)
                 begin = end
+        cu_seqlens, longest = document_offsets(position_ids == 0)
         return PlanBatch(
             input_ids=torch.from_numpy(input_ids),
             position_ids=torch.from_numpy(position_ids),
             labels=torch.from_numpy(labels),
             plan=self._plan_inputs(segment_ids, np.concatenate(segments), unique, contents),
             documents=torch.from_numpy(documents),
+            cu_seqlens=cu_seqlens,
+            longest=longest,
         )
 
     def _plan_inputs(
@@ -355,7 +368,7 @@ class PlanLoader(_Loader[PlanBatch]):
         needed = np.zeros(len(unique), dtype=np.int64)
         for document, number in rows:
             np.maximum.at(needed, document, number + 1)
-        layout = _Layout(needed)
+        layout = Layout(needed)
         placed = np.zeros((len(rows), few_sizes(len(segments)), 2), dtype=np.int64)
         for at, (document, number) in enumerate(rows):
             places = np.divmod(layout.begins[document] + number, layout.shape[1])
@@ -366,6 +379,7 @@ class PlanLoader(_Loader[PlanBatch]):
         for row, (own, number) in zip(ahead, segments, strict=False):
             following = contents[own]["actions"][number + 1 : number + self.horizon]
             row[: len(following)] = following
+        cu_seqlens, longest = layout.offsets()
         return PlanInputs(
             segment_ids=torch.from_numpy(segment_ids),
             segment_rows=torch.from_numpy(placed[0]),
@@ -375,6 +389,8 @@ class PlanLoader(_Loader[PlanBatch]):
             actions_ahead=torch.from_numpy(ahead) if self.horizon > 1 else None,
             shuffled_rows=None if self._partners is None else torch.from_numpy(placed[1]),
             segment_bounds=segment_bounds(segment_ids, len(actions)),
+            sentence_cu_seqlens=cu_seqlens,
+            sentence_longest=longest,
         )
 
 
@@ -404,14 +420,17 @@ class SentenceLoader(_Loader[SentenceBatch]):
 
     def _collate(self, items: np.ndarray) -> SentenceBatch:
         contents = [self._documents[int(document)] for document in items]
-        layout = _Layout(np.array([len(content["actions"]) for content in contents]))
+        layout = Layout(np.array([len(content["actions"]) for content in contents]))
+        cu_seqlens, longest = layout.offsets()
         return SentenceBatch(
             sentence_embeddings=layout.embeddings([content["embeddings"] for content in contents]),
             sentence_positions=layout.positions(),
-            actions=layout.actions([content["actions"] for content in contents]),
+            actions=layout.actions([content["actions"] for content in contents], IGNORED),
             own_embeddings=layout.own([content["embeddings"] for content in contents])
             if self._own_embeddings
             else None,
+            cu_seqlens=cu_seqlens,
+            longest=longest,
         )
 
 
@@ -429,58 +448,6 @@ class _Documents:
             self._files.release()
         table = self._rows[document]
         return {name: joined(table[name]) for name in table.column_names}
-
-
-class _Layout:
-    """Where the sentences of a batch's documents stand in the planner's R sequences of n positions.
-
-    As many full sequences, a power of two, as the longest document leaves; how long they are is one of few sizes too.
-
-    Args:
-        lengths: [D] sentences of each document, at least 1.
-
-    Attributes:
-        shape: (R, n).
-        begins: [D], position of each document's first sentence in all sequences, one behind the other.
-    """
-
-    def __init__(self, lengths: np.ndarray) -> None:
-        count = 1 << (int(lengths.sum() // lengths.max()).bit_length() - 1)
-        width = few_sizes(-(-int(lengths.sum()) // count))
-        while sum(alike for alike, _ in packs(lengths, width)) > count:
-            width = few_sizes(width + 1)
-        members, first = fill(packs(lengths, width), lengths, np.random.default_rng(0))
-        self.shape = (count, width)
-        self.begins = np.empty_like(lengths)
-        for number, (begin, end) in enumerate(itertools.pairwise(first)):
-            inside = members[begin:end]
-            self.begins[inside] = number * width + np.cumsum(lengths[inside]) - lengths[inside]
-        self._lengths = lengths
-        self._numbers = np.concatenate([np.arange(length) for length in lengths])  # of each sentence in its document
-        self._at = np.repeat(self.begins, lengths) + self._numbers
-
-    def positions(self) -> Tensor:
-        """[R, n] int64, number of each sentence in its document; 0 on padding."""
-        return self._placed(self._at, self._numbers, 0)
-
-    def embeddings(self, embeddings: list[np.ndarray]) -> Tensor:
-        """[R, n, A] float32, at each position the embedding of the sentence before; 0 where there is none."""
-        before = [one[: length - 1] for one, length in zip(embeddings, self._lengths, strict=True)]
-        return self._placed(self._at[self._numbers > 0], np.concatenate(before, dtype=np.float32), 0)
-
-    def own(self, embeddings: list[np.ndarray]) -> Tensor:
-        """[R, n, A] float32, each sentence's own embedding; 0 on padding."""
-        return self._placed(self._at, np.concatenate(embeddings, dtype=np.float32), 0)
-
-    def actions(self, actions: list[np.ndarray]) -> Tensor:
-        """[R, n] int64, action of each sentence; -100 on padding."""
-        return self._placed(self._at, np.concatenate(actions, dtype=np.int64), IGNORED)
-
-    def _placed(self, at: np.ndarray, values: np.ndarray, padding: int) -> Tensor:
-        shape = values.shape[1:]
-        placed = np.full((self.shape[0] * self.shape[1], *shape), padding, dtype=values.dtype)
-        placed[at] = values
-        return torch.from_numpy(placed.reshape(*self.shape, *shape))
 
 
 def _lengths(dataset: datasets.Dataset, column: str) -> np.ndarray:

@@ -7,6 +7,16 @@ import torch
 from torch import Tensor
 
 
+def few_sizes(size: int) -> int:
+    """`size` or up to an eighth more: an even number, one of eight between two powers of two.
+
+    The libraries below compile a kernel for each shape of matrix product that they meet and keep it, oneDNN up to 1,024
+    of them and torch's batch-reduce products all. With sizes as they come, training grew by 4 to 10 MB a step.
+    """
+    step = max(2, 1 << max(0, size.bit_length() - 4))
+    return -(-size // step) * step
+
+
 def segment_bounds(segment_ids: np.ndarray, num_segments: int) -> Tensor:
     """int32 `[S + 1]`: positions of segment s, row after row, lie from `bounds[s]` to before `bounds[s + 1]`.
 
@@ -20,3 +30,27 @@ def segment_bounds(segment_ids: np.ndarray, num_segments: int) -> Tensor:
     shown = np.flatnonzero(flat >= 0)
     running = np.maximum.accumulate(flat[: shown[-1] + 1] if len(shown) else flat[:0])
     return torch.from_numpy(np.searchsorted(running, np.arange(num_segments + 1)).astype(np.int32))
+
+
+def document_offsets(begins: np.ndarray) -> tuple[Tensor, int]:
+    """What `kernels.Documents` holds, of rows in which documents stand side by side.
+
+    The number of documents is brought to one of few sizes by empty ones at the end, unless each row is one document:
+    so that can be told from the shapes.
+
+    Args:
+        begins: bool [R, n], the positions where a document begins, the first of a row or not.
+
+    Returns:
+        (int32 `[N + 1]`, the first position of each document, row after row, and the end of the last; the positions of
+        the longest, or more up to the next power of two).
+    """
+    rows, width = begins.shape
+    begins = begins.copy()
+    begins[:, :1] = True
+    first = np.flatnonzero(begins)
+    offsets = np.full(1 + (len(first) if len(first) == rows else few_sizes(len(first))), rows * width, dtype=np.int32)
+    offsets[: len(first)] = first
+    # Kernels launch blocks for so many positions of each document; those of too many end at once.
+    longest = int(np.diff(offsets).max(initial=1))
+    return torch.from_numpy(offsets), min(width, 1 << (longest - 1).bit_length())

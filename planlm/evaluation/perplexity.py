@@ -19,7 +19,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from planlm.corpus.batches import IGNORED, PlanBatch, PlanLoader, few_sizes, windows
+from planlm.corpus.batches import IGNORED, PlanBatch, PlanLoader, windows
+from planlm.corpus.offsets import few_sizes
 from planlm.corpus.sentence_rng import uniform_by_sentence
 from planlm.distribution import all_reduce, rank, world_size
 from planlm.evaluation.breakdown import POSITION_EDGES, POSITIONS, SplitScores

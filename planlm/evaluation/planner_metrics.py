@@ -102,7 +102,7 @@ def _whole_documents(planner: Planner, dataset: datasets.Dataset, batch_size: in
         labelled, flat = batch.actions >= 0, batch.actions.flatten()
         places = [batch.ahead(step)[labelled] for step in range(len(planner.ahead) + 1)]
         actions = torch.stack([flat[at.clamp(min=0)].where(at >= 0, -1) for at in places], dim=1)
-        yield planner(batch.sentence_embeddings, batch.sentence_positions)[labelled], actions
+        yield planner(**batch.planner_inputs)[labelled], actions
 
 
 def window_predictions(model: PlanLMForCausalLM, dataset: datasets.Dataset, window: int, batch_size: int) -> Predicted:

@@ -8,6 +8,9 @@ again, and it enters whatever stands for the projection, LoRA too.
 So is a limited window (`attention_window`): every call of an LM's attention passes `attend`, which narrows whatever it
 is to compute, by the cheapest means that the call allows.
 
+And so are packed documents: a batch says where they begin (`within_documents`), and on CUDA `attend` hands that to
+torch's flash attention for documents of any lengths.
+
 Sizes: B sequences of W positions, L keys, H heads, d channels of a head.
 """
 
@@ -22,10 +25,19 @@ from transformers import AttentionInterface, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils.generic import is_flash_attention_requested
 
+from planlm import speedups
 from planlm.errors import InputError
+from planlm.kernels import Documents, say_masked, varlen_attention, varlen_documents
 from planlm.model.adapter import LayerPlans
 from planlm.model.families import attention_modules
-from planlm.speedups.lm import has_packed_attention, packed_attention
+from planlm.speedups.lm import (
+    attention_dropout,
+    document_starts,
+    first_seen,
+    has_packed_attention,
+    in_autocast_dtype,
+    packed_attention,
+)
 
 NAME = "planlm"
 """transformers' name of `attend`."""
@@ -72,6 +84,66 @@ class _Original:
         return getattr(self._module, name)
 
 
+def within_documents(lm: PreTrainedModel, call: dict[str, Any], inserts: bool = False) -> dict[str, Any]:
+    """A call of an LM's base model whose attention keeps documents apart that share a row.
+
+    Args:
+        lm: the LM.
+        call: its arguments. Two more say where documents begin, `cu_seqlens` (None: not known) and `longest`, as
+            `kernels.Documents` has them: what `position_ids` say too, without a look at the device.
+        inserts: plans are to become positions, between those that a batch has counted.
+
+    Returns:
+        The call without those two. With the keyword `documents`, None where they are kept apart otherwise, its mask is
+        for `attend` alone; without it, transformers makes one of `position_ids` if it has to.
+    """
+    call = dict(call)
+    offsets, longest = call.pop("cu_seqlens", None), call.pop("longest", 0)
+    positions = call["position_ids"]
+    if positions is None:
+        return call
+    is_plain = call["attention_mask"] is None and call["past_key_values"] is None and not call["use_cache"]
+    starts = document_starts(lm, positions) if is_plain else None
+    if starts is not None:
+        return call | {"attention_mask": starts}
+    if offsets is None or "attention" not in speedups.ON:
+        return call
+    documents = _served(lm, call, Documents(offsets, longest), inserts)
+    nothing = positions.new_empty(0, 0, 0, 0)  # so that transformers makes no mask, for which it waits for the device
+    if documents is not None:
+        return call | {"attention_mask": nothing, "documents": documents}
+    is_plain = is_plain and not inserts and getattr(lm.config, "sliding_window", None) is None
+    if not is_plain or lm.config._attn_implementation != "sdpa":
+        return call
+    if len(offsets) == len(positions) + 1:  # a document a row
+        return call | {"attention_mask": nothing, "documents": None}
+    at = torch.arange(positions.shape[1], device=positions.device)
+    seen = (at <= at[:, None]) & (at >= first_seen(positions)[:, :, None])  # [B, W, W]
+    return call | {"attention_mask": seen[:, None], "documents": None}
+
+
+def _served(lm: PreTrainedModel, call: dict[str, Any], documents: Documents, inserts: bool) -> Documents | None:
+    """The documents, if torch's kernel for them serves in this call; else None, and on a GPU a line that says why."""
+    config, where = lm.config, call["position_ids"].device
+    reason = None
+    if call["attention_mask"] is not None:
+        reason = "attention_mask is given"
+    elif call["past_key_values"] is not None or call["use_cache"]:
+        reason = "a KV cache is in use"
+    elif config._attn_implementation != "sdpa":
+        reason = f"attn_implementation is {config._attn_implementation!r}"
+    elif call.get("output_attentions"):
+        reason = "output_attentions is set"
+    elif inserts:
+        reason = "conditioning insert puts positions between those of a batch"
+    if reason is None:
+        head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        return varlen_documents(documents, where, lm.dtype, head_dim, dropout=attention_dropout(lm))
+    if where.type != "cpu" and not is_flash_attention_requested(config):  # which needs no mask
+        say_masked(reason)
+    return None
+
+
 def attend(
     module: nn.Module,
     query: Tensor,
@@ -80,12 +152,22 @@ def attend(
     attention_mask: Tensor | None,
     plan: LayerPlans | None = None,
     scaling: float | None = None,
+    documents: Documents | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
-    """transformers' attention interface; query, key and value are `[B, H, W, d]`, the result is `[B, W, H, d]`."""
+    """transformers' attention interface; query, key and value are `[B, H, W, d]`, the result is `[B, W, H, d]`.
+
+    What else it takes are the plans of a call, and what `within_documents` gives.
+    """
     weights = None
     config: Any = module.config.lm_config  # type: ignore[union-attr]
     window: int | None = module.config.window  # type: ignore[union-attr,assignment]
+    if documents is not None:
+        narrow = [size for size in (window, kwargs.get("sliding_window")) if size is not None]
+        mixed = _by_document(query, key, value, documents, scaling, min(narrow, default=None))
+        return (mixed if plan is None else plan.add(module.layer_idx, mixed)), None  # type: ignore[arg-type]
+    if isinstance(attention_mask, Tensor) and attention_mask.numel() == 0:  # of `within_documents`
+        attention_mask = None
     if window is not None and window < key.shape[2]:
         if is_flash_attention_requested(config):
             kwargs["sliding_window"] = min(window, kwargs.get("sliding_window") or window)
@@ -101,6 +183,15 @@ def attend(
     if plan is not None:
         mixed = plan.add(module.layer_idx, mixed)  # type: ignore[arg-type]
     return mixed, weights
+
+
+def _by_document(
+    query: Tensor, key: Tensor, value: Tensor, documents: Documents, scaling: float | None, window: int | None
+) -> Tensor:
+    """Attention of query, key and value `[B, H, W, d]` by torch's kernel for documents, as `[B, W, H, d]`."""
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    query, key, value = (tensor.transpose(1, 2) for tensor in in_autocast_dtype(query, key, value))
+    return varlen_attention(query, key, value, documents, scale, window)
 
 
 def _within(

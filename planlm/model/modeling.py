@@ -19,7 +19,7 @@ from planlm import speedups
 from planlm.errors import InputError
 from planlm.kernels import environment
 from planlm.model.adapter import PlanAdapter, Plans
-from planlm.model.attention import check_mask, take_plans
+from planlm.model.attention import check_mask, take_plans, within_documents
 from planlm.model.bottleneck import Bottleneck, BottleneckPlans
 from planlm.model.configuration import PLANNER_SHAPE, WITHOUT_PLAN, PlanLMConfig
 from planlm.model.families import check_family, lm_layers, output_projections
@@ -36,7 +36,6 @@ from planlm.plan_inputs import PlanInputs
 from planlm.pretrained.names import absolute
 from planlm.pretrained.tokenizer import load_tokenizer
 from planlm.selections import SELECTIONS
-from planlm.speedups.lm import document_starts
 
 
 def _shows_plan_inputs(forward: Callable[..., Any]) -> Callable[..., Any]:
@@ -260,7 +259,8 @@ class PlanLMForCausalLM(ModelFolder, GenerationMixin):
         sentences = inputs.sentence_embeddings
         if self.planner_input is not None:
             sentences = self.planner_input(sentences, inputs.sentence_states)
-        states: Tensor = self.planner(sentences, inputs.sentence_positions)
+        where = (inputs.sentence_positions, inputs.sentence_cu_seqlens, inputs.sentence_longest)
+        states: Tensor = self.planner(sentences, *where)
         return states[(inputs.segment_rows if rows is None else rows).unbind(1)]
 
     @property
@@ -339,7 +339,7 @@ class PlanLMForCausalLM(ModelFolder, GenerationMixin):
         which the sum of losses is divided in place of the number of labels. With `reference`, another LM's last hidden
         states and head (None: this one's), the divergence from it at `shift_labels` is measured too. Fields of
         `PlanInputs` are taken by name, in place of `plan`'s or of the text's: what traces a model, and most collators,
-        know tensors only.
+        know tensors only. `cu_seqlens` and `longest`, see `PlanBatch`, say of `position_ids` what CUDA wants to know.
 
         Args:
             inputs_embeds: `[B, W, d]` in place of `input_ids`; the tokens whose embeddings stand there are the text,
@@ -370,8 +370,6 @@ class PlanLMForCausalLM(ModelFolder, GenerationMixin):
                 kwargs[wanted] = True
         call = (input_ids, inputs_embeds, attention_mask, position_ids, past_key_values)
         inputs, text = self._plan_inputs(plan, fields, call, selection)
-        if position_ids is not None and attention_mask is None and past_key_values is None and not kwargs["use_cache"]:
-            attention_mask = document_starts(self.lm, position_ids)
         arguments = {
             "input_ids": input_ids,
             "attention_mask": attention_mask,
@@ -380,6 +378,8 @@ class PlanLMForCausalLM(ModelFolder, GenerationMixin):
             "inputs_embeds": inputs_embeds,
             **kwargs,
         }
+        inserts = self.config.conditioning == "insert" and inputs is not None and selection != "none"
+        arguments = within_documents(self.lm, arguments, inserts)
         outputs, oracle_nll, action_logits = self._run(inputs, text, selection, arguments)
         if text is not None:
             remember(text, outputs.past_key_values, action_logits)

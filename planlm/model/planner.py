@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from planlm.errors import InputError
 from planlm.files import share
-from planlm.kernels import packed_attention
+from planlm.kernels import Documents, packed_attention, varlen_attention, varlen_documents
 from planlm.model.configuration import COUNT, DROPOUT, OPTIONAL_COUNT, TEXT, Rule, check_values
 from planlm.pretrained.weights import check_finite, check_packed, read_header
 
@@ -72,11 +72,21 @@ class PlannerLayer(nn.Module):
         )
         self.dropout = nn.Dropout(dropout)
 
-    def forward(self, x: Tensor, first: Tensor) -> Tensor:
-        """`[R, n, A]` to the same; `first` `[R, n]` is the first position that each position sees."""
+    def forward(
+        self, x: Tensor, first: Tensor, documents: Documents | None = None, window: int | None = None
+    ) -> Tensor:
+        """`[R, n, A]` to the same; `first` `[R, n]` is the first position that each position sees.
+
+        With `documents`, by torch's kernel for them, `first` is not looked at, but each sees the last `window` of its
+        document.
+        """
         heads = self.inputs(self.attention_norm(x)).unflatten(-1, (3, self.heads, -1))  # [R, n, 3, H, A / H]
         query, key, value = heads.unbind(2)
-        mixed = packed_attention(query, key, value, first, query.shape[-1] ** -0.5)
+        scale = query.shape[-1] ** -0.5
+        if documents is None:
+            mixed = packed_attention(query, key, value, first, scale)
+        else:
+            mixed = varlen_attention(query, key, value, documents, scale, window)
         x = x + self.dropout(self.output(mixed.flatten(2)))
         out: Tensor = x + self.feed_forward(x)
         return out
@@ -160,13 +170,21 @@ class Planner(nn.Module):
                 head.bias.zero_()  # type: ignore[operator, union-attr]
         return planner
 
-    def forward(self, sentence_embeddings: Tensor, sentence_positions: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        sentence_embeddings: Tensor,
+        sentence_positions: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+        longest: int = 0,
+    ) -> Tensor:
         """Planner states of every sentence.
 
         Args:
             sentence_embeddings: `[R, n, A]`, at each position that of the sentence before; not read at the first.
             sentence_positions: int64 `[R, n]`, the sentence's number within its document, whose positions stand side
                 by side; by default a sequence is one document.
+            cu_seqlens: int32 `[N + 1]`, where the documents of these positions begin, with `longest` of them what
+                `kernels.Documents` holds; without, attention on CUDA takes a mask.
 
         Returns:
             States `[R, n, A]`; what belongs to a position is a function of the sentences before it in its document
@@ -179,12 +197,16 @@ class Planner(nn.Module):
         # Sentence embeddings have unit length: at unit variance they stand beside position codes of the same size.
         x = x * width**0.5 + sinusoidal_positions(length, width, x.device).to(x.dtype)[positions]
         first, context = at - positions, self.settings["context"]
+        documents = None
+        if cu_seqlens is not None:
+            given = Documents(cu_seqlens, longest)
+            documents = varlen_documents(given, x.device, x.dtype, width // self.settings["heads"])
         for number, layer in enumerate(self.layers):
-            seen = first
+            seen, window = first, None
             if context is not None:  # layers' reaches add up, to `context` sentences: a position holds the one before
-                reach = (context - 1 - number + len(self.layers) - 1) // len(self.layers)
-                seen = first.maximum(at - reach)
-            x = layer(x, seen)
+                window = 1 + (context - 1 - number + len(self.layers) - 1) // len(self.layers)
+                seen = first.maximum(at - window + 1)
+            x = layer(x, seen, documents, window)
         states: Tensor = self.norm(x)
         return states
 

@@ -132,7 +132,8 @@ def read_states(
             "past_key_values: the planner reads the LM's states of the whole text; give sentence_states among the plan "
             "inputs, or the whole text without a cache"
         )
-    read = {name: call[name] for name in ("input_ids", "inputs_embeds", "attention_mask", "position_ids")}
+    names = ("input_ids", "inputs_embeds", "attention_mask", "position_ids", "documents")
+    read = {name: call[name] for name in names if name in call}
     states = lower_part(lm, layers[0])(**read, use_cache=False).last_hidden_state
     inputs = replace(inputs, sentence_states=sentence_states(states, inputs, call["position_ids"]))
     plain = call.keys() == {*read, "past_key_values", "use_cache"} and call["use_cache"] is False

@@ -46,17 +46,30 @@ def document_starts(lm: PreTrainedModel, position_ids: Tensor) -> Tensor | None:
         position_ids: `[B, W]`, going on by one within a document.
     """
     config, where = lm.config, position_ids.device
-    dropout = getattr(config, "attn_pdrop", getattr(config, "attention_dropout", 0.0))
     if (
         config._attn_implementation != "sdpa"
         or getattr(config, "sliding_window", None) is not None
-        or not _has_kernel(where, lm.dtype, dropout if lm.training else 0.0)
+        or not _has_kernel(where, lm.dtype, attention_dropout(lm))
     ):
         return None
-    # transformers' rule: a document begins where positions do not go on by one.
+    return first_seen(position_ids)[:, None, :, None]
+
+
+def first_seen(position_ids: Tensor) -> Tensor:
+    """Where the document of each position begins in its row, int64 `[B, W]`.
+
+    By transformers' rule: where positions do not go on by one.
+    """
     begins = position_ids.diff(dim=1, prepend=position_ids[:, :1] - 1) != 1
-    at = torch.arange(position_ids.shape[1], device=where)
-    return at.where(begins, 0).cummax(dim=1).values[:, None, :, None]
+    at = torch.arange(position_ids.shape[1], device=position_ids.device)
+    return at.where(begins, 0).cummax(dim=1).values
+
+
+def attention_dropout(lm: PreTrainedModel) -> float:
+    """The dropout of attention's weights in a call of an LM."""
+    config = lm.config
+    dropout: float = getattr(config, "attn_pdrop", getattr(config, "attention_dropout", 0.0))
+    return dropout if lm.training else 0.0
 
 
 def has_packed_attention(query: Tensor, dropout: float) -> bool:
@@ -65,7 +78,7 @@ def has_packed_attention(query: Tensor, dropout: float) -> bool:
 
 
 def _has_kernel(where: torch.device, dtype: torch.dtype, dropout: float) -> bool:
-    if "attention" not in speedups.ON or dropout > 0:
+    if "attention" not in speedups.ON or dropout > 0 or where.type != "cpu":
         return False
     autocast = torch.is_autocast_enabled(where.type)
     return kernels.has_packed_attention(where, torch.get_autocast_dtype(where.type) if autocast else dtype)
@@ -73,12 +86,17 @@ def _has_kernel(where: torch.device, dtype: torch.dtype, dropout: float) -> bool
 
 def packed_attention(query: Tensor, key: Tensor, value: Tensor, starts: Tensor, scaling: float | None) -> Tensor:
     """Attention within documents of query, key and value `[B, H, W, d]`, as `[B, W, H, d]`; see `document_starts`."""
-    where = query.device.type
-    dtype = torch.get_autocast_dtype(where) if torch.is_autocast_enabled(where) else query.dtype
-    # Under autocast rotary embeddings leave float32.
-    query, key, value = (tensor.to(dtype).transpose(1, 2) for tensor in (query, key, value))
+    query, key, value = (tensor.transpose(1, 2) for tensor in in_autocast_dtype(query, key, value))
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     return kernels.packed_attention(query, key, value, starts[:, 0, :, 0], scale)
+
+
+def in_autocast_dtype(*tensors: Tensor) -> list[Tensor]:
+    """Queries, keys and values in the dtype of products: under autocast rotary embeddings leave float32."""
+    where, dtype = tensors[0].device.type, tensors[0].dtype
+    if torch.amp.is_autocast_available(where) and torch.is_autocast_enabled(where):
+        dtype = torch.get_autocast_dtype(where)
+    return [tensor.to(dtype) for tensor in tensors]
 
 
 def cross_entropy_(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:

@@ -57,7 +57,7 @@ class Guards:
             with autocast(config.precision, device):
                 output = self.parallel(
                     batch.input_ids,
-                    position_ids=batch.position_ids,
+                    **batch.layout,
                     shift_labels=batch.labels,
                     selection="none",
                     reference=reference,
@@ -86,7 +86,7 @@ class Guards:
         with autocast(self.config.precision, model.device), evaluating(model), without_lora(model):
             output = model(
                 batch.input_ids,
-                position_ids=batch.position_ids,
+                **batch.layout,
                 selection="none",
                 output_hidden_states=True,
                 logits_to_keep=1,

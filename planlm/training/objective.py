@@ -84,7 +84,7 @@ class Objective:
         with autocast(self.config.precision, self.model.device):
             output = self.model(
                 batch.input_ids,
-                position_ids=batch.position_ids,
+                **batch.layout,
                 shift_labels=batch.labels,
                 plan=batch.plan,
                 use_cache=False,
@@ -97,7 +97,7 @@ class Objective:
             weight = (uniform_by_sentence(batch, self.config.seed, step) < ratio).float()
         output: PlanLMOutput = self.parallel(
             batch.input_ids,
-            position_ids=batch.position_ids,
+            **batch.layout,
             shift_labels=batch.labels,
             plan=batch.plan,
             oracle_weight=weight,

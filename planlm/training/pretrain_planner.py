@@ -64,7 +64,7 @@ def pretrain_planner(config: PlannerConfig) -> dict[str, Any]:
         batch = batches[0].to(device())
         labelled = batch.actions != -100
         (count,) = all_reduce_sum(int(labelled.sum()))
-        states = model(batch.sentence_embeddings, sentence_positions=batch.sentence_positions)[labelled]  # [S, A]
+        states = model(**batch.planner_inputs)[labelled]  # [S, A]
         logits, actions = planner.head(states), batch.actions[labelled]  # [S, K], [S]
         if soft is None and config.horizon == 1:
             nll = F.cross_entropy(logits, actions, reduction="sum")
@@ -77,7 +77,7 @@ def pretrain_planner(config: PlannerConfig) -> dict[str, Any]:
 
     def losses(batch: SentenceBatch) -> tuple[Tensor, Tensor]:
         labelled = batch.actions != -100
-        states = planner(batch.sentence_embeddings, sentence_positions=batch.sentence_positions)
+        states = planner(**batch.planner_inputs)
         nll = F.cross_entropy(planner.head(states[labelled]), batch.actions[labelled], reduction="sum")
         return nll, labelled.sum()
 

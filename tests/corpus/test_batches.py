@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from planlm.corpus.batches import IGNORED, PlanBatch, PlanLoader, SentenceLoader, few_sizes, partners, windows
+from planlm.corpus.batches import IGNORED, PlanBatch, PlanLoader, SentenceLoader, partners, windows
+from planlm.corpus.offsets import few_sizes
 from planlm.corpus.store import document_features
 from planlm.errors import InputError
 

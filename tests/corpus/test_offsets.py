@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
 
-from planlm.corpus.offsets import segment_bounds
+from planlm.corpus.batches import IGNORED, PlanLoader, SentenceLoader
+from planlm.corpus.offsets import document_offsets, few_sizes, segment_bounds
 from planlm.plan_inputs import PlanInputs
+from tests.corpus.test_batches import dataset, random_dataset
 
 
 def random_segments(generator: np.random.Generator) -> tuple[np.ndarray, int]:
@@ -51,3 +55,82 @@ def test_other_segments_have_other_bounds() -> None:
     plan = PlanInputs(ids, torch.zeros(2, 2), torch.zeros(1, 2, 4), segment_bounds=segment_bounds(ids.numpy(), 2))
     assert plan.replaced(oracle_weight=1.0).segment_bounds is plan.segment_bounds
     assert plan.replaced(segment_ids=ids[:, :2]).segment_bounds is None
+
+
+def parts(offsets: torch.Tensor, longest: int, rows: int, width: int) -> list[tuple[int, int]]:
+    """(first position, length) of each document, after what holds for all offsets."""
+    ends = offsets.tolist()
+    assert offsets.dtype == torch.int32 and ends[0] == 0 and ends[-1] == rows * width and ends == sorted(ends)
+    found = [(begin, end - begin) for begin, end in itertools.pairwise(ends) if end > begin]
+    assert len(ends) - 1 == (rows if len(found) == rows else few_sizes(len(found)))
+    assert all(begin // width == (begin + length - 1) // width for begin, length in found), "none reaches over a row"
+    most = max(length for _, length in found)
+    assert most <= longest <= min(width, 2 * most) and longest in {1 << power for power in range(20)} | {width}
+    return found
+
+
+def begun(numbers: list[list[int]]) -> list[tuple[int, int]]:
+    """Documents by their positions' numbers: one begins with a row, and where numbers do not go on by one."""
+    found: list[tuple[int, int]] = []
+    for row, own in enumerate(numbers):
+        for at, number in enumerate(own):
+            if at and number == own[at - 1] + 1:
+                found[-1] = (found[-1][0], found[-1][1] + 1)
+            else:
+                found.append((row * len(own) + at, 1))
+    return found
+
+
+@pytest.mark.parametrize("window", [1, 2, 16, 100, 500])
+@pytest.mark.parametrize("pack", [False, True])
+def test_offsets_of_windows_are_those_of_their_positions(window: int, pack: bool) -> None:
+    """Many packings: windows of one token, several in a sequence, sequences that end in padding."""
+    seen = set()
+    for seed in range(3):
+        for batch in PlanLoader(
+            random_dataset(), window=window, batch_size=5 if window > 2 else 120, seed=seed, pack=pack
+        ):
+            rows, width = batch.input_ids.shape
+            found = parts(batch.cu_seqlens, batch.longest, rows, width)
+            assert found == begun(batch.position_ids.tolist())
+            assert pack or (
+                len(batch.cu_seqlens) == rows + 1 and found == [(row * width, width) for row in range(rows)]
+            )
+            seen.add((len(found) > rows, bool((batch.documents == -1).any()), any(size == 1 for _, size in found)))
+    assert not pack or window < 16 or {(True, True, True)} & seen, "there were several windows, padding, one-token ones"
+
+
+def test_offsets_of_the_planner_s_documents() -> None:
+    """Each document, and padding behind the last of a sequence as one more."""
+    counts = np.random.default_rng(3).integers(1, 20, 60).tolist()
+    rows = dataset([[2] * count for count in [*counts, 1, 1]])
+    for batch in SentenceLoader(rows, batch_size=11):
+        shape = batch.actions.shape
+        numbers = batch.sentence_positions.tolist()
+        for own, actions in zip(numbers, batch.actions.tolist(), strict=True):
+            count = len(actions) - actions.count(IGNORED)
+            own[count:] = range(-100, len(own) - count - 100)  # as one document that nobody has
+        assert parts(batch.cu_seqlens, batch.longest, *shape) == begun(numbers)
+    for batch in PlanLoader(rows, window=10, batch_size=7, pack=True):
+        found = dict(
+            parts(batch.plan.sentence_cu_seqlens, batch.plan.sentence_longest, *batch.plan.sentence_positions.shape)
+        )
+        numbers = batch.plan.sentence_positions
+        for row, place in batch.plan.segment_rows.tolist():
+            begin = row * numbers.shape[1] + place - int(numbers[row, place])
+            assert found[begin] > int(numbers[row, place]), "a sentence stands in its document"
+
+
+def test_sizes_of_offsets_are_few() -> None:
+    generator = np.random.default_rng(0)
+    made = [document_offsets(generator.random((8, 64)) < 0.3) for _ in range(200)]
+    assert len({len(offsets) for offsets, _ in made}) <= 6 and len({longest for _, longest in made}) <= 4
+
+
+def test_other_sentences_have_other_offsets() -> None:
+    (batch,) = SentenceLoader(dataset([[1, 1], [1]]), batch_size=2)
+    plan = PlanInputs(
+        torch.zeros(1, 2), torch.zeros(2, 2), batch.sentence_embeddings, sentence_cu_seqlens=batch.cu_seqlens
+    )
+    assert plan.replaced(want_oracle_nll=True).sentence_cu_seqlens is batch.cu_seqlens
+    assert plan.replaced(sentence_positions=batch.sentence_positions).sentence_cu_seqlens is None
