@@ -188,7 +188,8 @@ def jobs(architectures: list[int]) -> list[Job]:
         kind = "full" if dtype == torch.float32 else "half"
         kind = "ragged" if request.tiles == triton_tiles.RAGGED else kind
         name = request.kernel.fn.__name__.removesuffix("_kernel")
-        for tiles in triton_tiles.candidates(name, kind, architecture):
+        has_table = request.kernel is not triton_cross_entropy.cross_entropy_kernel
+        for tiles in triton_tiles.candidates(name, kind, architecture) if has_table else [request.tiles]:
             job = make_job(case, replace(request, tiles=tiles), architecture, str(dtype).removeprefix("torch."))
             found.setdefault(job.code, job)
         return False

@@ -109,7 +109,6 @@ _ELEMENTWISE = {
     "combine_fwd": (Tiles(16, 128),),
     "add_plan_fwd": (Tiles(16, 256), Tiles(8, 256)),
     "add_plan_bwd": (Tiles(16, 128), Tiles(16, 64, num_warps=2)),  # with four, the gate's part spills on sm_90
-    "cross_entropy": (Tiles(1, 8192, num_warps=32),),  # two rows a processor: with more they would leave the L2 cache
 }
 
 

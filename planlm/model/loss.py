@@ -60,8 +60,7 @@ class _LinearLoss(torch.autograd.Function):
     def forward(
         ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, chunk_loss: ChunkLoss
     ) -> tuple[Tensor, Tensor]:
-        on_gpu = hidden.device.type in ("cuda", "meta") and len(hidden) > 0
-        in_chunks = _by_cublas if on_gpu else _by_words
+        in_chunks = _by_cublas if _on_gpu(hidden) and len(hidden) > 0 else _by_words
         token_loss, ctx.gradients = in_chunks(hidden, weight, bias, chunk_loss, ctx.needs_input_grad[:3])
         ctx.dtypes = hidden.dtype, weight.dtype, None if bias is None else bias.dtype
         ctx.mark_non_differentiable(token_loss)
@@ -141,6 +140,10 @@ def _by_cublas(
     return token_loss, (grad_hidden, None if grad_head is None else grad_head[:num_words], grad_bias)
 
 
+def _on_gpu(hidden: Tensor) -> bool:
+    return hidden.device.type in ("cuda", "meta")
+
+
 def _aligned(parameter: Tensor, dtype: torch.dtype) -> Tensor:
     """A head's weight or bias in a dtype, with zeros up to a multiple of `ALIGNED` words."""
     num_words = len(parameter)
@@ -203,11 +206,13 @@ def divergence(hidden: Tensor, head: nn.Module, reference: tuple[Tensor, nn.Modu
     assert is_plain(head, nn.Linear) and is_plain(base_head, nn.Linear)
     dtype = _dtype_of_products(hidden)
     base_hidden, is_compared = reference[0].to(dtype), labels >= 0
-    base_weight = base_head.weight.detach().to(dtype)
-    base_bias = None if base_head.bias is None else base_head.bias.detach().to(dtype)
+    cast = _aligned if _on_gpu(hidden) else Tensor.to
+    base_weight: Tensor = cast(base_head.weight.detach(), dtype)
+    base_bias = None if base_head.bias is None else cast(base_head.bias.detach(), dtype)
 
     def chunk_loss(logits: Tensor, chunk: slice) -> tuple[Tensor, Tensor]:
-        return _divergence_(logits, F.linear(base_hidden[chunk], base_weight, base_bias), is_compared[chunk])
+        base = F.linear(base_hidden[chunk], base_weight, base_bias)[:, : logits.shape[1]]
+        return _divergence_(logits, base, is_compared[chunk])
 
     with full_precision(hidden.device):
         kl_sum: Tensor = _LinearLoss.apply(hidden.to(dtype), head.weight, head.bias, chunk_loss)[0]

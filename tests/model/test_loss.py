@@ -36,7 +36,7 @@ def addmm(
 @pytest.fixture
 def _as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """Chunks and products of the GPU's path, 64 tokens and 16 words at a time."""
-    monkeypatch.setattr(loss, "_by_words", loss._by_cublas)
+    monkeypatch.setattr(loss, "_on_gpu", lambda hidden: True)
     monkeypatch.setattr(loss, "TOKENS", CHUNK)
     monkeypatch.setattr(loss, "MULTIPLE", 8)
     monkeypatch.setattr(loss, "ALIGNED", 16)
