@@ -1,5 +1,5 @@
 """Benchmarks, run with `python -m benchmarks.NAME`.
 
-`kernels` (CPU) and `gpu` time the plan operations, `step` a training step; `traffic` counts what the operations move on
-CUDA and `compile_report` says what Triton makes of them, both without a GPU.
+`kernels` (CPU) and `gpu` time the plan operations, `step` a training step; `predict` says how long both
+take on GPUs by a model and `compile_report` what Triton makes of the kernels, both without a GPU.
 """

@@ -1,4 +1,4 @@
-"""What `kernels`, `gpu` and `traffic` measure: one block, its shapes, its inputs, the providers, its lower bound.
+"""What `kernels`, `gpu` and `predict` measure: one block, its shapes, its inputs, the providers, its lower bound.
 
 A block is the plan part of one training step of a language model: `plan_projection` once, `add_plan` in every layer,
 then backward from random gradients of every layer's output to logits, codebook, weight, bias and every layer's state.
@@ -97,7 +97,7 @@ Provider = Callable[[Block], Sequence[Tensor]]
 
 
 def setup(shape: Shape, dtype: torch.dtype, device: torch.device, seed: int = 0) -> Block:
-    """The one set-up behind correctness, speed, memory and traffic: the same numbers on every device."""
+    """The one set-up behind correctness, speed, memory and predictions: the same numbers on every device."""
     generator = torch.Generator().manual_seed(seed)
 
     def normal(*size: int, scale: float = 1.0) -> Tensor:

@@ -12,7 +12,8 @@ from collections.abc import Sequence
 import torch
 
 from benchmarks import harness, kernels
-from benchmarks.traffic import predictions
+from benchmarks.devices import known_device
+from benchmarks.predict import predictions
 
 
 @harness.command
@@ -25,7 +26,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not torch.cuda.is_available():
         print("no CUDA device: nothing was measured")
         return 0
-    print(f"\n{predictions(kernels.measure_all(options, torch.device('cuda')))}")
+    rows = kernels.measure_all(options, torch.device("cuda"))
+    if (device := known_device(torch.cuda.get_device_name())) is not None:
+        print(f"\n{predictions(rows, device)}")
     return 0
 
 

@@ -1,0 +1,236 @@
+"""Whole training steps as `benchmarks.predict` counts them: models, batches and variants, on tensors without data.
+
+A step is forward and backward under bf16 autocast over float32 weights, clipping of the gradients' norm, and fused
+AdamW. Sequences are packed: a token attends to its own document. The LMs have no dropout.
+
+Sizes: B sequences of W positions, S sentences, K = 1024 actions, A = 384 (MiniLM), D the conditioned layers' stacked
+widths.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, OlmoConfig, PretrainedConfig, PreTrainedModel
+
+from benchmarks.operators import Kernel, Pretended, count_update, counted
+from benchmarks.step import ACTION_DIM, MODELS, NUM_ACTIONS, SENTENCE
+from planlm.model.configuration import PlanLMConfig
+from planlm.model.families import input_width, output_projections
+from planlm.model.modeling import PlanLMForCausalLM
+from planlm.model.planner import Planner
+from planlm.plan_inputs import PlanInputs
+from planlm.training.flops import lm_flops
+
+META = torch.device("meta")
+
+
+@dataclass(frozen=True)
+class Model:
+    """An LM and the batch of a step."""
+
+    name: str
+    config: PretrainedConfig
+    batch: int  # B
+    window: int  # W
+
+    @property
+    def tokens(self) -> int:
+        """Of a step."""
+        return self.batch * self.window
+
+
+_OLMO = OlmoConfig(
+    vocab_size=50304, hidden_size=2048, intermediate_size=8192, num_hidden_layers=16, num_attention_heads=16,
+    tie_word_embeddings=True,
+)  # fmt: skip
+
+LMS = {
+    model.name: model
+    for model in (
+        Model("gpt2", MODELS["gpt2"], 16, 1024),
+        Model("smollm2", MODELS["smollm2"], 16, 1024),
+        Model("olmo-1b", _OLMO, 4, 2048),
+    )
+}
+"""GPT-2-small, SmolLM2-135M, OLMo-1B."""
+
+Forward = Callable[[], Tensor]
+"""The loss of a step."""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """A packed batch, without data."""
+
+    input_ids: Tensor  # int64 [B, W]
+    documents: Tensor  # int64 [B, W], numbers within a sequence
+    labels: Tensor  # int64 [B, W]
+    plan: PlanInputs
+
+    @classmethod
+    def of(cls, model: Model) -> Batch:
+        """As many sentences as the mean of Wikipedia's gives, one planner sequence for each of the LM's."""
+        ids = torch.empty(model.batch, model.window, dtype=torch.int64, device=META)
+        sentences = -(-model.window // SENTENCE)
+        total = model.batch * sentences
+        known: dict[str, Any] = {
+            "segment_ids": torch.empty_like(ids),
+            "segment_rows": torch.empty(total, 2, dtype=torch.int64, device=META),
+            "sentence_embeddings": torch.empty(model.batch, sentences, ACTION_DIM, device=META),
+            "sentence_positions": torch.empty(model.batch, sentences, dtype=torch.int64, device=META),
+            "segment_bounds": torch.empty(total + 1, dtype=torch.int32, device=META),
+        }
+        names = {field.name for field in fields(PlanInputs)}
+        plan = PlanInputs(**{name: value for name, value in known.items() if name in names})
+        return cls(ids, torch.empty_like(ids), torch.empty_like(ids), plan)
+
+    def mask(self) -> Tensor:
+        """What a packed sequence's tokens see, as transformers makes it: bool `[B, 1, W, W]`."""
+        at = torch.arange(self.input_ids.shape[1], device=META)
+        same = self.documents[:, :, None] == self.documents[:, None, :]
+        return ((at <= at[:, None]) & same)[:, None]
+
+
+def plain_eager(model: Model, batch: Batch) -> tuple[nn.Module, Forward]:
+    """transformers' LM and loss, all logits, and its mask for packed sequences."""
+    lm = _lm(model)
+    return lm, lambda: _lm_loss(lm, batch)
+
+
+def eager_joint(model: Model, batch: Batch) -> tuple[nn.Module, Forward]:
+    """The same with the method in eager PyTorch as well as it goes: `benchmarks.block.strong_eager`."""
+    lm = _lm(model)
+    planner = Planner(ACTION_DIM, NUM_ACTIONS, layers=2, heads=6, dropout=0.0)
+    conditioned = output_projections(lm)[2:]
+    widths = [input_width(projection) for projection in conditioned]
+    codebook, adapter = nn.Parameter(torch.empty(NUM_ACTIONS, ACTION_DIM)), nn.Linear(ACTION_DIM, sum(widths))
+    plans: list[Tensor] = []
+    ids = batch.plan.segment_ids.flatten()
+    for layer, projection in enumerate(conditioned):
+
+        def add(_: nn.Module, inputs: tuple[Tensor, ...], layer: int = layer) -> tuple[Tensor, ...]:
+            planned = plans[layer].index_select(0, ids).view_as(inputs[0])
+            return (planned.add_(inputs[0]) if planned.dtype == inputs[0].dtype else planned + inputs[0], *inputs[1:])
+
+        projection.register_forward_pre_hook(add)
+
+    def loss() -> Tensor:
+        states = planner(batch.plan.sentence_embeddings, batch.plan.sentence_positions)
+        logits = planner.head(states[batch.plan.segment_rows.unbind(1)])
+        plan = adapter(logits.softmax(dim=-1).to(logits.dtype) @ codebook)  # [S, D]
+        padded = nn.functional.pad(plan, (0, 0, 1, 0))
+        plans[:] = padded.split(widths, dim=1)
+        return _lm_loss(lm, batch)
+
+    whole = nn.ModuleList([lm, planner, adapter])
+    whole.register_parameter("codebook", codebook)
+    return whole, loss
+
+
+def planlm_plain(model: Model, batch: Batch) -> tuple[nn.Module, Forward]:
+    """`planlm train --selection none`."""
+    return _planlm(model, batch, "none")
+
+
+def planlm_joint(model: Model, batch: Batch) -> tuple[nn.Module, Forward]:
+    """`planlm train`, planner and codebook training."""
+    return _planlm(model, batch, "soft")
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One way to train: what it builds, and whether its attention knows documents by their lengths."""
+
+    build: Callable[[Model, Batch], tuple[nn.Module, Forward]]
+    varlen: bool
+
+
+VARIANTS = {
+    "plain eager": Variant(plain_eager, varlen=False),
+    "strong eager joint": Variant(eager_joint, varlen=False),
+    "planlm plain": Variant(planlm_plain, varlen=True),
+    "planlm joint": Variant(planlm_joint, varlen=True),
+}
+
+
+def count_step(model: Model, variant: Variant, tables: int) -> tuple[list[Kernel], float]:
+    """The kernels of one training step, and the FLOPs of its LM.
+
+    Args:
+        model: the LM and its batch.
+        variant: how it is trained.
+        tables: the architecture whose tiles PlanLM's kernels take.
+    """
+    with torch.device(META):
+        module, forward = variant.build(model, Batch.of(model))
+    module.train()
+    with counted(tables) as counter:
+        with Pretended(counter, autocast=True, varlen=variant.varlen):
+            loss = forward()
+        counter.phase = "backward"
+        loss.backward()
+        trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
+        count_update(counter, trained)
+    lm = next(part for part in module.modules() if isinstance(part, PreTrainedModel) and not _is_planlm(part))
+    return counter.kernels, lm_flops(lm, model.tokens, model.window, trained=True)
+
+
+def _is_planlm(module: nn.Module) -> bool:
+    return isinstance(module, PlanLMForCausalLM)
+
+
+def _lm(model: Model) -> PreTrainedModel:
+    lm: PreTrainedModel = AutoModelForCausalLM.from_config(model.config, attn_implementation="sdpa")
+    return lm
+
+
+def _lm_loss(lm: PreTrainedModel, batch: Batch) -> Tensor:
+    mask = batch.mask()
+    loss: Tensor = lm(batch.input_ids, attention_mask=mask, labels=batch.input_ids, shift_labels=batch.labels).loss
+    return loss
+
+
+def _planlm(model: Model, batch: Batch, selection: str) -> tuple[nn.Module, Forward]:
+    lm = _lm(model)
+    config = PlanLMConfig(
+        text_config=lm.config,
+        attn_implementation="sdpa",
+        num_actions=NUM_ACTIONS,
+        action_dim=ACTION_DIM,
+        planner_layers=2,
+        planner_heads=6,
+        planner_dropout=0.0,
+        codebook_fingerprint="",
+        conditioned_layers=lm.config.num_hidden_layers - 2,
+        selection=selection,
+    )
+    joint, mask = PlanLMForCausalLM(config, lm=lm), batch.mask()  # of documents, for `Pretended`: nothing makes it
+    if selection == "none":
+        for part in (joint.planner, joint.adapter):
+            assert part is not None
+            part.requires_grad_(False)
+
+    def loss() -> Tensor:
+        found = joint(batch.input_ids, mask, shift_labels=batch.labels, plan=batch.plan, use_cache=False)
+        summed: Tensor = found.nll_sum
+        return summed
+
+    return joint, loss
+
+
+def part_of(kernel: Kernel) -> str:
+    """What a kernel of a step belongs to."""
+    if kernel.product is not None:
+        return "products"
+    if kernel.attention or kernel.name == "mask to bias":
+        return "attention"
+    if kernel.launch is not None:
+        return kernel.name
+    if kernel.phase == "update":
+        return "update"
+    return kernel.name
