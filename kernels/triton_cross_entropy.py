@@ -24,13 +24,13 @@ from .triton_tiles import INTERPRETED, Tiles, launch
 OPERATORS = ("cross_entropy_",)
 """What this backend implements here; `operators` has the schemas."""
 
-TILES = Tiles(1, 16) if INTERPRETED else Tiles(1, 8192, num_warps=32)
+_TILES = Tiles(1, 16) if INTERPRETED else Tiles(1, 8192, num_warps=32)
 """16 bytes of half precision a thread. With 32 registers each, two programs of 1,024 threads fill a multiprocessor;
 more and smaller ones would have more rows between them than stay in the second-level cache: two on each of an H100's
 have 26 MB of GPT-2's."""
 
-RAGGED = Tiles(1, 16) if INTERPRETED else Tiles(1, 4096, num_warps=32)
-"""Where rows begin anywhere, and every element has an address: more of them would spill on sm_90."""
+_RAGGED = Tiles(1, 16) if INTERPRETED else Tiles(1, 4096, num_warps=32)
+"""Where rows begin anywhere, and every element has an address: with half as many 32 registers still do."""
 
 LN_2 = tl.constexpr(0.6931471805599453)
 LOWEST = tl.constexpr(-3.4028234663852886e38)
@@ -52,13 +52,12 @@ def _gradient(values, columns, token, largest, log2_sum, dtype: tl.constexpr):
 
 
 @triton.jit
-def cross_entropy_kernel(logits, target, out_gradient, out_nll, size, logits_stride, COLUMNS: tl.constexpr):
+def cross_entropy_kernel(inout_logits, target, out_nll, size, inout_logits_stride, COLUMNS: tl.constexpr):
     """A row's gradient, where its logits are, and its loss; 0 for a negative target, NaN for one beyond. Grid: N."""
     row = tl.program_id(0).to(tl.int64)
-    dtype: tl.constexpr = logits.dtype.element_ty
-    GROUP: tl.constexpr = 128 // logits.dtype.element_ty.primitive_bitwidth  # 16 bytes
-    logits += row * logits_stride
-    out_gradient += row * logits_stride
+    dtype: tl.constexpr = inout_logits.dtype.element_ty
+    GROUP: tl.constexpr = 128 // inout_logits.dtype.element_ty.primitive_bitwidth  # 16 bytes
+    logits = inout_logits + row * inout_logits_stride
     wanted = tl.load(target + row)
     # Masks are of whole groups, or a V that is no multiple of 16 would have each element loaded by itself.
     groups = tl.arange(0, COLUMNS // GROUP)[:, None] * GROUP
@@ -68,8 +67,8 @@ def cross_entropy_kernel(logits, target, out_gradient, out_nll, size, logits_str
     if wanted < 0:
         for start in range(0, whole, COLUMNS):
             nothing = tl.zeros((COLUMNS // GROUP, GROUP), dtype)
-            tl.store(out_gradient + start + lanes, nothing, mask=start + groups < whole)
-        tl.store(out_gradient + edge, tl.zeros((GROUP,), dtype), mask=edge < size)
+            tl.store(logits + start + lanes, nothing, mask=start + groups < whole)
+        tl.store(logits + edge, tl.zeros((GROUP,), dtype), mask=edge < size)
         tl.store(out_nll + row, 0.0)
     else:
         its_logit = tl.load(logits + wanted, mask=wanted < size, other=float("nan")).to(tl.float32)
@@ -84,14 +83,14 @@ def cross_entropy_kernel(logits, target, out_gradient, out_nll, size, logits_str
         log2_sum = tl.where(wanted < size, tl.log2(total), float("nan"))
         tl.store(out_nll + row, (maximum - its_logit) + log2_sum * LN_2)
         token = wanted.to(tl.int32)
-        tl.store(out_gradient + edge, _gradient(last, edge, token, maximum, log2_sum, dtype), mask=edge < size)
+        tl.store(logits + edge, _gradient(last, edge, token, maximum, log2_sum, dtype), mask=edge < size)
         num_blocks = tl.cdiv(whole, COLUMNS)
         for block in range(num_blocks):
             start = (num_blocks - 1 - block) * COLUMNS
             inside = start + groups < whole
             values = tl.load(logits + start + lanes, mask=inside, other=0.0).to(tl.float32)
             gradient = _gradient(values, start + lanes, token, maximum, log2_sum, dtype)
-            tl.store(out_gradient + start + lanes, gradient, mask=inside)
+            tl.store(logits + start + lanes, gradient, mask=inside)
 
 
 def cross_entropy_(logits: Tensor, target: Tensor) -> Tensor:
@@ -102,8 +101,7 @@ def cross_entropy_(logits: Tensor, target: Tensor) -> Tensor:
     nll, target = logits.new_empty(num_rows, dtype=float32), target.contiguous()
     is_aligned = logits.stride(0) % 16 == 0 and logits.data_ptr() % 16 == 0  # as far as Triton sees
     launch(
-        cross_entropy_kernel, (num_rows,), TILES if is_aligned else RAGGED,
-        reads=(logits, target), writes=(logits, nll),
-        logits=logits, target=target, out_gradient=logits, out_nll=nll, size=size,
+        cross_entropy_kernel, (num_rows,), _TILES if is_aligned else _RAGGED,
+        reads=(logits, target), writes=(logits, nll), inout_logits=logits, target=target, out_nll=nll, size=size,
     )  # fmt: skip
     return nll
