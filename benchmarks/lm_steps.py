@@ -10,7 +10,7 @@ widths.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -65,29 +65,35 @@ Forward = Callable[[], Tensor]
 
 @dataclass(frozen=True)
 class Batch:
-    """A packed batch, without data."""
+    """A packed batch, without data. Nobody knows how long documents are: attention's work is that of whole rows."""
 
     input_ids: Tensor  # int64 [B, W]
     documents: Tensor  # int64 [B, W], numbers within a sequence
     labels: Tensor  # int64 [B, W]
+    layout: dict[str, Any]  # as `PlanBatch` has it
     plan: PlanInputs
 
     @classmethod
     def of(cls, model: Model) -> Batch:
         """As many sentences as the mean of Wikipedia's gives, one planner sequence for each of the LM's."""
-        ids = torch.empty(model.batch, model.window, dtype=torch.int64, device=META)
-        sentences = -(-model.window // SENTENCE)
-        total = model.batch * sentences
-        known: dict[str, Any] = {
-            "segment_ids": torch.empty_like(ids),
-            "segment_rows": torch.empty(total, 2, dtype=torch.int64, device=META),
-            "sentence_embeddings": torch.empty(model.batch, sentences, ACTION_DIM, device=META),
-            "sentence_positions": torch.empty(model.batch, sentences, dtype=torch.int64, device=META),
-            "segment_bounds": torch.empty(total + 1, dtype=torch.int32, device=META),
-        }
-        names = {field.name for field in fields(PlanInputs)}
-        plan = PlanInputs(**{name: value for name, value in known.items() if name in names})
-        return cls(ids, torch.empty_like(ids), torch.empty_like(ids), plan)
+
+        def empty(*shape: int, dtype: torch.dtype = torch.int64) -> Tensor:
+            return torch.empty(*shape, dtype=dtype, device=META)
+
+        rows, sentences = model.batch, -(-model.window // SENTENCE)
+        of_tokens = (rows, model.window)
+        plan = PlanInputs(
+            segment_ids=empty(*of_tokens),
+            segment_rows=empty(rows * sentences, 2),
+            sentence_embeddings=empty(rows, sentences, ACTION_DIM, dtype=torch.float32),
+            sentence_positions=empty(rows, sentences),
+            segment_bounds=empty(rows * sentences + 1, dtype=torch.int32),
+            sentence_cu_seqlens=empty(2 * rows + 1, dtype=torch.int32),
+            sentence_longest=sentences,
+        )
+        offsets = empty(2 * rows + 1, dtype=torch.int32)
+        layout = {"position_ids": empty(*of_tokens), "cu_seqlens": offsets, "longest": model.window}
+        return cls(empty(*of_tokens), empty(*of_tokens), empty(*of_tokens), layout, plan)
 
     def mask(self) -> Tensor:
         """What a packed sequence's tokens see, as transformers makes it: bool `[B, 1, W, W]`."""
@@ -142,19 +148,14 @@ def planlm_joint(model: Model, batch: Batch) -> tuple[nn.Module, Forward]:
     return _planlm(model, batch, "soft")
 
 
-@dataclass(frozen=True)
-class Variant:
-    """One way to train: what it builds, and whether its attention knows documents by their lengths."""
+Variant = Callable[[Model, Batch], tuple[nn.Module, Forward]]
+"""One way to train: builds what trains, and its forward pass."""
 
-    build: Callable[[Model, Batch], tuple[nn.Module, Forward]]
-    varlen: bool
-
-
-VARIANTS = {
-    "plain eager": Variant(plain_eager, varlen=False),
-    "strong eager joint": Variant(eager_joint, varlen=False),
-    "planlm plain": Variant(planlm_plain, varlen=True),
-    "planlm joint": Variant(planlm_joint, varlen=True),
+VARIANTS: dict[str, Variant] = {
+    "plain eager": plain_eager,
+    "strong eager joint": eager_joint,
+    "planlm plain": planlm_plain,
+    "planlm joint": planlm_joint,
 }
 
 
@@ -167,10 +168,10 @@ def count_step(model: Model, variant: Variant, tables: int) -> tuple[list[Kernel
         tables: the architecture whose tiles PlanLM's kernels take.
     """
     with torch.device(META):
-        module, forward = variant.build(model, Batch.of(model))
+        module, forward = variant(model, Batch.of(model))
     module.train()
     with counted(tables) as counter:
-        with Pretended(counter, autocast=True, varlen=variant.varlen):
+        with Pretended(counter):
             loss = forward()
         counter.phase = "backward"
         loss.backward()
@@ -209,14 +210,14 @@ def _planlm(model: Model, batch: Batch, selection: str) -> tuple[nn.Module, Forw
         conditioned_layers=lm.config.num_hidden_layers - 2,
         selection=selection,
     )
-    joint, mask = PlanLMForCausalLM(config, lm=lm), batch.mask()  # of documents, for `Pretended`: nothing makes it
+    joint = PlanLMForCausalLM(config, lm=lm)
     if selection == "none":
         for part in (joint.planner, joint.adapter):
             assert part is not None
             part.requires_grad_(False)
 
     def loss() -> Tensor:
-        found = joint(batch.input_ids, mask, shift_labels=batch.labels, plan=batch.plan, use_cache=False)
+        found = joint(batch.input_ids, **batch.layout, shift_labels=batch.labels, plan=batch.plan, use_cache=False)
         summed: Tensor = found.nll_sum
         return summed
 

@@ -7,7 +7,7 @@ reading its source and its target and writing the target, a softmax reads once w
 workspace, the gradient of an embedding no sort.
 
 Two things `meta` does not have and CUDA does are pretended: autocast to bf16, by the lists of torch's documentation,
-and attention by one kernel. Both are seen by a function mode.
+and `scaled_dot_product_attention` by one kernel. Both are seen by a function mode.
 """
 
 from __future__ import annotations
@@ -178,6 +178,12 @@ class Counter(TorchDispatchMode):
                 *batch, m, k = left.shape
                 product = Product(math.prod(batch), m, right.shape[-1], k, left.dtype)
                 yield {"name": name, "reads": reads, "writes": writes, "product": product}
+            case "torch_attn::_varlen_attn":  # causal, documents as long as the longest
+                work = {"attention": "flash forward", "flops": 2 * args[0].numel() * args[6]}
+                yield {"name": "attention", "reads": reads, "writes": writes, **work}
+            case "torch_attn::_varlen_attn_backward":
+                work = {"attention": "flash backward", "flops": 5 * args[1].numel() * args[9]}
+                yield {"name": "attention backward", "reads": reads, "writes": writes, **work}
             case _ if name in FILLS:
                 yield {"name": "fill", "writes": writes}
             case _ if name in GATHERS:
@@ -239,13 +245,11 @@ class Pretended(TorchFunctionMode):
     Args:
         counter: notes attention's kernels.
         autocast: whether to cast, as CUDA's autocast does.
-        varlen: whether a mask stands for documents side by side, which a varlen kernel tells apart by their lengths;
-            else a mask takes torch's memory-efficient kernel, which computes what the mask then hides.
     """
 
-    def __init__(self, counter: Counter, autocast: bool, varlen: bool) -> None:
+    def __init__(self, counter: Counter, autocast: bool = True) -> None:
         super().__init__()
-        self.counter, self.on, self.varlen = counter, autocast, varlen
+        self.counter, self.on = counter, autocast
         self._casts: dict[int, tuple[Tensor, Tensor]] = {}
         self._patches = contextlib.ExitStack()
 
@@ -299,11 +303,12 @@ class Pretended(TorchFunctionMode):
     def _attend(
         self, query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, *_: Any, **kwargs: Any
     ) -> Tensor:
-        kind = "efficient" if attn_mask is not None and not self.varlen else "flash"
-        if kind == "efficient" and attn_mask is not None and attn_mask.dtype == torch.bool:
-            self.counter.add("mask to bias", [attn_mask], [attn_mask.new_empty(attn_mask.shape, dtype=query.dtype)])
-        flops = 4 * query.numel() * key.shape[2]
-        if kind == "flash" and (attn_mask is not None or kwargs.get("is_causal")):
+        flops, kind = 4 * query.numel() * key.shape[2], "flash"
+        if attn_mask is not None:  # memory-efficient attention, which computes what the mask then hides
+            kind = "efficient"
+            if attn_mask.dtype == torch.bool:
+                self.counter.add("mask to bias", [attn_mask], [attn_mask.new_empty(attn_mask.shape, dtype=query.dtype)])
+        elif kwargs.get("is_causal"):
             flops //= 2
         mixed: Tensor = _Attention.apply(self.counter, kind, flops, query, key, value)
         return mixed

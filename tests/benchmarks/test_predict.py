@@ -25,6 +25,7 @@ from benchmarks.machine_code import Code, Cost, analysed
 from benchmarks.operators import Counter, Kernel, Part, Pretended, Product, counted
 from benchmarks.predict import count
 from benchmarks.programs import Panel, Role, makespan, rereads
+from planlm.kernels import Documents, varlen_attention
 
 META = torch.device("meta")
 H100 = DEVICES["h100"]
@@ -83,7 +84,7 @@ def test_planlm_launches_a_kernel_a_layer_each_way() -> None:
 
 def test_autocast_lowers_products_once_a_weight_and_raises_norms() -> None:
     layer, x = nn.Linear(8, 8, device=META), torch.empty(2, 8, device=META)
-    with counted() as counter, Pretended(counter, autocast=True, varlen=True):
+    with counted() as counter, Pretended(counter):
         product = layer(layer(x))
         normal = F.layer_norm(product, (8,))
         assert torch.is_autocast_enabled("meta") and torch.get_autocast_dtype("meta") == torch.bfloat16
@@ -94,18 +95,29 @@ def test_autocast_lowers_products_once_a_weight_and_raises_norms() -> None:
     assert len(copies) == 4  # weight, bias, input, and the norm's input
 
 
-@pytest.mark.parametrize(("varlen", "kind", "share"), [(True, "flash", 2), (False, "efficient", 1)])
-def test_a_mask_is_known_by_its_lengths_or_computed_through(varlen: bool, kind: str, share: int) -> None:
+@pytest.mark.parametrize(("masked", "kind", "share"), [(False, "flash", 2), (True, "efficient", 1)])
+def test_attention_is_a_kernel_each_way_and_a_mask_hides_what_was_computed(masked: bool, kind: str, share: int) -> None:
     heads = torch.empty(2, 4, 16, 8, device=META, requires_grad=True)
-    mask = torch.empty(2, 1, 16, 16, dtype=torch.bool, device=META)
+    mask = torch.empty(2, 1, 16, 16, dtype=torch.bool, device=META) if masked else None
     with counted() as counter:
-        with Pretended(counter, autocast=False, varlen=varlen):
-            mixed = F.scaled_dot_product_attention(heads, heads, heads, attn_mask=mask)
+        with Pretended(counter, autocast=False):
+            mixed = F.scaled_dot_product_attention(heads, heads, heads, attn_mask=mask, is_causal=not masked)
         mixed.backward(torch.empty_like(mixed))
     found = {kernel.attention: kernel.flops for kernel in counter.kernels if kernel.attention}
     forward = 4 * 2 * 4 * 16 * 16 * 8 // share
     assert found == {f"{kind} forward": forward, f"{kind} backward": 5 * forward // 2}
     assert mixed.shape == heads.shape and heads.grad is not None and heads.grad.shape == heads.shape
+
+
+def test_documents_of_any_lengths_take_the_same_flops_as_whole_rows() -> None:
+    heads = torch.empty(32, 4, 8, dtype=torch.bfloat16, device=META, requires_grad=True)  # two rows of 16
+    documents = Documents(torch.empty(4, dtype=torch.int32, device=META), 16)
+    with counted() as counter:
+        mixed = varlen_attention(heads[None], heads[None], heads[None], documents, 1.0)
+        mixed.backward(torch.empty_like(mixed))
+    found = {kernel.attention: kernel.flops for kernel in counter.kernels if kernel.attention}
+    forward = 4 * 2 * 4 * 16 * 16 * 8 // 2
+    assert found == {"flash forward": forward, "flash backward": 5 * forward // 2}
 
 
 # What machine code says
@@ -218,7 +230,9 @@ def test_the_streamed_mixture_is_bound_by_its_programs_not_by_bytes() -> None:
 
 # Steps and the command
 
-TINY_LM = Model("tiny", GPT2Config(n_layer=3, n_embd=64, n_head=2, vocab_size=200, n_positions=64), 2, 64)
+_NO_DROPOUT = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+_TINY = GPT2Config(n_layer=3, n_embd=64, n_head=2, vocab_size=200, n_positions=64, **_NO_DROPOUT)
+TINY_LM = Model("tiny", _TINY, batch=2, window=64)
 
 
 def test_a_step_of_every_variant_is_counted() -> None:
