@@ -240,7 +240,7 @@ def _over_rows(*names: str) -> Callable[[Launch], list[Role]]:
 
 
 def _cross_entropy(launch: Launch) -> list[Role]:
-    logits, count = launch.arguments["logits"], launch.grid[0]
+    logits, count = launch.arguments["inout_logits"], launch.grid[0]
     row = launch.arguments["size"] * logits.itemsize
     return [Role(count, read=row, panels=(Panel(row, count, lambda p: p),), back=True)]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections import Counter as Tally
 from pathlib import Path
 
@@ -24,7 +25,7 @@ from benchmarks.lm_steps import Model, count_step
 from benchmarks.machine_code import Code, Cost, analysed
 from benchmarks.operators import Counter, Kernel, Part, Pretended, Product, counted
 from benchmarks.predict import count
-from benchmarks.programs import Panel, Role, makespan, rereads
+from benchmarks.programs import Panel, Role, makespan, rereads, roles_of
 from planlm.kernels import Documents, varlen_attention
 
 META = torch.device("meta")
@@ -249,6 +250,10 @@ def test_a_step_of_every_variant_is_counted() -> None:
         assert launches["fused AdamW"] == 1
         assert launches["add_plan_fwd"] == launches["add_plan_bwd"] == (1 if name == "planlm joint" else 0)
         assert ("cross_entropy" in launches) == name.startswith("planlm")
+        for kernel in kernels:  # what the table says fits the launch
+            if kernel.launch is not None:
+                programs = sum(role.programs for role in roles_of(kernel.launch))
+                assert programs == math.prod(kernel.launch.grid)
 
 
 def test_the_command_prints_thresholds_and_its_status_follows_them(
