@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
-from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
@@ -21,14 +21,17 @@ class Parallel:
     Args:
         model: on this rank's device, with the same weights on every rank.
         layers: these are sharded one by one, and the rest of the model together; None: the model is replicated.
+        dtype: that the layers' products are computed in.
     """
 
-    def __init__(self, model: nn.Module, layers: list[nn.Module] | None = None) -> None:
+    def __init__(
+        self, model: nn.Module, layers: list[nn.Module] | None = None, dtype: torch.dtype = torch.float32
+    ) -> None:
         self.model = model
         self._call: Any = model
         if layers is not None and world_size() > 1:
             for layer in layers:
-                fully_shard(layer)
+                fully_shard(layer, mp_policy=mixed_precision(dtype))
             fully_shard(model)
 
     def rewrap(self) -> None:
@@ -58,6 +61,16 @@ class Parallel:
     def is_sharded(self) -> bool:
         """Whether every rank has a shard of the weights only."""
         return isinstance(self.model, FSDPModule)
+
+
+def mixed_precision(dtype: torch.dtype) -> MixedPrecisionPolicy:
+    """How FSDP gathers the weights of layers whose products autocast computes in `dtype`: half as many bytes in bf16.
+
+    Activations are left to autocast, so the sum that layers add to stays float32, and so do gradients once reduced.
+    """
+    if dtype == torch.float32:
+        return MixedPrecisionPolicy()
+    return MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
 
 
 def full_tensor(tensor: Tensor) -> Tensor:

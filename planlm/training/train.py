@@ -66,7 +66,10 @@ def train(config: TrainConfig) -> dict[str, Any]:
         loader = WithRehearsal(loader, repeated)
     identity = on_rank_zero(lambda: identify(corpus, model.lm, planner, rehearsal))
     base = base_model(model, config)
-    parallel = Parallel(model, lm_layers(model.lm) if config.shard else None)
+    dtype = compute_dtype(config.precision, model.device)
+    # In one process, and between CPUs, gathering costs nothing that rounding all of a layer's weights would be worth.
+    gathered = dtype if model.device.type == "cuda" else torch.float32
+    parallel = Parallel(model, lm_layers(model.lm) if config.shard else None, gathered)
     guards = Guards(parallel, config, base) if config.kl > 0 or rehearsal is not None else None
     objective = Objective(parallel, config, steps, guards)
     task = Task(
@@ -77,7 +80,7 @@ def train(config: TrainConfig) -> dict[str, Any]:
         steps=steps,
         backward=objective.backward,
         flops=_flops(model, config),
-        rate=matrix_product_rate(compute_dtype(config.precision, model.device), model.device),
+        rate=matrix_product_rate(dtype, model.device),
         validation=validation(config, model, held_out, objective.losses),
     )
     with Run(config, identity) as run:
@@ -132,7 +135,7 @@ def _flops(model: PlanLMForCausalLM, config: TrainConfig) -> Callable[[list[Any]
         if config.kl > 0:  # with the plan off too, and all of it forward in the LM as it was
             num_tokens += num_tokens / 3 + sum(pair[0].input_ids.numel() for pair in pairs)
         if config.conditioning == "insert":
-            num_tokens += sum(int((pair[0].actions >= 0).sum()) for pair in pairs)
+            num_tokens += sum(len(pair[0].actions) for pair in pairs)
         return lm_flops(model.lm, round(num_tokens), seen_twice, trained=config.lm_mode == "full", first_layer=lowest)
 
     return flops

@@ -13,18 +13,22 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
+import torch.distributed as dist
 from safetensors.torch import load_file
 
 from planlm import cli, distribution
 from planlm.corpus.batches import PlanLoader
 from planlm.corpus.store import PreparedCorpus
-from planlm.errors import MachineError
+from planlm.errors import InputError, MachineError
 from planlm.files import locked
 
 STEPS = 50
@@ -374,3 +378,52 @@ def test_processes_that_do_not_come_are_missed(monkeypatch: pytest.MonkeyPatch) 
     missed = pytest.raises(MachineError, match=rf"not all 2 processes have met at localhost:{port}")
     with missed, distribution.process_group():
         pass
+
+
+def exchanged(devices: list[str]) -> list[str]:
+    """What each of several ranks says to `check_devices`."""
+    store = dist.HashStore()
+
+    def check(number: int) -> str:
+        try:
+            distribution.check_devices(store, number, len(devices), devices[number])
+        except (InputError, distribution.RankZeroFailed) as error:
+            return str(error)
+        return ""
+
+    with ThreadPoolExecutor(len(devices)) as pool:
+        return list(pool.map(check, range(len(devices))))
+
+
+def test_two_ranks_on_one_gpu_are_refused_by_one_of_them() -> None:
+    assert exchanged(["a, 1", "a, 2", "b, 1"]) == [""] * 3
+    said = exchanged(["a, 1", "a, 2", "b, 7", "a, 2"])
+    assert [bool(line) and line != "2" for line in said] == [False, True, False, False]
+    assert said[1].startswith("processes 1 and 3 were given the same GPU (a, 2); start at most one process for each")
+    assert [said[number] for number in (0, 2, 3)] == ["2"] * 3, "status 2, without a line"
+
+
+def test_nccl_is_told_its_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And the group between hosts is gloo's: what they say to each other must not wait for a GPU."""
+    asked: list[Any] = []
+    where = torch.device("cuda", 1)
+    for name, value in {"WORLD_SIZE": "2", "RANK": "1", "LOCAL_RANK": "1", "MASTER_ADDR": "h"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("MASTER_PORT", "29500")
+    store = dist.HashStore()
+    store.set("planlm/device/0", "another")
+    monkeypatch.setattr(distribution, "device", lambda: where)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", asked.append)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(uuid="GPU-1"))
+    monkeypatch.setattr(distribution, "rendezvous", lambda *_, **__: iter([(store, 1, 2)]))
+    monkeypatch.setattr(distribution, "Heartbeat", lambda *_: contextlib.nullcontext())
+    monkeypatch.setattr(dist, "init_process_group", lambda backend, **how: asked.append((backend, how)))
+    monkeypatch.setattr(dist, "new_group", lambda backend, timeout: asked.append((backend, timeout)))
+    monkeypatch.setattr(dist, "destroy_process_group", lambda: None)
+    with distribution.process_group():
+        pass
+    set_to, (backend, how), (between, patience) = asked
+    assert (set_to, backend, how["device_id"], between) == (where, "nccl", where, "gloo")
+    assert timedelta(minutes=5) <= how["timeout"] <= timedelta(hours=1) <= patience
+    assert (how["rank"], how["world_size"]) == (1, 2)
