@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -13,10 +14,17 @@ from torch import Tensor
 class Movable:
     """A dataclass of tensors, and of other such dataclasses."""
 
+    def map(self, function: Callable[[Tensor], Tensor]) -> Self:
+        """The same with what `function` makes of each tensor, in the order of the fields."""
+        made = {}
+        for name, value in vars(self).items():
+            inner = value.map(function) if isinstance(value, Movable) else value
+            made[name] = function(value) if isinstance(value, Tensor) else inner
+        return type(self)(**made)
+
     def to(self, device: torch.device | str) -> Self:
         """The same on `device`."""
-        moved = {name: value.to(device) if hasattr(value, "to") else value for name, value in vars(self).items()}
-        return type(self)(**moved)
+        return self.map(lambda tensor: tensor.to(device))
 
 
 @dataclass(frozen=True)
@@ -48,6 +56,8 @@ class PlanInputs(Movable):
         sentence_cu_seqlens: int32 `[N + 1]`, where in all R n positions documents begin, and padding, and the end;
             without it the planner's attention needs a mask on CUDA.
         sentence_longest: so many positions a document has there at most.
+        most_segments: the largest number of segments in a window sequence; where it is not given, it is looked up where
+            it is needed, for which a host waits for a GPU.
     """
 
     segment_ids: Tensor
@@ -63,12 +73,13 @@ class PlanInputs(Movable):
     segment_bounds: Tensor | None = None
     sentence_cu_seqlens: Tensor | None = None
     sentence_longest: int = 0
+    most_segments: int | None = None
 
     def replaced(self, **fields: Any) -> PlanInputs:
-        """The same with other `fields`, and without the offsets of what these replace."""
+        """The same with other `fields`, and without the offsets and counts of what these replace."""
         stale: dict[str, Any] = {}
         if "segment_ids" in fields or "segment_rows" in fields:
-            stale["segment_bounds"] = None
+            stale |= {"segment_bounds": None, "most_segments": None}
         if "sentence_embeddings" in fields or "sentence_positions" in fields:
             stale["sentence_cu_seqlens"] = None
         return dataclasses.replace(self, **stale | fields)

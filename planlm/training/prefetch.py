@@ -1,4 +1,4 @@
-"""Batches made while the step before them runs."""
+"""Batches made, and brought to where they are used, while the step before them runs."""
 
 from __future__ import annotations
 
@@ -7,6 +7,9 @@ import queue
 import threading
 from collections.abc import Iterator
 from typing import Any, Protocol
+
+from planlm.precision import CPU
+from planlm.training.transport import Transport
 
 
 class Loader(Protocol):
@@ -29,14 +32,15 @@ class Prefetch:
     Args:
         loader: used by the thread alone until the end.
         ahead: batches that are made before they are asked for.
+        transport: brings them to the device; by default they stay on the CPU.
 
     Attributes:
         position: of the loader after the last batch that was taken, for a checkpoint.
     """
 
-    def __init__(self, loader: Loader, ahead: int) -> None:
+    def __init__(self, loader: Loader, ahead: int, transport: Transport | None = None) -> None:
         self.position = loader.state_dict()
-        self._loader = loader
+        self._loader, self._transport = loader, transport or Transport(CPU)
         self._ready: queue.Queue[tuple[Any, dict[str, Any]] | BaseException] = queue.Queue(ahead)
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._produce, name="planlm-loader", daemon=True)
@@ -59,13 +63,13 @@ class Prefetch:
         if isinstance(found, BaseException):
             raise found
         batch, self.position = found
-        return batch
+        return self._transport.receive(batch)
 
     def _produce(self) -> None:
         try:
             while True:
                 for batch in self._loader:
-                    self._ready.put((batch, self._loader.state_dict()))
+                    self._ready.put((self._transport.send(batch), self._loader.state_dict()))
                     if self._stop.is_set():
                         return
                 self._loader.epoch += 1
