@@ -77,10 +77,10 @@ class PlanBatch(Movable):
     def sentences(self) -> tuple[Tensor, Tensor]:
         """([S] number of each segment's document in the split, 0 where no position has it; [S] of its sentence)."""
         assert self.plan.sentence_positions is not None
-        shown = self.plan.segment_ids >= 0
-        document = torch.zeros_like(self.actions)
-        document[self.plan.segment_ids[shown]] = self.documents[shown]
-        return document, self.plan.sentence_positions[self.plan.segment_rows.unbind(1)]
+        count, ids = len(self.actions), self.plan.segment_ids.flatten()
+        # One place more takes what belongs to no segment; picking by a mask would wait for the device.
+        document = self.actions.new_zeros(count + 1).scatter(0, ids.where(ids >= 0, count), self.documents.flatten())
+        return document[:count], self.plan.sentence_positions[self.plan.segment_rows.unbind(1)]
 
     def unscored(self) -> PlanBatch:
         """The same batch, of which nothing counts."""
@@ -102,6 +102,7 @@ class SentenceBatch(Movable):
             is none.
         sentence_positions: [R, n] int64, number of the sentence in its document; 0 on padding.
         actions: [R, n] int64, of the sentences; -100 on padding.
+        labelled: [S] int64, where in all sequences, one behind the other, the sentences stand.
         own_embeddings: [R, n, A] float32, at each position the sentence's own embedding, if asked for.
         cu_seqlens: [N + 1] int32, where in all R n positions documents begin, and padding, and the end.
         longest: so many positions a document has at most.
@@ -110,6 +111,7 @@ class SentenceBatch(Movable):
     sentence_embeddings: Tensor
     sentence_positions: Tensor
     actions: Tensor
+    labelled: Tensor
     own_embeddings: Tensor | None = None
     cu_seqlens: Tensor | None = None
     longest: int = 0
@@ -129,7 +131,7 @@ class SentenceBatch(Movable):
 
     def unscored(self) -> SentenceBatch:
         """The same batch, of which nothing counts."""
-        return dataclasses.replace(self, actions=torch.full_like(self.actions, IGNORED))
+        return dataclasses.replace(self, actions=torch.full_like(self.actions, IGNORED), labelled=self.labelled[:0])
 
 
 @dataclass(frozen=True)
@@ -324,9 +326,9 @@ class PlanLoader(_Loader[PlanBatch]):
         labels = np.full_like(input_ids, IGNORED)
         segment_ids, documents = np.full_like(input_ids, -1), np.full_like(input_ids, -1)
         segments: list[np.ndarray] = []  # one [s, 2] a window: number of the document, of the sentence
-        num_segments = 0
+        num_segments = most_segments = 0
         for at, packed in enumerate(members):
-            begin = 0
+            begin, before = 0, num_segments
             for window in packed:
                 own = next(document_of)
                 start, length = self.windows.start[window], self.windows.length[window]
@@ -344,12 +346,14 @@ class PlanLoader(_Loader[PlanBatch]):
                 segments.append(np.stack([np.full_like(shown, own), shown], axis=1))
                 num_segments += len(shown)
                 begin = end
+            most_segments = max(most_segments, num_segments - before)
+        plan = self._plan_inputs(segment_ids, np.concatenate(segments), unique, contents)
         cu_seqlens, longest = document_offsets(position_ids == 0)
         return PlanBatch(
             input_ids=torch.from_numpy(input_ids),
             position_ids=torch.from_numpy(position_ids),
             labels=torch.from_numpy(labels),
-            plan=self._plan_inputs(segment_ids, np.concatenate(segments), unique, contents),
+            plan=dataclasses.replace(plan, most_segments=most_segments),
             documents=torch.from_numpy(documents),
             cu_seqlens=cu_seqlens,
             longest=longest,
@@ -422,10 +426,12 @@ class SentenceLoader(_Loader[SentenceBatch]):
         contents = [self._documents[int(document)] for document in items]
         layout = Layout(np.array([len(content["actions"]) for content in contents]))
         cu_seqlens, longest = layout.offsets()
+        actions = layout.actions([content["actions"] for content in contents], IGNORED)
         return SentenceBatch(
             sentence_embeddings=layout.embeddings([content["embeddings"] for content in contents]),
             sentence_positions=layout.positions(),
-            actions=layout.actions([content["actions"] for content in contents], IGNORED),
+            actions=actions,
+            labelled=(actions.flatten() != IGNORED).nonzero()[:, 0],
             own_embeddings=layout.own([content["embeddings"] for content in contents])
             if self._own_embeddings
             else None,

@@ -30,6 +30,7 @@ from planlm.errors import InputError
 from planlm.kernels import Documents, say_masked, varlen_attention, varlen_documents
 from planlm.model.adapter import LayerPlans
 from planlm.model.families import attention_modules
+from planlm.model.masks import document_masks
 from planlm.speedups.lm import (
     attention_dropout,
     document_starts,
@@ -95,7 +96,7 @@ def within_documents(lm: PreTrainedModel, call: dict[str, Any], inserts: bool = 
 
     Returns:
         The call without those two. With the keyword `documents`, None where they are kept apart otherwise, its mask is
-        for `attend` alone; without it, transformers makes one of `position_ids` if it has to.
+        for `attend` alone; without it transformers makes one of `position_ids` on a CPU, and elsewhere has been asked to.
     """
     call = dict(call)
     offsets, longest = call.pop("cu_seqlens", None), call.pop("longest", 0)
@@ -107,14 +108,15 @@ def within_documents(lm: PreTrainedModel, call: dict[str, Any], inserts: bool = 
     if starts is not None:
         return call | {"attention_mask": starts}
     if offsets is None or "attention" not in speedups.ON:
-        return call
+        return call | ({"attention_mask": document_masks(lm, positions)} if is_plain and not inserts else {})
     documents = _served(lm, call, Documents(offsets, longest), inserts)
     nothing = positions.new_empty(0, 0, 0, 0)  # so that transformers makes no mask, for which it waits for the device
     if documents is not None:
         return call | {"attention_mask": nothing, "documents": documents}
-    is_plain = is_plain and not inserts and getattr(lm.config, "sliding_window", None) is None
-    if not is_plain or lm.config._attn_implementation != "sdpa":
+    if not is_plain or inserts:
         return call
+    if getattr(lm.config, "sliding_window", None) is not None or lm.config._attn_implementation != "sdpa":
+        return call | {"attention_mask": document_masks(lm, positions)}
     if len(offsets) == len(positions) + 1:  # a document a row
         return call | {"attention_mask": nothing, "documents": None}
     at = torch.arange(positions.shape[1], device=positions.device)

@@ -23,6 +23,7 @@ from transformers.masking_utils import create_causal_mask
 from transformers.utils.generic import is_flash_attention_requested
 
 from planlm.errors import InputError
+from planlm.model.masks import document_masks
 from planlm.speedups.lm import document_starts
 
 _DYNAMIC = (None, "dynamic", "dynamic_full", "offloaded")
@@ -104,9 +105,11 @@ class InsertedPlans:
     Attributes:
         begins: bool `[B, N]`, where each text has a plan in front; None where the text is not known, as with the plan
             inputs of a prepared batch.
+        most: the largest number of plans that a row gets, where it is known.
     """
 
     begins: Tensor | None = None
+    most: int | None = None
 
     def __init__(self, projected: Tensor, segment_ids: Tensor) -> None:
         self._projected, self._segment_ids = projected, segment_ids
@@ -133,7 +136,7 @@ class InsertedPlans:
         else:  # what is no text, as trained prompts, stands in front of it
             begins = nn.functional.pad(self.begins.to(embeds.device), (past + width - self.begins.shape[1], 0))
         is_cached = cache is not None or call["use_cache"] is not False
-        layout = _Layout(begins[:, past:], aligned=is_cached)
+        layout = _Layout(begins[:, past:], is_cached, self.most)
         table = torch.cat((embeds.flatten(0, 1), self._projected.to(embeds), embeds.new_zeros(1, embeds.shape[2])))
         source = layout.source(segment_ids, len(table) - 1)
         inputs = table.index_select(0, source.flatten()).unflatten(0, source.shape)  # [B, X, d]
@@ -183,15 +186,17 @@ class _Layout:
     Args:
         begins: bool `[B, W]`, the positions with a plan in front.
         aligned: the tokens stand in the same columns in all rows.
+        most: the largest number of plans in a row; None: looked up, for which the host waits.
     """
 
-    def __init__(self, begins: Tensor, aligned: bool) -> None:
+    def __init__(self, begins: Tensor, aligned: bool, most: int | None) -> None:
         self._begins = begins
         width = begins.shape[1]
         self._slots = begins.any(dim=0, keepdim=True).expand_as(begins) if aligned else begins
         count = self._slots.cumsum(dim=1)
         self._tokens = torch.arange(width, device=begins.device) + count  # [B, W], column of each token
-        most = int(count[:, -1].max()) if count.numel() else 0  # the one time that the device is waited for
+        if most is None or aligned:
+            most = int(count[:, -1].max()) if count.numel() else 0
         # Few sizes where every row ends with columns to spare: libraries compile kernels for each shape that they meet.
         step = 1 if aligned else max(4, width // 8)
         self.width = width + -(-most // step) * step
@@ -253,7 +258,7 @@ def _begins(segment_ids: Tensor) -> Tensor:
 
 def _within_documents(
     base: PreTrainedModel, inputs: Tensor, layout: _Layout, begins: Tensor, positions: Tensor | None
-) -> Tensor:
+) -> Any:
     """The attention mask of rows without one, which hold documents behind each other if their positions say so."""
     everything = torch.ones(inputs.shape[:2], dtype=torch.bool, device=inputs.device)
     if positions is None:
@@ -267,5 +272,7 @@ def _within_documents(
         return fast
     if is_flash_attention_requested(base.config):
         raise InputError("packed documents: conditioning insert needs attn_implementation='sdpa' or 'eager'")
-    mask: Tensor | None = create_causal_mask(base.config, inputs, None, None, running)
+    mask = document_masks(base, running)
+    if mask is None:
+        mask = create_causal_mask(base.config, inputs, None, None, running)
     return everything if mask is None else mask

@@ -410,11 +410,11 @@ class PlanLMForCausalLM(ModelFolder, GenerationMixin):
                 layers = (self.state_layers, self.adapter.first_layer)
                 inputs, base, arguments = read_states(self.lm, layers, inputs, arguments)
             plans, oracle_nll, action_logits = self._plan(inputs, "uniform" if selection == "none" else selection)
-        if isinstance(plans, InsertedPlans) and text is not None:
-            plans.begins = text.begins()
         if plans is None or selection == "none":
             check_plain(arguments["past_key_values"])
             return base(**arguments), oracle_nll, action_logits
+        if isinstance(plans, InsertedPlans) and inputs is not None:
+            plans.begins, plans.most = None if text is None else text.begins(), inputs.most_segments
         return plans.run(base, arguments), oracle_nll, action_logits
 
     def _score(

@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 
 from planlm.errors import InputError
 from planlm.model.families import OUTPUT_PROJECTIONS
+from planlm.model.masks import document_masks
 from planlm.plan_inputs import PlanInputs
 
 _FINAL_NORMS = {"ln_f", "norm", "final_layer_norm"}
@@ -28,8 +29,8 @@ _POSITION_EMBEDDINGS = {"wpe"}
 class _Nothing(nn.Module):
     """A position embedding that adds nothing."""
 
-    def forward(self, _: Tensor) -> Tensor:
-        return torch.zeros(())
+    def forward(self, positions: Tensor) -> Tensor:
+        return torch.zeros((), device=positions.device)
 
 
 def lower_part(lm: PreTrainedModel, layers: int) -> nn.Module:
@@ -134,6 +135,8 @@ def read_states(
         )
     names = ("input_ids", "inputs_embeds", "attention_mask", "position_ids", "documents")
     read = {name: call[name] for name in names if name in call}
+    if "documents" not in call and call["attention_mask"] is None and call["position_ids"] is not None:
+        read["attention_mask"] = document_masks(lm, call["position_ids"])
     states = lower_part(lm, layers[0])(**read, use_cache=False).last_hidden_state
     inputs = replace(inputs, sentence_states=sentence_states(states, inputs, call["position_ids"]))
     plain = call.keys() == {*read, "past_key_values", "use_cache"} and call["use_cache"] is False
