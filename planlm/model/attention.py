@@ -96,7 +96,7 @@ def within_documents(lm: PreTrainedModel, call: dict[str, Any], inserts: bool = 
 
     Returns:
         The call without those two. With the keyword `documents`, None where they are kept apart otherwise, its mask is
-        for `attend` alone; without it transformers makes one of `position_ids` on a CPU, and elsewhere has been asked to.
+        for `attend` alone; without it transformers makes one of `position_ids`, or on a GPU has made it.
     """
     call = dict(call)
     offsets, longest = call.pop("cu_seqlens", None), call.pop("longest", 0)

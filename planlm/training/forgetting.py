@@ -10,11 +10,12 @@ import torch
 from torch import Tensor
 
 from planlm.config import TrainConfig
-from planlm.corpus.batches import PlanBatch
-from planlm.distribution import all_reduce, all_reduce_sum, world_size
+from planlm.corpus.batches import IGNORED, PlanBatch
+from planlm.distribution import all_reduce, world_size
 from planlm.model.lora import without_lora
 from planlm.model.modeling import PlanLMForCausalLM
 from planlm.precision import autocast
+from planlm.training.figures import Figures
 from planlm.training.parallel import Parallel
 from planlm.training.prefetch import Loader
 from planlm.training.validation import evaluating
@@ -36,20 +37,24 @@ class Guards:
         self._model: PlanLMForCausalLM = parallel.model  # type: ignore[assignment]
 
     def backward(
-        self, batches: list[PlanBatch], rehearsal: list[PlanBatch], own: float
-    ) -> tuple[float, dict[str, float]]:
+        self, batches: list[PlanBatch], rehearsal: list[PlanBatch], own: Tensor
+    ) -> tuple[float | Tensor, Figures]:
         """Forward and backward; gradients add up in the parameters, and are not reduced over ranks yet.
 
         Args:
             batches: a step's own.
             rehearsal: those of the second corpus.
-            own: labels of a step's own batches on all ranks.
+            own: labels of a step's own batches on all ranks, on the device.
 
         Returns:
-            (what is added to the loss, metrics "kl" and "rehearsal_loss" as far as they are asked for).
+            (what is added to the loss, figures "kl" and "rehearsal_loss" as far as they are asked for).
         """
         config, device = self.config, self._model.device
-        (repeated,) = all_reduce_sum(sum(int((batch.labels != -100).sum()) for batch in rehearsal))
+        rehearsal = [batch.to(device) for batch in rehearsal]
+        repeated = torch.zeros((), dtype=torch.int64, device=device)
+        if rehearsal:
+            repeated = all_reduce(torch.stack([count_labels(batch) for batch in rehearsal]).sum())
+        compared, repeated = (own + repeated).clamp(min=1), repeated.clamp(min=1)
         sums = torch.zeros(2, dtype=torch.float64, device=device)
         for number, batch in enumerate([*rehearsal, *(batches if config.kl > 0 else [])]):
             batch = batch.to(device)
@@ -66,18 +71,18 @@ class Guards:
                 )
             loss = torch.zeros((), device=device)
             if number < len(rehearsal):
-                loss = loss + config.rehearsal_weight * output.nll_sum / max(1, repeated)
+                loss = loss + config.rehearsal_weight * output.nll_sum / repeated
                 sums[1] += output.nll_sum.detach()
             if output.kl_sum is not None:
-                loss = loss + config.kl * output.kl_sum / max(1, own + repeated)
+                loss = loss + config.kl * output.kl_sum / compared
                 sums[0] += output.kl_sum.detach()
             (world_size() * loss).backward()  # gradients are averaged over processes
-        kl, nll = all_reduce(sums).tolist()
-        metrics = {"kl": kl / max(1, own + repeated)} if config.kl > 0 else {}
+        kl, nll = all_reduce(sums)
+        figures = {"kl": kl / compared} if config.kl > 0 else {}
         if config.rehearsal is not None:
-            metrics["rehearsal_loss"] = nll / max(1, repeated)
-        added = config.kl * metrics.get("kl", 0.0) + config.rehearsal_weight * metrics.get("rehearsal_loss", 0.0)
-        return added, metrics
+            figures["rehearsal_loss"] = nll / repeated
+        added = config.kl * figures.get("kl", 0.0) + config.rehearsal_weight * figures.get("rehearsal_loss", 0.0)
+        return added, figures
 
     @torch.no_grad()
     def _reference(self, batch: PlanBatch) -> tuple[Tensor, Any]:
@@ -93,6 +98,11 @@ class Guards:
                 use_cache=False,
             )
         return output.hidden_states[-1], None if self._base is None else model.get_output_embeddings()
+
+
+def count_labels(batch: PlanBatch) -> Tensor:
+    """Labels of a batch, int64 `[]` on its device."""
+    return (batch.labels != IGNORED).sum()
 
 
 def base_model(model: PlanLMForCausalLM, config: TrainConfig) -> PlanLMForCausalLM | None:

@@ -27,6 +27,7 @@ from planlm.training.checkpoint import (
     save_checkpoint,
     stored_shapes,
 )
+from planlm.training.figures import MAX_SKIPPED, Figures, Ledger, not_finite, read_on_cpu
 from planlm.training.groups import (
     ParameterGroup,
     all_finite,
@@ -40,10 +41,8 @@ from planlm.training.prefetch import Loader, Prefetch
 from planlm.training.run_directory import Run, differences
 from planlm.training.schedules import is_logged, learning_rate_factor
 from planlm.training.throughput import Throughput, summary
+from planlm.training.transport import Transport
 from planlm.training.validation import Validation
-
-MAX_SKIPPED = 10
-"""Steps in a row with a non-finite gradient after which training stops: the state is beyond recovery by skipping."""
 
 _START_ANEW = "training has diverged: start again with a lower --lr (and others, where set) and another --out"
 
@@ -59,7 +58,7 @@ class Task:
         accumulate: batches per step.
         steps: steps in all.
         backward: given a step's number and batches, runs forward and backward over all of them and returns the
-            metrics to log, "loss" and "tokens" (labels) among them, each summed or averaged over all ranks.
+            figures to log, "loss" and "tokens" (labels) among them, each summed or averaged over all ranks.
         flops: floating-point operations of a step over these batches; None where they are not counted.
         rate: FLOP/s of matrix products on this machine.
         validation: by default none.
@@ -70,10 +69,15 @@ class Task:
     loader: Loader
     accumulate: int
     steps: int
-    backward: Callable[[int, list[Any]], dict[str, float]]
+    backward: Callable[[int, list[Any]], Figures]
     flops: Callable[[list[Any]], float] | None = None
     rate: float = math.inf
     validation: Validation = field(default_factory=Validation)
+
+    @property
+    def device(self) -> torch.device:
+        """Where it trains."""
+        return next(iter(by_name(self.groups).values())).device
 
 
 def num_steps(config: LoopConfig, num_batches: int, accumulate: int = 1) -> int:
@@ -92,22 +96,22 @@ def num_steps(config: LoopConfig, num_batches: int, accumulate: int = 1) -> int:
 
 def update(
     task: Task, optimizer: torch.optim.Optimizer, step: int, batches: list[Any], config: LoopConfig
-) -> tuple[dict[str, Any], bool]:
-    """Forward, backward, clipping and the optimiser's update, once; leaves no gradients.
+) -> tuple[Figures, Tensor]:
+    """Forward, backward, clipping and the optimiser's update, once; leaves no gradients, and waits for no device.
 
     Returns:
-        (metrics of `Task.backward` with "grad_norm" before clipping and "lr" of each group; whether loss and gradients
-        are finite: else nothing is updated).
+        (figures of `Task.backward` with "grad_norm" before clipping and "lr" of each group; on the device 1 where loss
+        or gradients are not finite, and nothing was updated, else 0).
     """
     seed_step(config.seed, step, rank())
-    metrics = task.backward(step, batches)
+    figures = task.backward(step, batches)
     norms = _clip(task.groups, config.max_grad_norm)
     rates = _set_rates(task, optimizer, step, config)
-    is_finite = math.isfinite(metrics["loss"]) and all(map(math.isfinite, norms.values()))
-    if is_finite:
-        optimizer.step()
+    skipped = not_finite([figures["loss"], *norms.values()], task.device)
+    optimizer.found_inf = skipped  # type: ignore[attr-defined]  # which the fused update looks at on its device
+    optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    return {**metrics, "grad_norm": norms, "lr": rates}, is_finite
+    return {**figures, "grad_norm": read_on_cpu(norms), "lr": rates}, skipped
 
 
 def fit(task: Task, run: Run, config: LoopConfig) -> None:
@@ -123,55 +127,59 @@ def fit(task: Task, run: Run, config: LoopConfig) -> None:
     """
     optimizer = make_optimizer(task.groups, config.weight_decay)
     with Progress("train", task.steps) as progress, _StopSignal() as stop:
-        first, tokens, skipped = _restore(task, run, optimizer, progress.line)
+        ledger = _restore(task, run, optimizer, progress.line)
+        first = ledger.step
         progress.start_at(first)
-        with Prefetch(task.loader, ahead=2 * task.accumulate) as batches:
+        with Prefetch(task.loader, 2 * task.accumulate, Transport(task.device)) as batches:
             throughput = Throughput(task.flops, task.rate, first, task.steps)
             for step in range(first, task.steps):
                 if task.validation.is_over:
                     break
-                if step == first or any(step == group.start for group in task.groups):
-                    for group in task.groups:
-                        for parameter in group.parameters.values():
-                            parameter.requires_grad_(step >= group.start)
-                    task.model.rewrap()
+                _join(task, step, is_first=step == first)
                 with throughput.waiting():
                     window = [next(batches) for _ in range(task.accumulate)]
-                metrics, is_finite = update(task, optimizer, step, window, config)
-                skipped = 0 if is_finite else skipped + 1
-                if skipped:
-                    progress.line(f"step {step + 1}: non-finite loss or gradient, step skipped ({skipped} in a row)")
-                done = step + 1
-                num_tokens = int(metrics["tokens"])
-                tokens += num_tokens
-                throughput.step(num_tokens, window)
+                figures, skipped = update(task, optimizer, step, window, config)
+                done, before, note = step + 1, ledger.tokens, ""
+                is_due = ledger.note(skipped=skipped, tokens=figures["tokens"])
                 stopping = any_rank(stop.asked)
-                note = ""
+                logs = task.validation.is_due(done, task.steps) or is_logged(step, task.steps, config.log_every)
+                saves = done % config.checkpoint_every == 0 or done == task.steps or stopping
+                if is_due or logs or saves:  # all that the host ever waits for
+                    figures = ledger.read(figures)
+                throughput.step(ledger.tokens - before, window)
                 with throughput.aside():
                     found = task.validation.after(done, task.steps)
-                if found or is_logged(step, task.steps, config.log_every):
+                if logs:
                     speed = throughput.metrics()
-                    run.log({"step": done, **metrics, **found, "tokens": tokens, **speed})
-                    note = summary(metrics["loss"], speed) + task.validation.note
+                    run.log({"step": done, **figures, **found, "tokens": ledger.tokens, **speed})
+                    note = summary(figures["loss"], speed) + task.validation.note
                 progress.advance(note=note)
-                if skipped >= (1 if done == task.steps else MAX_SKIPPED):
-                    raise MachineError(f"step {done}: {skipped} steps in a row skipped; {_START_ANEW}")
-                is_end = done == task.steps or task.validation.is_over or done == task.validation.best_step
-                if done % config.checkpoint_every == 0 or is_end or stopping:
-                    state = {"step": done, "tokens": tokens, "skipped": skipped, "loader": batches.position}
-                    _save(task, run, optimizer, state, config.keep_checkpoints)
+                if ledger.skipped >= (1 if done == task.steps else MAX_SKIPPED):
+                    raise MachineError(f"step {ledger.step}: {ledger.skipped} steps in a row skipped; {_START_ANEW}")
+                if saves or task.validation.is_over or done == task.validation.best_step:
+                    state = {"step": done, "tokens": ledger.tokens, "skipped": ledger.skipped}
+                    _save(task, run, optimizer, state | {"loader": batches.position}, config.keep_checkpoints)
                 if stopping:
                     raise KeyboardInterrupt(f"stopped after step {done}; continue with --resume")
     _take_best(task, run)
 
 
-def _clip(groups: list[ParameterGroup], max_norm: float) -> dict[str, float]:
+def _join(task: Task, step: int, is_first: bool) -> None:
+    """Have those groups train whose step has come."""
+    if is_first or any(step == group.start for group in task.groups):
+        for group in task.groups:
+            for parameter in group.parameters.values():
+                parameter.requires_grad_(step >= group.start)
+        task.model.rewrap()
+
+
+def _clip(groups: list[ParameterGroup], max_norm: float) -> dict[str, Tensor]:
     """Gradient norm of each group; scales each down to `max_norm` on its own, so that groups do not couple."""
     norms = {}
     for group in groups:
         parameters = [parameter for parameter in group.parameters.values() if parameter.grad is not None]
         if parameters:
-            norms[group.name] = float(full_tensor(nn.utils.clip_grad_norm_(parameters, max_norm)))
+            norms[group.name] = full_tensor(nn.utils.clip_grad_norm_(parameters, max_norm))
     return norms
 
 
@@ -219,10 +227,8 @@ def _take_best(task: Task, run: Run) -> None:
         read_tensors(path, _weights(task))
 
 
-def _restore(
-    task: Task, run: Run, optimizer: torch.optim.Optimizer, log: Callable[[str], None]
-) -> tuple[int, int, int]:
-    """Continue from the newest sound checkpoint; the numbers of steps done, tokens seen and steps skipped just now."""
+def _restore(task: Task, run: Run, optimizer: torch.optim.Optimizer, log: Callable[[str], None]) -> Ledger:
+    """Continue from the newest sound checkpoint, or begin; what has been done."""
     parameters = by_name(task.groups)
     found = newest_checkpoint(run.checkpoints, log)
     if found is None:
@@ -232,7 +238,7 @@ def _restore(
         if run.last_line():
             log("no checkpoint had been written: training begins anew")
         run.forget_after(0)
-        return 0, 0, 0
+        return Ledger(0, 0, 0, log)
     path, state = found
     on_rank_zero(lambda: _check_owner(path, state, run))
     stored = stored_shapes(path)
@@ -250,7 +256,7 @@ def _restore(
     task.validation.load_state_dict(state.get("validation", {}))
     run.forget_after(state["step"])
     log(f"resumed after step {state['step']}")
-    return int(state["step"]), int(state["tokens"]), int(state["skipped"])
+    return Ledger(int(state["step"]), int(state["tokens"]), int(state["skipped"]), log)
 
 
 def _check_owner(path: Path, state: dict[str, Any], run: Run) -> None:

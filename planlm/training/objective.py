@@ -10,11 +10,12 @@ from torch import Tensor
 from planlm.config import TrainConfig
 from planlm.corpus.batches import PlanBatch
 from planlm.corpus.sentence_rng import uniform_by_sentence
-from planlm.distribution import all_reduce, all_reduce_sum, world_size
+from planlm.distribution import all_reduce, world_size
 from planlm.model.modeling import PlanLMForCausalLM
 from planlm.model.output import PlanLMOutput
 from planlm.precision import autocast
-from planlm.training.forgetting import Guards
+from planlm.training.figures import Figures, read_on_cpu
+from planlm.training.forgetting import Guards, count_labels
 from planlm.training.parallel import Parallel
 from planlm.training.schedules import is_logged, oracle_ratio, parse_oracle_mix
 
@@ -37,28 +38,27 @@ class Objective:
         if config.lm_mode == "freeze":
             model.lm.eval()  # no dropout in weights that do not learn; the planner's follows its gradients
 
-    def backward(self, step: int, batches: list[Any]) -> dict[str, float]:
+    def backward(self, step: int, batches: list[Any]) -> Figures:
         """Forward and backward over a step's batches; gradients add up in the parameters.
 
-        With `--rehearsal` a batch is one of each corpus.
+        With `--rehearsal` a batch is one of each corpus. Figures that a GPU has computed are left there.
         """
         rehearsal: list[PlanBatch] = []
         if self.config.rehearsal is not None:
             batches, rehearsal = map(list, zip(*batches, strict=True))
         config, device, planner_loss = self.config, self.model.device, self.config.planner_loss
+        batches = [batch.to(device) for batch in batches]
         if (planner := self.model.planner) is not None:
             planner.train(self.model.training and any(weight.requires_grad for weight in planner.parameters()))
-        num_labels, num_segments = all_reduce_sum(
-            sum(int((batch.labels != -100).sum()) for batch in batches),
-            sum(int((batch.actions >= 0).sum()) for batch in batches),
-        )
+        # Counted and divided on the device: a host would have to wait for the sum over ranks.
+        counts = [torch.stack((count_labels(batch), (batch.actions >= 0).sum())) for batch in batches]
+        num_labels, num_segments = all_reduce(torch.stack(counts).sum(dim=0))
         ratio = oracle_ratio(step, self.steps, self.ratios, config.oracle_schedule, config.oracle_switch_at)
         logged = is_logged(step, self.steps, self.config.log_every)
         # First, since gradients are reduced in the last pass, which has to reach all that trains.
         guarded, found = (0.0, {}) if self.guards is None else self.guards.backward(batches, rehearsal, num_labels)
         sums = torch.zeros(4, device=device)
         for number, batch in enumerate(batches):
-            batch = batch.to(device)
             with autocast(self.config.precision, device):
                 output = self._forward(batch, step, ratio, last=number + 1 == len(batches))
                 assert output.nll_sum is not None
@@ -68,16 +68,16 @@ class Objective:
                     loss = loss + planner_loss * output.oracle_nll.sum() / num_segments
             (world_size() * loss).backward()  # gradients are averaged over processes
             sums += _sums(output, batch.actions, logged)
-        lm_nll, planner_nll, right, entropy = all_reduce(sums).tolist()
-        metrics = {"tokens": num_labels, "lm_loss": lm_nll / max(1, num_labels), "oracle_ratio": ratio, **found}
-        count = max(1, num_segments)
+        lm_nll, planner_nll, right, entropy = all_reduce(sums).double()
+        lm_loss, count = lm_nll / num_labels.clamp(min=1), num_segments.clamp(min=1)
+        figures = {"tokens": num_labels, "lm_loss": lm_loss, "oracle_ratio": ratio, **found}
         if logged and output.action_logits is not None:
-            metrics |= {
+            figures |= {
                 "planner_loss": planner_nll / count,
                 "planner_accuracy": right / count,
                 "planner_entropy": entropy / count,
             }
-        return {"loss": metrics["lm_loss"] + planner_loss * (planner_nll / count) + guarded, **metrics}
+        return read_on_cpu({"loss": lm_loss + planner_loss * (planner_nll / count) + guarded, **figures})
 
     def losses(self, batch: PlanBatch) -> tuple[Tensor, Tensor]:
         """Of a batch: the sum of its labels' NLL, predicted without oracle actions, and their number."""
@@ -89,7 +89,7 @@ class Objective:
                 plan=batch.plan,
                 use_cache=False,
             )
-        return output.nll_sum, (batch.labels != -100).sum()
+        return output.nll_sum, count_labels(batch)
 
     def _forward(self, batch: PlanBatch, step: int, ratio: float, last: bool) -> PlanLMOutput:
         weight: float | Tensor = ratio
@@ -119,5 +119,5 @@ def _sums(output: PlanLMOutput, actions: Tensor, logged: bool) -> Tensor:
         if logged:
             log_p = output.action_logits.float().log_softmax(dim=-1)  # [S, K]
             sums[2] = (log_p.argmax(dim=-1) == actions).sum()
-            sums[3] = -(log_p.exp() * log_p).sum(dim=-1)[actions >= 0].sum()
+            sums[3] = -(log_p.exp() * log_p).sum(dim=-1).where(actions >= 0, 0.0).sum()
     return sums

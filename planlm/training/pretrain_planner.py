@@ -11,12 +11,13 @@ from torch import Tensor
 from planlm.config import PlannerConfig
 from planlm.corpus.batches import SentenceBatch, SentenceLoader
 from planlm.corpus.store import PreparedCorpus
-from planlm.distribution import all_reduce_sum, on_rank_zero, rank, world_size
+from planlm.distribution import all_reduce, on_rank_zero, rank, world_size
 from planlm.errors import InputError
 from planlm.evaluation.planner_metrics import planner_metrics
 from planlm.files import beside_result, replacing_folder, write_json
 from planlm.model.planner import Planner
 from planlm.precision import device
+from planlm.training.figures import Figures, read_on_cpu
 from planlm.training.groups import ParameterGroup
 from planlm.training.identity import identify
 from planlm.training.loop import Task, fit, num_steps
@@ -60,26 +61,27 @@ def pretrain_planner(config: PlannerConfig) -> dict[str, Any]:
     loader.share = (rank(), world_size())
     model = Parallel(planner)
 
-    def backward(step: int, batches: list[SentenceBatch]) -> dict[str, float]:
+    def backward(step: int, batches: list[SentenceBatch]) -> Figures:
         batch = batches[0].to(device())
-        labelled = batch.actions != -100
-        (count,) = all_reduce_sum(int(labelled.sum()))
-        states = model(**batch.planner_inputs)[labelled]  # [S, A]
-        logits, actions = planner.head(states), batch.actions[labelled]  # [S, K], [S]
+        count = all_reduce(batch.labelled.new_full((), len(batch.labelled)))
+        states = model(**batch.planner_inputs)  # [R, n, A]
+        states = states.flatten(0, 1)[batch.labelled]  # [S, A]
+        logits, actions = planner.head(states), batch.actions.flatten()[batch.labelled]  # [S, K], [S]
         if soft is None and config.horizon == 1:
             nll = F.cross_entropy(logits, actions, reduction="sum")
         else:
             nll = _horizon_nll(planner, states, logits, batch, targets).sum()
         (nll * world_size() / count).backward()  # gradients are averaged over processes
-        nll_sum, right = all_reduce_sum(nll.item(), int((logits.argmax(dim=-1) == actions).sum()))
+        right = (logits.argmax(dim=-1) == actions).sum()
+        nll_sum, right = all_reduce(torch.stack((nll.detach().double(), right.double())))
         loss = nll_sum / count
-        return {"loss": loss, "planner_loss": loss, "planner_accuracy": right / count, "tokens": count}
+        return read_on_cpu({"loss": loss, "planner_loss": loss, "planner_accuracy": right / count, "tokens": count})
 
     def losses(batch: SentenceBatch) -> tuple[Tensor, Tensor]:
-        labelled = batch.actions != -100
         states = planner(**batch.planner_inputs)
-        nll = F.cross_entropy(planner.head(states[labelled]), batch.actions[labelled], reduction="sum")
-        return nll, labelled.sum()
+        logits = planner.head(states.flatten(0, 1)[batch.labelled])
+        nll = F.cross_entropy(logits, batch.actions.flatten()[batch.labelled], reduction="sum")
+        return nll, nll.new_full((), len(batch.labelled))
 
     group = ParameterGroup("planner", dict(planner.named_parameters()), config.lr)
     task = Task(
@@ -119,10 +121,9 @@ class Targets:
 
 def _horizon_nll(planner: Planner, states: Tensor, logits: Tensor, batch: SentenceBatch, targets: Targets) -> Tensor:
     """Cross-entropy `[S]` of each labelled sentence, a mean over those of its horizon that its document has."""
-    labelled = batch.actions != -100
-    total, count = targets.nll(logits, batch, batch.ahead(0)[labelled]), torch.ones(len(logits), device=logits.device)
+    total, count = targets.nll(logits, batch, batch.labelled), torch.ones(len(logits), device=logits.device)
     for step, head in enumerate(planner.ahead, 1):
-        at = batch.ahead(step)[labelled]
+        at = batch.ahead(step).flatten()[batch.labelled]
         total = total + targets.nll(head(states), batch, at.clamp(min=0)).where(at >= 0, 0.0)
         count += at >= 0
     return total / count

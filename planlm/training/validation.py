@@ -46,9 +46,13 @@ class Validation:
     waited: int = 0
     note: str = ""
 
+    def is_due(self, step: int, steps: int) -> bool:
+        """Whether to measure after `step` (1-based) of `steps`."""
+        return self.every is not None and (step % self.every == 0 or step == steps)
+
     def after(self, step: int, steps: int) -> dict[str, float]:
         """Measure where it is due after `step` (1-based) of `steps`; what is to be logged of it."""
-        if self.every is None or (step % self.every and step != steps):
+        if not self.is_due(step, steps):
             return {}
         loss = self.measure()
         if loss < self.best_loss:
