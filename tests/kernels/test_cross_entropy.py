@@ -84,6 +84,17 @@ def test_any_strides(case: str, dtype: torch.dtype) -> None:
     assert bool((wide[:, 83:] == 7.0).all())  # nothing beyond the columns is written
 
 
+def test_rows_that_lie_beyond_what_32_bits_count() -> None:
+    far, dtype = 2**30, torch.bfloat16
+    memory = torch.UntypedStorage(dtype.itemsize * (2 * far + 37))  # of which three pages are touched
+    apart = torch.empty(0, dtype=dtype).set_(memory, 0, (3, 37), (far, 1))
+    logits, target = inputs((3, 37), dtype)
+    target[:] = torch.tensor([36, -1, 5])
+    found, want = cross_entropy_(apart.copy_(logits), target), cross_entropy_(logits, target)
+    for got, wanted in zip(found, want, strict=True):
+        assert torch.equal(got, wanted)
+
+
 def test_extreme_logits() -> None:
     logits = torch.tensor([[1e4, -1e4, 0.0], [-torch.inf, 0.0, 0.0], [-1e4, -1e4, -1e4], [-torch.inf, 0.0, 1.0]])
     gradient, nll = cross_entropy_(logits, torch.tensor([1, 1, 2, 0]))
