@@ -141,14 +141,16 @@ class LargeResults(TorchDispatchMode):
 
 def test_on_a_gpu_logits_exist_once_and_nothing_waits() -> None:
     """On tensors without data: a wait for a value would raise."""
-    triton_tiles = pytest.importorskip("planlm.kernels.triton_tiles")
+    pytest.importorskip("triton")
+    from planlm.kernels.triton_tiles import observed
+
     num_tokens, num_words = 2 * loss.TOKENS + 8, 50257
     hidden = torch.empty(num_tokens, 24, device="meta", dtype=torch.bfloat16, requires_grad=True)
     weight = torch.empty(num_words, 24, device="meta", requires_grad=True)
     labels = torch.empty(num_tokens, device="meta", dtype=torch.int64)
     launches: list[Any] = []
     counter = LargeResults(1024, num_words)
-    with use_backend("triton"), triton_tiles.observed(lambda launch: bool(launches.append(launch)), 90), counter:
+    with use_backend("triton"), observed(lambda launch: bool(launches.append(launch)), 90), counter:
         nll_sum, token_nll = linear_cross_entropy(hidden, weight, labels)
     nll_sum.backward()
     assert counter.names == ["aten::new_empty", *["aten::mm"] * 3]
