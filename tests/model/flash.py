@@ -1,6 +1,6 @@
 """torch's flash attention over documents on a CPU: what CUDA's kernels are told, computed document by document.
 
-`varlen_attn` itself, its operator and its gradient stay torch's; only the two kernels that it calls are replaced. They
+`varlen_attn`, its operators and gradients stay torch's; only the two kernels below it are replaced. They
 refuse what those refuse, but for float32, in which they are compared, and fill what no document holds with NaN.
 """
 
@@ -17,7 +17,7 @@ from torch import Tensor
 
 @contextmanager
 def flash_on_cpu() -> Iterator[list[dict[str, Any]]]:
-    """Inside, `varlen_attn` runs on a CPU; gives a list that gets a line a call of a kernel."""
+    """Inside, `varlen_attn` and what it calls run on a CPU; gives a list that gets a line a call of a kernel."""
     calls: list[dict[str, Any]] = []
 
     def forward(query: Tensor, key: Tensor, value: Tensor, *rest: Any, **named: Any) -> tuple[Tensor, ...]:

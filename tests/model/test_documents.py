@@ -1,6 +1,6 @@
 """Documents that share a sequence: torch's kernel for them does what a mask does, or one line says why it cannot.
 
-Its CUDA kernels are emulated (`flash.py`); everything else, torch's operator and its gradient too, is what a GPU runs.
+Its CUDA kernels are emulated (`flash.py`); everything else, torch's formula of the gradient too, is what a GPU runs.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from torch.nn.attention.varlen import varlen_attn
 from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM, PreTrainedModel
 
 import planlm.kernels.attention as attention
+from planlm import speedups
 from planlm.corpus.batches import PlanBatch, PlanLoader, SentenceLoader
 from planlm.corpus.store import document_features
 from planlm.model import PlanLMForCausalLM
@@ -107,13 +108,18 @@ def test_the_emulation_is_attention() -> None:
             weights = (torch.einsum("hd,khd->hk", query[at], keys) * 0.3).softmax(-1)
             rows.append(torch.einsum("hk,khd->hd", weights, values))
         upstream, offsets = torch.randn_like(query), torch.tensor(begins, dtype=torch.int32)
-        with flash_on_cpu():
-            given = (offsets, offsets, 8, 8)
-            got = varlen_attn(query, key, value, *given, scale=0.3, window_size=(back, 0), enable_gqa=True)
-            slopes = torch.autograd.grad(got, (query, key, value), upstream)
         want = torch.stack(rows)
-        torch.testing.assert_close(got, want)
-        torch.testing.assert_close(slopes, torch.autograd.grad(want, (query, key, value), upstream))
+        wanted = torch.autograd.grad(want, (query, key, value), upstream)
+        with flash_on_cpu() as calls:
+            given = (offsets, offsets, 8, 8)
+            torchs = varlen_attn(query, key, value, *given, scale=0.3, window_size=(back, 0), enable_gqa=True)
+            documents = attention.Documents(offsets, 8)
+            batch = (tensor[None] for tensor in (query, key, value))
+            ours = attention.varlen_attention(*batch, documents, 0.3, None if back < 0 else back + 1)[0]
+            for got in (torchs, ours):
+                torch.testing.assert_close(got, want)
+                torch.testing.assert_close(torch.autograd.grad(got, (query, key, value), upstream), wanted)
+        assert calls[0] == calls[1] and calls[2] == calls[3], "the kernels are told the same"
 
 
 WAYS: dict[str, dict[str, Any]] = {
@@ -307,9 +313,19 @@ def test_a_cpu_says_nothing(packed: PlanBatch, caplog: pytest.LogCaptureFixture)
 
 
 def test_torch_compiles_it_in_one_piece(flash: list[dict[str, Any]], packed: PlanBatch) -> None:
-    lm = tiny_lm("llama")
+    lm = tiny_lm("llama", num_hidden_layers=1)
     call = {"input_ids": packed.input_ids, **packed.layout, "attention_mask": None, "past_key_values": None}
     call = within_documents(lm, call | {"use_cache": False})
     want = lm.model(**call).last_hidden_state
-    compiled = torch.compile(lm.model, backend="aot_eager", fullgraph=True)
+    compiled = torch.compile(lm.model, backend="eager", fullgraph=True)
     torch.testing.assert_close(compiled(**call).last_hidden_state, want)
+    assert flash[0] == flash[1]
+
+
+def test_the_switch_of_speed_ups_turns_it_off(packed: PlanBatch, monkeypatch: pytest.MonkeyPatch) -> None:
+    lm, batch = tiny_lm("llama", torch.bfloat16).to(META), packed.to(META)
+    call = {"input_ids": batch.input_ids, **batch.layout, "attention_mask": None, "past_key_values": None}
+    assert within_documents(lm, call | {"use_cache": False})["documents"] is not None
+    monkeypatch.setattr(speedups, "ON", set())
+    made = within_documents(lm, call | {"use_cache": False})
+    assert made["attention_mask"] is None and "documents" not in made, "transformers' own masks"
