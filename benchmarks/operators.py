@@ -178,10 +178,10 @@ class Counter(TorchDispatchMode):
                 *batch, m, k = left.shape
                 product = Product(math.prod(batch), m, right.shape[-1], k, left.dtype)
                 yield {"name": name, "reads": reads, "writes": writes, "product": product}
-            case "torch_attn::_varlen_attn":  # causal, documents as long as the longest
+            case "_flash_attention_forward":  # causal, documents as long as the longest
                 work = {"attention": "flash forward", "flops": 2 * args[0].numel() * args[6]}
                 yield {"name": "attention", "reads": reads, "writes": writes, **work}
-            case "torch_attn::_varlen_attn_backward":
+            case "_flash_attention_backward":
                 work = {"attention": "flash backward", "flops": 5 * args[1].numel() * args[9]}
                 yield {"name": "attention backward", "reads": reads, "writes": writes, **work}
             case _ if name in FILLS:

@@ -23,6 +23,7 @@ from transformers import AutoModelForCausalLM, BertConfig, BertModel, GPT2Config
 from benchmarks import harness
 from planlm.config import TrainConfig
 from planlm.corpus.batches import PlanBatch
+from planlm.corpus.offsets import document_offsets, segment_bounds
 from planlm.model.configuration import PlanLMConfig
 from planlm.model.families import input_width, output_projections
 from planlm.model.modeling import PlanLMForCausalLM
@@ -114,18 +115,27 @@ def make_batch(case: Case, documents: int = 1) -> PlanBatch:
     sequences = torch.arange(case.batch_size)
     embeddings = torch.randn(case.batch_size, sentences, ACTION_DIM, generator=random)
     ordinals = torch.arange(sentences)
+    positions = (torch.arange(case.window) % -(-case.window // documents)).expand(shape)
+    cu_seqlens, longest = document_offsets((positions == 0).numpy())
+    sentence_cu_seqlens, sentence_longest = document_offsets((ordinals == 0).expand(case.batch_size, -1).numpy())
+    segment_ids = within + sentences * sequences[:, None]
     return PlanBatch(
         input_ids=torch.randint(vocabulary, shape, generator=random),
-        position_ids=(torch.arange(case.window) % -(-case.window // documents)).expand(shape),
+        position_ids=positions,
         labels=torch.randint(vocabulary, shape, generator=random),
         plan=PlanInputs(
-            segment_ids=within + sentences * sequences[:, None],
+            segment_ids=segment_ids,
             segment_rows=torch.cartesian_prod(sequences, ordinals),
             sentence_embeddings=F.normalize(embeddings, dim=-1),
             sentence_positions=ordinals.expand(case.batch_size, sentences),
             actions=torch.randint(NUM_ACTIONS, (case.batch_size * sentences,), generator=random),
+            segment_bounds=segment_bounds(segment_ids.numpy(), case.batch_size * sentences),
+            sentence_cu_seqlens=sentence_cu_seqlens,
+            sentence_longest=sentence_longest,
         ),
         documents=sequences[:, None].expand(shape),
+        cu_seqlens=cu_seqlens,
+        longest=longest,
     )
 
 
