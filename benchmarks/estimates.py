@@ -175,6 +175,8 @@ def _of_triton(kernel: Kernel, launch: Launch, device: Device, moved: int) -> Es
     again = sum(programs.rereads(role, device.processors * resident, Cache(device.l2_bytes)) for role in roles)
     asked = sum(role.programs * each.loaded for role, each in zip(roles, costs, strict=True))
     cycles, waves = programs.makespan([role.programs for role in roles], costs, resident, device)
+    slowest = [programs.cost(role, number, len(roles), code, role.longest).alone for number, role in enumerate(roles)]
+    cycles = max(cycles, *slowest)
     needs = {"dram": (moved + again) / device.copies, "l2": asked / device.l2_rate, "sm": cycles / device.clock}
     detail = (
         f"{sum(role.programs for role in roles)} programs, {resident} at a time, {code.registers} registers, "

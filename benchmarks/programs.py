@@ -22,6 +22,9 @@ from benchmarks.machine_code import Code, Cost
 if TYPE_CHECKING:
     from planlm.kernels.triton_tiles import Launch
 
+LONGEST_SENTENCE = 4.0
+"""Times the mean: assumed, as lengths are log-normal with a deviation of .6, of some hundred sentences."""
+
 STEPS = 8
 """Pieces in which a panel is read: programs of a wave are about as far with theirs."""
 
@@ -46,6 +49,7 @@ class Role:
         panels (tuple[Panel, ...]): of a product.
         iterations (tuple[float, ...]): of each loop of the kernel, where its code does not say.
         back (bool): whether the panels are read a second time, from their ends.
+        longest (float): times as many iterations the slowest program has.
     """
 
     programs: int
@@ -54,6 +58,7 @@ class Role:
     panels: tuple[Panel, ...] = ()
     iterations: tuple[float, ...] = ()
     back: bool = False
+    longest: float = 1.0
 
 
 class _LRU(Protocol):
@@ -70,8 +75,8 @@ def roles_of(launch: Launch) -> list[Role]:
     return [Role(count, read=sum(sizes) / count)]
 
 
-def cost(role: Role, number: int, num_roles: int, code: Code) -> Cost:
-    """What one program of a role takes.
+def cost(role: Role, number: int, num_roles: int, code: Code, longest: float = 1.0) -> Cost:
+    """What one program of a role takes, or one of `longest` times as many iterations.
 
     A loop with a product is that of the role that it belongs to, in order, and runs until the role's FLOPs are done;
     others run until what the program reads has been read, and in a role with a product once.
@@ -81,7 +86,7 @@ def cost(role: Role, number: int, num_roles: int, code: Code) -> Cost:
     own = products[number::num_roles] if len(products) > 1 else products
     for index, loop in enumerate(code.loops):
         if role.iterations:
-            times = role.iterations[min(index, len(role.iterations) - 1)]
+            times = role.iterations[min(index, len(role.iterations) - 1)] * longest
         elif loop.flops:
             times = role.flops / loop.flops / len(own) if index in own else 1 / num_roles
         elif role.flops or not loop.loaded:
@@ -217,13 +222,12 @@ def _mixture_bwd(launch: Launch) -> list[Role]:
 
 
 def _add_plan_bwd(launch: Launch) -> list[Role]:
-    num_tokens, segments = launch.arguments["num_tokens"], launch.arguments["num_segments"]
+    windows = len(launch.arguments["grad"]) / launch.grid[0] / launch.tiles.rows  # of tokens
     if "bounds" in launch.arguments:
-        return [Role(math.prod(launch.grid), iterations=(-(-num_tokens // segments // launch.tiles.rows),))]
-    # Windows of ROWS tokens until each segment's last has been seen: the loop within goes on over all segments.
-    each = launch.arguments.get("SEGMENTS", 1)
-    windows = each * (num_tokens / segments / launch.tiles.rows + 1)
-    return [Role(math.prod(launch.grid), iterations=(each, windows))]
+        return [Role(math.prod(launch.grid), iterations=(max(1.0, windows),), longest=LONGEST_SENTENCE)]
+    # A program has several segments: it sees each one's first window twice, and the loop within goes on over all.
+    each = launch.arguments["SEGMENTS"]
+    return [Role(math.prod(launch.grid), iterations=(each, windows + each))]
 
 
 def _over_rows(*names: str) -> Callable[[Launch], list[Role]]:
@@ -249,6 +253,10 @@ def _combine_fwd(launch: Launch) -> list[Role]:
     return [Role(math.prod(launch.grid), iterations=(launch.arguments["num_splits"],))]
 
 
+def _sentences_bwd(launch: Launch) -> list[Role]:
+    return [Role(math.prod(launch.grid), iterations=(-(-launch.arguments["size"] // launch.tiles.columns),))]
+
+
 def _logits_bwd(launch: Launch) -> list[Role]:
     s, k, a, upstream, codebook = _sizes(launch, "num_sentences", "num_actions", "size", "grad_mixture", "codebook")
     if upstream is None:
@@ -268,6 +276,7 @@ KERNELS: dict[str, Callable[[Launch], list[Role]]] = {
     "softmax_fwd": _over_rows("logits", "noise"),
     "softmax_bwd": _over_rows("logits", "noise", "grad_probabilities"),
     "combine_fwd": _combine_fwd,
+    "sentences_bwd": _sentences_bwd,
     "logits_bwd": _logits_bwd,
     "codebook_bwd": _codebook_bwd,
     "mixture_fwd": _mixture_fwd,
