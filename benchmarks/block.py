@@ -27,6 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.harness import timed
+from planlm.corpus.offsets import segment_bounds
 from planlm.kernels import StackedPlan, plan_projection
 from planlm.precision import matrix_product_rate
 
@@ -72,6 +73,7 @@ class Block:
     bias: Tensor  # [D]
     states: tuple[Tensor, ...]  # each layer's x, L times [T, D / L]
     segment_ids: Tensor  # int64 [T], sorted apart from -1
+    segment_bounds: Tensor  # int32 [S + 1], as the collator gives them once a batch
     upstream: tuple[Tensor, ...]  # each layer's dy, L times [T, D / L]
 
     def leaves(self) -> dict[str, Tensor]:
@@ -113,7 +115,8 @@ def setup(shape: Shape, dtype: torch.dtype, device: torch.device, seed: int = 0)
         weight=normal(shape.plan_size, shape.size, scale=shape.size**-0.5).requires_grad_(),
         bias=normal(shape.plan_size).requires_grad_(),
         states=tuple(normal(*state).requires_grad_() for _ in layers),
-        segment_ids=_segment_ids(shape, generator).to(device),
+        segment_ids=(segment_ids := _segment_ids(shape, generator)).to(device),
+        segment_bounds=segment_bounds(segment_ids.numpy(), shape.num_sentences).to(device),
         upstream=tuple(normal(*state) for _ in layers),
     )
 
@@ -156,7 +159,7 @@ def strong_eager(block: Block) -> list[Tensor]:
 def planlm(block: Block) -> list[Tensor]:
     """`planlm.kernels` with the backend that it chooses."""
     projected = plan_projection(block.logits, block.codebook, block.weight, block.bias).projected  # [S, D]
-    plan = StackedPlan(projected, [block.shape.width] * block.shape.num_layers)
+    plan = StackedPlan(projected, [block.shape.width] * block.shape.num_layers, block.segment_bounds)
     return [plan.add(layer, state, block.segment_ids) for layer, state in enumerate(block.states)]
 
 

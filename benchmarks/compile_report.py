@@ -37,13 +37,13 @@ from planlm.errors import InputError
 from planlm.files import write_text
 from planlm.kernels import (
     triton_addition,
-    triton_backward,
     triton_cross_entropy,
-    triton_forward,
+    triton_launch,
+    triton_mixture,
     triton_projection,
-    triton_tiles,
+    triton_softmax,
 )
-from planlm.kernels.contract import ProjectionGradients, ProjectionInputs
+from planlm.kernels.contract import ProjectionInputs, ProjectionNeeds
 from planlm.progress import track
 
 ROOT = Path(__file__).parents[1]
@@ -51,8 +51,14 @@ TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 SHARED_MEMORY = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10, 120: 99 << 10}
 """Bytes that a block may have, by architecture."""
 TENSOR_CORES = re.compile(r"\b(?:HMMA|HGMMA|UTC\w*MMA)\b")
-POINTERS = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.int64: "*i64"}
-MODULES = (triton_forward, triton_backward, triton_addition, triton_cross_entropy)
+POINTERS = {
+    torch.float32: "*fp32",
+    torch.bfloat16: "*bf16",
+    torch.float16: "*fp16",
+    torch.int64: "*i64",
+    torch.int32: "*i32",
+}
+MODULES = (triton_softmax, triton_mixture, triton_addition, triton_cross_entropy)
 
 
 @dataclass(frozen=True)
@@ -64,7 +70,7 @@ class Job:
     kernel: str
     architecture: int
     dtype: str
-    tiles: triton_tiles.Tiles
+    tiles: triton_launch.Tiles
     signature: tuple[tuple[str, str], ...]
     constants: tuple[tuple[str, Any], ...]
     aligned: tuple[int, ...]
@@ -106,22 +112,25 @@ def calls(dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], None]]]:
     """Calls of the backend that between them reach every kernel and every option that changes its code, by name."""
     yield "gate", partial(run_addition, dtype, True)
     yield "cross-entropy", partial(run_cross_entropy, dtype)
-    project = partial(run_projection, dtype)
-    yield "everything", partial(project, noise=True, oracle=True)
-    if dtype == torch.float16:
-        return  # as bfloat16
-    yield "no gate", partial(run_addition, dtype, False)
-    yield "cross-entropy, unaligned rows", partial(run_cross_entropy, dtype, width=50257)
-    yield "plain", project
-    yield "top-k", partial(project, top_k=8, oracle=True)
-    yield "few sentences", partial(project, noise=True, oracle=True, sizes=(257, 8192, 768, 2304))
-    yield "unaligned rows", partial(project, noise=True, oracle=True, sizes=(1001, 5001, 385, 769))
-    yield "ones", partial(project, noise=True, oracle=True, sizes=(1, 1, 1, 1))
-    yield "associated", partial(project, oracle=True, with_weight=False)
-    yield "statistics", partial(project, oracle=True, with_codebook=False)
-    yield "from hidden", partial(project, oracle=True, noise=True, from_hidden=True)
-    if dtype == torch.bfloat16:
-        yield "float32 logits", partial(project, noise=True, oracle=True, logits=torch.float32)
+    for streamed in (False, True):
+        project = partial(run_projection, dtype, streamed=streamed)
+        yield "everything", partial(project, noise=True, oracle=True)
+        if dtype == torch.float16:
+            continue  # as bfloat16
+        yield "plain", project
+        yield "top-k", partial(project, top_k=8, oracle=True)
+        yield "few sentences", partial(project, noise=True, oracle=True, sizes=(257, 8192, 768, 2304))
+        yield "unaligned rows", partial(project, noise=True, oracle=True, sizes=(1001, 5001, 385, 769))
+        yield "ones", partial(project, noise=True, oracle=True, sizes=(1, 1, 1, 1))
+        yield "few actions", partial(project, oracle=True, sizes=(1024, 8, 384, 768))
+        yield "associated", partial(project, oracle=True, with_weight=False)
+        yield "statistics", partial(project, oracle=True, with_codebook=False)
+        yield "from hidden", partial(project, oracle=True, noise=True, from_hidden=True)
+        if dtype == torch.bfloat16:
+            yield "float32 logits", partial(project, noise=True, oracle=True, logits=torch.float32)
+    if dtype != torch.float16:
+        yield "no gate", partial(run_addition, dtype, False)
+        yield "cross-entropy, unaligned rows", partial(run_cross_entropy, dtype, width=50257)
 
 
 def run_projection(
@@ -135,6 +144,7 @@ def run_projection(
     with_weight: bool = True,
     with_codebook: bool = True,
     from_hidden: bool = False,
+    streamed: bool = False,
 ) -> None:
     """Forward and backward, with every gradient, of tensors without data. Sizes: S, K, A, D."""
     num_sentences, num_actions, size, plan_size = sizes
@@ -156,11 +166,12 @@ def run_projection(
         oracle_weight=empty(num_sentences, of=torch.float32) if oracle and with_codebook else None,
         temperature=0.5,  # 1 would leave out the statistics of the logits
         top_k=top_k,
+        streamed=streamed,
     )
     projected, log_normalizer, oracle_nll, *saved = triton_projection.plan_projection(*inputs)
     upstream = (projected if with_codebook else None, log_normalizer, oracle_nll)
     tensors, numbers = inputs[:9], inputs[9:]
-    needs = [getattr(inputs, name) is not None for name in ProjectionGradients._fields]
+    needs = [getattr(inputs, name) is not None for name in ProjectionNeeds._fields]
     triton_projection.plan_projection_backward(*upstream, *tensors, *saved, *numbers, needs)
 
 
@@ -171,7 +182,8 @@ def run_addition(dtype: torch.dtype, gated: bool) -> None:
     ids = torch.empty(16384, dtype=torch.int64, device="meta")
     gate = torch.empty(768, dtype=dtype, device="meta") if gated else None
     triton_addition.add_plan(x, plan, ids, gate)
-    triton_addition.add_plan_backward(x, plan, ids, gate, [True, gated])
+    bounds = torch.empty(513, dtype=torch.int32, device="meta")
+    triton_addition.sum_segments(x, ids, bounds, gate, torch.empty_like(plan), plan if gated else None)
 
 
 def run_cross_entropy(dtype: torch.dtype, width: int = 50304) -> None:
@@ -184,12 +196,12 @@ def jobs(architectures: list[int]) -> list[Job]:
     """Every compilation: cases times dtypes times architectures times configurations, the same code once."""
     found: dict[tuple[Any, ...], Job] = {}
 
-    def collect(case: str, dtype: torch.dtype, architecture: int, request: triton_tiles.Launch) -> bool:
+    def collect(case: str, dtype: torch.dtype, architecture: int, request: triton_launch.Launch) -> bool:
         kind = "full" if dtype == torch.float32 else "half"
-        kind = "ragged" if request.tiles == triton_tiles.RAGGED else kind
+        kind = "ragged" if request.tiles == triton_launch.RAGGED else kind
         name = request.kernel.fn.__name__.removesuffix("_kernel")
-        has_table = request.kernel is not triton_cross_entropy.cross_entropy_kernel
-        for tiles in triton_tiles.candidates(name, kind, architecture) if has_table else [request.tiles]:
+        has_table = "DEPTH" in request.kernel.arg_names
+        for tiles in triton_launch.candidates(name, kind, architecture) if has_table else [request.tiles]:
             job = make_job(case, replace(request, tiles=tiles), architecture, str(dtype).removeprefix("torch."))
             found.setdefault(job.code, job)
         return False
@@ -197,14 +209,15 @@ def jobs(architectures: list[int]) -> list[Job]:
     for architecture in architectures:
         for dtype in (torch.float32, torch.bfloat16, torch.float16):
             for case, run in calls(dtype):
-                with triton_tiles.observed(partial(collect, case, dtype, architecture), architecture):
+                with triton_launch.observed(partial(collect, case, dtype, architecture), architecture):
                     run()
     return list(found.values())
 
 
-def make_job(case: str, request: triton_tiles.Launch, architecture: int, dtype: str) -> Job:
+def make_job(case: str, request: triton_launch.Launch, architecture: int, dtype: str) -> Job:
     """The specialisation that Triton's launcher would compile for a launch."""
-    values = {**request.arguments, **triton_tiles.constants(request)}
+    tiles = request.tiles
+    values = {**request.arguments, "ROWS": tiles.rows, "COLUMNS": tiles.columns, "DEPTH": tiles.depth}
     signature, constants, aligned = [], [], []
     for index, parameter in enumerate(request.kernel.params):
         name, value = parameter.name, values[parameter.name]
@@ -335,7 +348,7 @@ def _table(headings: Sequence[str], lines: Iterable[Sequence[object]]) -> str:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Compile, write the report, and return the exit status."""
     parser = harness.parser_of("compile_report", __doc__)
-    known = [str(architecture) for architecture in triton_tiles.ARCHITECTURES]
+    known = [str(architecture) for architecture in triton_launch.ARCHITECTURES]
     harness.add_names(parser, "architectures", known)
     text = "Markdown file with every compilation; default %(default)s"
     parser.add_argument("--out", type=Path, default=ROOT / "bench" / "compile_report.md", help=text)
@@ -344,7 +357,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--kernels", default="", help="only kernels whose name contains this; writes no report")
     parser.add_argument("--processes", type=int, default=2)
     options = parser.parse_args(arguments)
-    if triton_tiles.INTERPRETED:
+    if triton_launch.INTERPRETED:
         raise InputError("TRITON_INTERPRET is set: the interpreter compiles nothing; unset it")
     wanted = [job for job in jobs(list(map(int, options.architectures))) if options.kernels in job.kernel]
     with ProcessPoolExecutor(options.processes) as pool:

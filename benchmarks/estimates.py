@@ -29,7 +29,7 @@ from benchmarks.machine_code import code_of
 from benchmarks.operators import Kernel, Part, Product
 
 if TYPE_CHECKING:
-    from planlm.kernels.triton_tiles import Launch
+    from planlm.kernels.triton_launch import Launch
 
 GAP, RAMP = 2e-6, 1e-6
 """Seconds between the kernels of a stream, and of one kernel from its first load to its first result: assumed. Together

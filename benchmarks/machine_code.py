@@ -25,7 +25,7 @@ from planlm.kernels import environment
 
 if TYPE_CHECKING:
     from benchmarks.compile_report import Job
-    from planlm.kernels.triton_tiles import Launch
+    from planlm.kernels.triton_launch import Launch
 
 LATENCIES = {
     "LDS": 30, "LDSM": 33, "SHFL": 24, "MUFU": 24, "BAR": 20, "S2R": 20, "REDUX": 20, "LDC": 30, "I2F": 16, "F2F": 16,

@@ -27,7 +27,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 if TYPE_CHECKING:
-    from planlm.kernels.triton_tiles import Launch
+    from planlm.kernels.triton_launch import Launch
 
 FREE = {
     "empty", "new_empty", "empty_like", "empty_strided", "new_empty_strided", "detach", "detach_", "alias",
@@ -102,11 +102,7 @@ class Kernel:
 def counted(tables: int = 90) -> Iterator[Counter]:
     """Collect the kernels of the block, PlanLM's by its Triton backend with the tiles of an architecture."""
     from planlm.kernels import use_backend
-
-    try:
-        from planlm.kernels.triton_launch import observed
-    except ImportError:
-        from planlm.kernels.triton_tiles import observed
+    from planlm.kernels.triton_launch import observed
 
     counter = Counter()
     with observed(counter.of_triton, architecture=tables), use_backend("triton"), counter:

@@ -20,7 +20,7 @@ from benchmarks.devices import Device
 from benchmarks.machine_code import Code, Cost
 
 if TYPE_CHECKING:
-    from planlm.kernels.triton_tiles import Launch
+    from planlm.kernels.triton_launch import Launch
 
 LONGEST_SENTENCE = 4.0
 """Times the mean: assumed, as lengths are log-normal with a deviation of .6, of some hundred sentences."""
@@ -185,49 +185,9 @@ def _mixture_fwd(launch: Launch) -> list[Role]:
     return [_product(s, a, k, tile, factors, codebook, splits=launch.grid[2])]
 
 
-def _projection_fwd(launch: Launch) -> list[Role]:
-    s, a, d, weight, mixture = _sizes(launch, "num_sentences", "size", "plan_size", "weight", "mixture")
-    if weight is None:
-        return [Role(math.prod(launch.grid))]
-    tile = launch.tiles.rows, launch.tiles.columns
-    return [_product(s, d, a, tile, (mixture.itemsize, weight.itemsize), weight)]
-
-
-def _projection_bwd(launch: Launch) -> list[Role]:
-    names = ("num_sentences", "size", "plan_size", "grad_projected", "weight", "mixture", "grad_mixture", "grad_weight")
-    s, a, d, upstream, weight, mixture, grad_mixture, grad_weight = _sizes(launch, *names)
-    tile, roles = (launch.tiles.rows, launch.tiles.columns), []
-    if weight is not None and grad_mixture is not None:
-        roles.append(_product(s, a, d, tile, (upstream.itemsize, weight.itemsize), upstream))
-    if grad_weight is not None:
-        roles.append(_product(d, a, s, tile, (upstream.itemsize, mixture.itemsize), upstream))
-    if (rest := launch.grid[0] - sum(role.programs for role in roles)) > 0:
-        roles.append(Role(rest, read=s * launch.tiles.columns * upstream.itemsize))
-    return roles
-
-
-def _mixture_bwd(launch: Launch) -> list[Role]:
-    names = ("num_sentences", "num_actions", "size", "logits", "codebook", "grad_mixture", "grad_codebook")
-    s, k, a, logits, codebook, upstream, grad_codebook = _sizes(launch, *names)
-    tiles, roles = launch.tiles, []
-    if upstream is None:
-        return [Role(launch.grid[0], read=logits.numel() * logits.itemsize / launch.grid[0])]
-    if grad_codebook is not None:
-        factors = logits.itemsize, upstream.itemsize
-        roles.append(_product(k, a, s, (tiles.rows, tiles.columns), factors, upstream))
-    if launch.arguments["grad_logits"] is not None:
-        factors = upstream.itemsize, codebook.itemsize
-        roles.append(_product(s, k, a, (tiles.rows, tiles.depth), factors, upstream))
-    return roles
-
-
 def _add_plan_bwd(launch: Launch) -> list[Role]:
     windows = len(launch.arguments["grad"]) / launch.grid[0] / launch.tiles.rows  # of tokens
-    if "bounds" in launch.arguments:
-        return [Role(math.prod(launch.grid), iterations=(max(1.0, windows),), longest=LONGEST_SENTENCE)]
-    # A program has several segments: it sees each one's first window twice, and the loop within goes on over all.
-    each = launch.arguments["SEGMENTS"]
-    return [Role(math.prod(launch.grid), iterations=(each, windows + each))]
+    return [Role(math.prod(launch.grid), iterations=(max(1.0, windows),), longest=LONGEST_SENTENCE)]
 
 
 def _over_rows(*names: str) -> Callable[[Launch], list[Role]]:
@@ -280,9 +240,6 @@ KERNELS: dict[str, Callable[[Launch], list[Role]]] = {
     "logits_bwd": _logits_bwd,
     "codebook_bwd": _codebook_bwd,
     "mixture_fwd": _mixture_fwd,
-    "projection_fwd": _projection_fwd,
-    "projection_bwd": _projection_bwd,
-    "mixture_bwd": _mixture_bwd,
     "add_plan_bwd": _add_plan_bwd,
 }
 """The roles of a launch, by kernel."""

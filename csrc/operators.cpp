@@ -34,22 +34,24 @@ ProjectionInputs projection_inputs(Arguments& from) {
 }
 
 void call_plan_projection(const c10::OperatorHandle&, Stack* stack) {
-  Arguments from(stack, 11);
+  Arguments from(stack, 12);
   ProjectionInputs inputs = projection_inputs(from);
   inputs.temperature = from.next().toDouble();
   inputs.top_k = from.next().toInt();
+  from.next();  // which of CUDA's forms
   const ProjectionOutputs found = plan_projection(inputs);
   torch::jit::push(*stack, found.projected, found.log_normalizer, found.oracle_nll, found.best, found.mixture,
                    found.statistics, found.tie_index);
 }
 
 void call_plan_projection_backward(const c10::OperatorHandle&, Stack* stack) {
-  Arguments from(stack, 19);
+  Arguments from(stack, 20);
   const ProjectionOutputs upstream{from.tensor(), from.tensor(), from.tensor(), {}, {}, {}, {}};
   ProjectionInputs inputs = projection_inputs(from);
   const ProjectionOutputs forward{{}, {}, {}, from.tensor(), from.tensor(), from.tensor(), from.tensor()};
   inputs.temperature = from.next().toDouble();
   inputs.top_k = from.next().toInt();
+  from.next();  // which of CUDA's forms
   const auto needs = from.next().toBoolList();
   const ProjectionGradients to = plan_projection_backward(
       inputs, upstream, forward, {needs[0], needs[1], needs[2], needs[3], needs[4], needs[5], needs[6], needs[7]});
@@ -57,7 +59,7 @@ void call_plan_projection_backward(const c10::OperatorHandle&, Stack* stack) {
                                                to.oracle_weight});
 }
 
-// In the words of kernels/derivatives.py.
+// In the words of kernels/operators.py.
 struct Refused : Function<Refused> {
   static Tensor forward(AutogradContext*, const Tensor& gradient) { return gradient.view_as(gradient); }
   static variable_list backward(AutogradContext*, const variable_list&) {

@@ -11,7 +11,6 @@ Sizes: T tokens, S sentences, D plan size of one layer.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any
 
@@ -22,7 +21,6 @@ from . import reference
 from .backend import choose, full_precision
 from .checks import check_add_plan, check_segment_ids
 from .derivatives import first_derivative_only
-from .operators import addition_backward, keep_addition
 from .reference import working_dtype
 
 
@@ -52,7 +50,7 @@ def add_plan(x: Tensor, plan: Tensor, segment_ids: Tensor, gate: Tensor | None =
         check_segment_ids(segment_ids, len(plan))
     if backend is not None:
         states, plan = x.to(backend.vectors(x.dtype)), plan.to(backend.vectors(plan.dtype))
-        added: Tensor = backend.operators.add_plan(states, plan, segment_ids, gate)
+        added: Tensor = backend.add_plan(states, plan, segment_ids, gate)
         return added.to(x.dtype)
     with full_precision(x.device):
         x, plan, gate = first_derivative_only(x), first_derivative_only(plan), first_derivative_only(gate)
@@ -65,6 +63,8 @@ class StackedPlan:
     Args:
         projected (Tensor): `plan_projection`'s, `[S, D of all layers]`.
         widths (Sequence[int]): each layer's D; they add up to projected's.
+        segment_bounds (Tensor | None): where the tokens of each segment lie, int32 `[S + 1]`: those of segment s are in
+            `bounds[s]:bounds[s + 1]`, tokens without a segment anywhere among them. None: found where they are needed.
 
     Attributes:
         plans: each layer's columns.
@@ -73,58 +73,66 @@ class StackedPlan:
         ValueError: widths that do not add up.
     """
 
-    def __init__(self, projected: Tensor, widths: Sequence[int]) -> None:
+    def __init__(self, projected: Tensor, widths: Sequence[int], segment_bounds: Tensor | None = None) -> None:
         if projected.ndim != 2 or sum(widths) != projected.shape[1]:
             raise ValueError(
                 f"widths: got {list(widths)}, needs numbers that add up to the columns of projected, "
                 f"{tuple(projected.shape)}"
             )
         backend = choose("add_plan", projected.device, working_dtype(projected))
-        self._layers: list[_Layer] = []
+        # What is compiled could not trace where gradients are put.
+        eager = backend is not None and backend.is_eager
+        gradient = _Gradient(widths, segment_bounds) if eager else None
+        self._layers = [None if gradient is None else _Layer(gradient, index) for index in range(len(widths))]
         if len(widths) == 1:
             self.plans: tuple[Tensor, ...] = (projected,)
-        elif backend and backend.name == "triton" and projected.requires_grad and not torch.compiler.is_compiling():
-            gradient = _Gradient(widths)
-            self._layers = [_Layer(backend.operators, gradient, index) for index in range(len(widths))]
+        elif gradient is not None and projected.requires_grad:
             self.plans = _Split.apply(projected, gradient)  # type: ignore[no-untyped-call]
         else:  # once: as many slices would each have a gradient of the full width
             self.plans = projected.split(list(widths), dim=1)
 
     def add(self, layer: int, x: Tensor, segment_ids: Tensor, gate: Tensor | None = None) -> Tensor:
         """`add_plan(x, the layer's plan, segment_ids, gate)`: its arguments, result and errors."""
-        plan = self.plans[layer]
-        # Compiled code, the LM's alone perhaps, gets the operator: it could not trace where gradients are put.
-        plain = not self._layers or torch.compiler.is_compiling()
-        if plain or working_dtype(x, plan, gate) == torch.float64:
+        plan, place = self.plans[layer], self._layers[layer]
+        # Compiled code, the LM's alone perhaps, gets the operator.
+        if place is None or torch.compiler.is_compiling() or torch.float64 in (x.dtype, plan.dtype):
             return add_plan(x, plan, segment_ids, gate)
         check_add_plan(x, plan, segment_ids, gate)
-        check_segment_ids(segment_ids, len(plan))
-        added: Tensor = _Add.apply(  # type: ignore[no-untyped-call]
-            x, plan, segment_ids, gate, self._layers[layer]
-        )
-        return added
+        check_segment_ids(segment_ids, plan.shape[0])
+        return place.add(x, plan, segment_ids, gate, place)
 
 
 class _Gradient:
-    """The gradient of a stacked plan while its columns are filled in, in one backward pass."""
+    """The gradient of a stacked plan while its columns are filled in, in one backward pass; and all layers' bounds."""
 
-    def __init__(self, widths: Sequence[int]) -> None:
-        self.widths = list(widths)
+    def __init__(self, widths: Sequence[int], bounds: Tensor | None) -> None:
+        self.widths, self.bounds = list(widths), bounds
         self.starts = [0, *accumulate(widths)]
         self._matrix: Tensor | None = None
         self._taken: set[int] = set()
+        self._found: tuple[Tensor, Tensor] | None = None
 
-    def columns(self, layer: int, plan: Tensor) -> Tensor:
-        """Where the gradient of this layer goes: its columns or, where they are taken, a matrix of its own.
+    def columns(self, layer: int, like: Tensor, dtype: torch.dtype, num_segments: int) -> Tensor | None:
+        """Where the gradient of this layer goes: its columns or, where they are taken, nowhere in particular.
 
         They are when a layer's plan was used twice, or an earlier pass has not reached the split.
         """
-        if layer in self._taken:
-            return plan.new_empty(plan.shape)
+        if layer in self._taken or len(self.widths) == 1:
+            return None
         if self._matrix is None:
-            self._matrix = plan.new_empty(len(plan), self.starts[-1])
+            self._matrix = like.new_empty(num_segments, self.starts[-1], dtype=dtype)
         self._taken.add(layer)
         return self._matrix.narrow(1, self.starts[layer], self.widths[layer])
+
+    def bounds_of(self, segment_ids: Tensor, num_segments: int) -> Tensor:
+        """Bounds of these ids, made once for all layers that share them."""
+        if self.bounds is not None:
+            return self.bounds
+        if self._found is None or self._found[0] is not segment_ids:
+            from .triton_addition import segment_bounds
+
+            self._found = segment_ids, segment_bounds(segment_ids, num_segments)
+        return self._found[1]
 
     def whole(self, gradients: Sequence[Tensor | None], num_sentences: int) -> Tensor | None:
         """The gradient of all columns, from those of the layers: the matrix itself where all of them are in it."""
@@ -159,36 +167,18 @@ class _Split(torch.autograd.Function):
         return ctx.gradient.whole(gradients, ctx.num_sentences), None
 
 
-@dataclass(frozen=True)
 class _Layer:
-    """Takes the operators' place in the backward of one layer's `add_plan`: its gradient goes where it belongs."""
+    """A layer of a stacked plan: the operation, and what its backward pass asks for."""
 
-    operators: Any
-    gradient: _Gradient
-    index: int
+    def __init__(self, gradient: _Gradient, index: int) -> None:
+        from .triton_addition import AddPlan
 
-    def add_plan_backward(
-        self, grad: Tensor, plan: Tensor, segment_ids: Tensor, gate: Tensor | None, needs: list[bool]
-    ) -> tuple[Tensor, Tensor]:
-        from .triton_addition import add_plan_backward
+        self._gradient, self._index, self.add = gradient, index, AddPlan.apply
 
-        if torch.is_grad_enabled():  # a second derivative would be asked for: the operator refuses that
-            found: tuple[Tensor, Tensor] = self.operators.add_plan_backward(grad, plan, segment_ids, gate, needs)
-            return found
-        columns = self.gradient.columns(self.index, plan) if needs[0] else None
-        return add_plan_backward(grad, plan, segment_ids, gate, needs, columns)
+    def columns(self, like: Tensor, dtype: torch.dtype, shape: tuple[int, int]) -> Tensor | None:
+        """Where the gradient of its plan goes, of this dtype and shape; None: nowhere in particular."""
+        return self._gradient.columns(self._index, like, dtype, shape[0])
 
-
-class _Add(torch.autograd.Function):
-    """The operator `add_plan` for a layer of a stacked plan."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, plan: Tensor, segment_ids: Tensor, gate: Tensor | None, layer: _Layer) -> Tensor:
-        ctx.layer = layer
-        added: Tensor = layer.operators.add_plan(x, plan, segment_ids, gate)
-        keep_addition(ctx, (x, plan, segment_ids, gate), added)
-        return added
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        return *addition_backward(ctx.layer, ctx, grad), None
+    def bounds(self, segment_ids: Tensor, num_segments: int) -> Tensor:
+        """Bounds of the ids, which the layers share."""
+        return self._gradient.bounds_of(segment_ids, num_segments)

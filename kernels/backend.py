@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from . import cpp, environment, operators
 from .cpp import logger
@@ -41,6 +42,29 @@ class Backend:
     def operators(self) -> Any:
         """The namespace of its operators."""
         return getattr(torch.ops, self.namespace)
+
+    def plan_projection(self, *arguments: Any) -> Any:
+        """Its `plan_projection`, of the fields of `ProjectionInputs`; the results but for what the backward needs."""
+        if self.is_eager:
+            from .triton_projection import PlanProjection
+
+            *tensors, temperature, top_k, streamed = arguments
+            return PlanProjection.apply(temperature, top_k, streamed, *tensors)  # type: ignore[no-untyped-call]
+        return self.operators.plan_projection(*arguments)
+
+    def add_plan(self, x: Tensor, plan: Tensor, segment_ids: Tensor, gate: Tensor | None) -> Tensor:
+        """Its `add_plan`."""
+        if self.is_eager:
+            from .triton_addition import AddPlan
+
+            return AddPlan.apply(x, plan, segment_ids, gate, None)  # type: ignore[no-any-return, no-untyped-call]
+        added: Tensor = self.operators.add_plan(x, plan, segment_ids, gate)
+        return added
+
+    @property
+    def is_eager(self) -> bool:
+        """Whether plain autograd functions run: on CUDA the dispatcher would take longer than a small model's work."""
+        return self.name == "triton" and not torch.compiler.is_compiling()
 
     def matrices(self, dtype: torch.dtype) -> torch.dtype:
         """The dtype in which matrices of `dtype` are multiplied: float32 where half precision would be slower."""
@@ -104,7 +128,7 @@ def choose(operation: str, device: torch.device, working: torch.dtype) -> Backen
 
 def full_precision(device: torch.device) -> AbstractContextManager[object]:
     """No autocast inside an operation: it decides its dtypes itself."""
-    if torch.amp.is_autocast_available(device.type):
+    if torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type):
         return torch.autocast(device.type, enabled=False)
     return nullcontext()
 
@@ -176,6 +200,7 @@ def _triton_lacks(device: str, index: int | None) -> str | None:
     return reason and f"others may put code into Triton's cache ({reason}): set TRITON_CACHE_DIR to a folder of yours"
 
 
+@functools.cache
 def _register_triton(device: str) -> None:
     from . import triton_addition, triton_cross_entropy, triton_projection
 

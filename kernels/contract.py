@@ -8,6 +8,7 @@ from __future__ import annotations
 from enum import IntEnum
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 
@@ -26,6 +27,7 @@ class ProjectionInputs(NamedTuple):
         oracle_weight: `[S]`, or None for 0; in the public functions `[S]` or a number.
         temperature: divides the scores.
         top_k: scores kept; 0, or None in the public functions: all.
+        streamed: the form that runs on CUDA, True on a CPU; no argument of the public functions.
     """
 
     source: Tensor
@@ -39,6 +41,7 @@ class ProjectionInputs(NamedTuple):
     oracle_weight: Any
     temperature: float
     top_k: int | None
+    streamed: bool = False
 
     @property
     def num_actions(self) -> int:
@@ -50,18 +53,34 @@ class ProjectionInputs(NamedTuple):
         """A; 0 without a codebook."""
         return 0 if self.codebook is None else self.codebook.shape[1]
 
+    @property
+    def needs_raw(self) -> bool:
+        """Whether the oracle's cross-entropy needs statistics other than those of the scores."""
+        changed = self.noise is not None or bool(self.top_k) or self.temperature != 1.0
+        return self.oracle is not None and changed
 
-class ProjectionGradients(NamedTuple):
-    """What `plan_projection_backward` returns: gradients of the inputs of these names; None, or empty: not needed."""
 
-    source: Tensor | None
-    head: Tensor | None
-    head_bias: Tensor | None
-    codebook: Tensor | None
-    weight: Tensor | None
-    bias: Tensor | None
-    noise: Tensor | None
-    oracle_weight: Tensor | None
+class ProjectionNeeds(NamedTuple):
+    """Of which inputs `plan_projection_backward` returns the gradient; it returns them in this order."""
+
+    source: bool
+    head: bool
+    head_bias: bool
+    codebook: bool
+    weight: bool
+    bias: bool
+    noise: bool
+    oracle_weight: bool
+
+    @property
+    def logits(self) -> bool:
+        """Whether a gradient of the logits is: theirs, or one of what they come from."""
+        return self.source or self.head or self.head_bias
+
+    @property
+    def scores(self) -> bool:
+        """The same of the scores."""
+        return self.logits or self.noise
 
 
 class ProjectionOutputs(NamedTuple):
@@ -72,7 +91,8 @@ class ProjectionOutputs(NamedTuple):
         log_normalizer: `[S]`.
         oracle_nll: `[S]`.
         best: the action with the largest score, int64 `[S]`.
-        mixture: `[S, A]`, before the oracle's embedding is mixed in.
+        mixture: `[S, A]`. Of the CPU and the streamed form before the oracle's embedding is mixed in; of the composed
+            form after that, in the codebook's dtype.
         statistics: `[5, S]`, rows of `Statistic`.
         tie_index: the last action that top-k keeps among those equal to the threshold, int64 `[S]`.
     """
@@ -94,3 +114,22 @@ class Statistic(IntEnum):
     LOGIT_MAX = 2
     LOGIT_LOG_SUM = 3
     THRESHOLD = 4  # the lowest score that top-k keeps
+
+
+def projection_outputs(*arguments: Any) -> ProjectionOutputs:
+    """Room for what `plan_projection` returns."""
+    inputs = ProjectionInputs(*arguments)
+    source, codebook, weight = inputs.source, inputs.codebook, inputs.weight
+    num_sentences, plan_size = source.shape[0], inputs.size if weight is None else weight.shape[0]
+    working = torch.float64 if source.dtype == torch.float64 else torch.float32
+    real, whole = source.new_empty(0, dtype=working), source.new_empty(0, dtype=torch.int64)
+    result = working if codebook is None else codebook.dtype
+    return ProjectionOutputs(
+        projected=source.new_empty(num_sentences, plan_size, dtype=result),
+        log_normalizer=real.new_empty(num_sentences),
+        oracle_nll=real.new_empty(num_sentences),
+        best=whole.new_empty(num_sentences),
+        mixture=source.new_empty(num_sentences, inputs.size, dtype=working if inputs.streamed else result),
+        statistics=real.new_empty(len(Statistic), num_sentences),
+        tie_index=whole.new_empty(num_sentences),
+    )

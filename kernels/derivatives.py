@@ -1,7 +1,6 @@
 """Second derivatives are refused, in the same words on every backend.
 
-The fast backends write first derivatives out by hand, so a derivative of those would silently lack terms. Every
-differentiable input passes through here, which costs nothing and saves nothing.
+The fast backends write first derivatives out by hand, so a derivative of those would silently lack terms.
 """
 
 from __future__ import annotations
@@ -21,14 +20,14 @@ def first_derivative_only(value: T) -> T:
     return _FirstDerivativeOnly.apply(value)  # type: ignore[no-any-return, no-untyped-call]
 
 
-def once(gradient: Tensor) -> Tensor:
-    """The gradient itself, such that differentiating it raises a RuntimeError."""
-    return _Refused.apply(gradient)  # type: ignore[no-any-return, no-untyped-call]
+def once(gradient: Tensor, *sources: Tensor | None) -> Tensor:
+    """The gradient itself, such that differentiating it, or with respect to `sources`, raises a RuntimeError."""
+    return _Refused.apply(gradient, *sources)  # type: ignore[no-any-return, no-untyped-call]
 
 
 class _FirstDerivativeOnly(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, tensor: Tensor) -> Tensor:
+    def forward(ctx: Any, tensor: Tensor, *_: Tensor | None) -> Tensor:
         return tensor.view_as(tensor)
 
     @staticmethod

@@ -1,10 +1,11 @@
 """The operations as `torch.library` operators: schemas, shapes without data, and gradients, the same for every backend.
 
 `planlm::` holds the C++ implementation for the CPU (csrc/) and the Triton one for CUDA; `planlm_interpreted::` the
-Triton one on CPU tensors, through Triton's interpreter, which is how it is tested where there is no GPU. A backend
-implements four functions, `plan_projection`, `plan_projection_backward`, `add_plan` and `add_plan_backward`, and
-`cross_entropy_`, which mutates and has no gradient; docs/kernels.md has their contract. On the CPU csrc/operators.cpp
-takes the place of `add_plan`'s rules below, and there is `packed_attention`.
+Triton one on CPU tensors, through Triton's interpreter, which is how it is tested where there is no GPU. On CUDA only
+torch.compile calls them: in eager mode the dispatcher would take longer than the work of a small model, and plain
+autograd functions take their place (`triton_projection.PlanProjection`, `triton_addition.AddPlan`). A backend has
+`plan_projection`, `plan_projection_backward`, `add_plan` and `add_plan_backward`; docs/kernels.md has their contract.
+On the CPU csrc/operators.cpp takes the place of `add_plan`'s rules below, and there is `packed_attention`.
 """
 
 from __future__ import annotations
@@ -15,18 +16,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .contract import ProjectionGradients, ProjectionInputs, ProjectionOutputs, Statistic
+from .contract import ProjectionInputs, ProjectionNeeds, projection_outputs
 from .derivatives import once, refuse
 
 SCHEMAS = (
     # The fields of ProjectionInputs and ProjectionOutputs.
     "plan_projection(Tensor source, Tensor? head, Tensor? head_bias, Tensor? codebook, Tensor? weight, Tensor? bias, "
-    "Tensor? noise, Tensor? oracle, Tensor? oracle_weight, float temperature, int top_k) -> (Tensor projected, "
-    "Tensor log_normalizer, Tensor oracle_nll, Tensor best, Tensor mixture, Tensor statistics, Tensor tie_index)",
+    "Tensor? noise, Tensor? oracle, Tensor? oracle_weight, float temperature, int top_k, bool streamed) -> "
+    "(Tensor projected, Tensor log_normalizer, Tensor oracle_nll, Tensor best, Tensor mixture, Tensor statistics, "
+    "Tensor tie_index)",
     "plan_projection_backward(Tensor? grad_projected, Tensor? grad_log_normalizer, Tensor? grad_oracle_nll, "
     "Tensor source, Tensor? head, Tensor? head_bias, Tensor? codebook, Tensor? weight, Tensor? bias, Tensor? noise, "
     "Tensor? oracle, Tensor? oracle_weight, Tensor best, Tensor mixture, Tensor statistics, Tensor tie_index, "
-    "float temperature, int top_k, bool[8] needs) -> Tensor[]",
+    "float temperature, int top_k, bool streamed, bool[8] needs) -> Tensor[]",
     "add_plan(Tensor x, Tensor plan, Tensor segment_ids, Tensor? gate) -> Tensor",
     "add_plan_backward(Tensor grad, Tensor plan, Tensor segment_ids, Tensor? gate, bool[2] needs) -> (Tensor, Tensor)",
     # Where a target is negative both gradient and loss are zero.
@@ -70,27 +72,9 @@ def define(namespace: str) -> torch.library.Library:
     return library
 
 
-def projection_outputs(*arguments: Any) -> ProjectionOutputs:
-    """Room for what `plan_projection` returns."""
-    inputs = ProjectionInputs(*arguments)
-    source, codebook, weight = inputs.source, inputs.codebook, inputs.weight
-    num_sentences, plan_size = source.shape[0], inputs.size if weight is None else weight.shape[0]
-    working = torch.float64 if source.dtype == torch.float64 else torch.float32
-    real, whole = source.new_empty(0, dtype=working), source.new_empty(0, dtype=torch.int64)
-    return ProjectionOutputs(
-        projected=source.new_empty(num_sentences, plan_size, dtype=working if codebook is None else codebook.dtype),
-        log_normalizer=real.new_empty(num_sentences),
-        oracle_nll=real.new_empty(num_sentences),
-        best=whole.new_empty(num_sentences),
-        mixture=real.new_empty(num_sentences, inputs.size),
-        statistics=real.new_empty(len(Statistic), num_sentences),
-        tie_index=whole.new_empty(num_sentences),
-    )
-
-
 def _projection_backward_shapes(*arguments: Any) -> list[Tensor]:
-    inputs, needs = ProjectionInputs(*arguments[3:12], *arguments[16:18]), arguments[18]
-    values = (getattr(inputs, name) for name in ProjectionGradients._fields)
+    inputs, needs = ProjectionInputs(*arguments[3:12], *arguments[16:19]), arguments[19]
+    values = (getattr(inputs, name) for name in ProjectionNeeds._fields)
     return [
         value.new_empty(value.shape) if needed and value is not None else inputs.source.new_empty(0)
         for value, needed in zip(values, needs, strict=True)
@@ -112,7 +96,7 @@ def _addition_backward_shapes(
 
 def _keep_projection(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     """Save inputs and results of `[S]`: nothing of the probabilities' size that the caller does not hold anyway."""
-    *tensors, ctx.temperature, ctx.top_k = inputs
+    *tensors, ctx.temperature, ctx.top_k, ctx.streamed = inputs
     saved = output[3:]
     ctx.mark_non_differentiable(*saved)
     ctx.set_materialize_grads(False)
@@ -121,9 +105,10 @@ def _keep_projection(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ..
 
 def _projection_backward(operators: Any, ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:
     needed = ProjectionInputs(*ctx.needs_input_grad)
-    needs = [getattr(needed, name) for name in ProjectionGradients._fields]
-    found = operators.plan_projection_backward(*upstream[:3], *ctx.saved_tensors, ctx.temperature, ctx.top_k, needs)
-    gradients = dict(zip(ProjectionGradients._fields, found, strict=True))
+    needs = [getattr(needed, name) for name in ProjectionNeeds._fields]
+    options = ctx.temperature, ctx.top_k, ctx.streamed, needs
+    found = operators.plan_projection_backward(*upstream[:3], *ctx.saved_tensors, *options)
+    gradients = dict(zip(ProjectionNeeds._fields, found, strict=True))
     return tuple(
         gradients[name] if wanted else None for name, wanted in zip(ProjectionInputs._fields, needed, strict=True)
     )

@@ -26,6 +26,9 @@ from .contract import ProjectionInputs
 from .derivatives import first_derivative_only
 from .reference import MIXED, PICKED, STRAIGHT_THROUGH, PlanProjection, converted, mix_oracle, working_dtype
 
+STREAMED_BYTES = 1 << 30
+"""Of probabilities `[S, K]` from which on there are to be none, and no gradient of theirs."""
+
 
 def plan_projection(
     logits: Tensor,
@@ -133,7 +136,7 @@ def _project(inputs: ProjectionInputs, selection: str) -> PlanProjection:
         inputs = inputs._replace(**cast)
     backend = choose(operation, device, working_dtype(*inputs))
     with full_precision(device):
-        if torch.is_grad_enabled():
+        if torch.is_grad_enabled() and (backend is None or not backend.is_eager):
             inputs = ProjectionInputs._make([first_derivative_only(value) for value in inputs])
         if backend is None:
             return reference.plan_projection(inputs, selection)
@@ -147,7 +150,7 @@ def _on_operators(backend: Backend, inputs: ProjectionInputs, selection: str) ->
     the codebook, which is torch's business; of the operator they take the statistics and, for a straight-through
     gradient, the soft mixture.
     """
-    source, head, head_bias, codebook, weight, bias, noise, oracle, oracle_weight, temperature, top_k = inputs
+    source, head, head_bias, codebook, weight, bias, noise, oracle, oracle_weight, temperature, top_k, _ = inputs
     assert codebook is not None and weight is not None
     result = torch.promote_types(codebook.dtype, weight.dtype)
     codebook, weight = codebook.to(backend.matrices(result)), weight.to(backend.matrices(result))
@@ -161,9 +164,10 @@ def _on_operators(backend: Backend, inputs: ProjectionInputs, selection: str) ->
     oracle_weight = _oracle_weights(oracle, oracle_weight, backend.working)
 
     def run(codebook: Tensor | None, weight: Tensor | None, bias: Tensor | None, oracle_weight: Tensor | None) -> Any:
-        return backend.operators.plan_projection(
-            source, head, head_bias, codebook, weight, bias, noise, oracle, oracle_weight, temperature, top_k or 0
+        call = ProjectionInputs(
+            source, head, head_bias, codebook, weight, bias, noise, oracle, oracle_weight, temperature, top_k or 0, True
         )
+        return backend.plan_projection(*(call if backend.name == "cpp" else call._replace(streamed=_is_streamed(call))))
 
     if selection in MIXED:
         if _actions_first(backend, len(source), codebook, weight):
@@ -184,6 +188,20 @@ def _on_operators(backend: Backend, inputs: ProjectionInputs, selection: str) ->
         mixture = mix_oracle(mixture, actions, oracle, oracle_weight)
     projected = F.linear(mixture.to(weight.dtype), weight, converted(bias, weight.dtype))
     return PlanProjection(projected.to(result), log_normalizer, oracle_nll)
+
+
+def _is_streamed(inputs: ProjectionInputs) -> bool:
+    """Whether the streamed form is to run on CUDA: by a rule, or as measured there for sizes like these.
+
+    The rule is one of memory: the library's products are as fast as any (docs/gpu.md).
+    """
+    width = 2 if inputs.codebook is None else inputs.codebook.element_size()
+    rule = inputs.source.shape[0] * inputs.num_actions * width >= STREAMED_BYTES
+    if torch.compiler.is_compiling():
+        return rule
+    from .triton_projection import is_streamed
+
+    return is_streamed(inputs, rule)
 
 
 def _actions_first(backend: Backend, num_sentences: int, codebook: Tensor, weight: Tensor) -> bool:

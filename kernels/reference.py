@@ -43,7 +43,7 @@ class PlanProjection(NamedTuple):
 
 def plan_projection(inputs: ProjectionInputs, selection: str) -> PlanProjection:
     """`mixture(softmax(logits / temperature), codebook) @ weight.T + bias`; see `planlm.kernels.plan_projection`."""
-    source, head, head_bias, codebook, weight, bias, noise, oracle, oracle_weight, temperature, top_k = inputs
+    source, head, head_bias, codebook, weight, bias, noise, oracle, oracle_weight, temperature, top_k, _ = inputs
     assert codebook is not None and weight is not None and oracle_weight is not None
     working = working_dtype(*inputs)
     logits = source.to(working)

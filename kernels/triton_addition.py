@@ -3,9 +3,8 @@
     out[t] = x[t] + gate * plan[segment_ids[t]]
     grad_plan[s] = gate * sums[s]        grad_gate = sum_s plan[s] * sums[s]        sums[s] = sum of s's tokens of grad
 
-The ids are sorted but for holes (-1) anywhere. A program of the backward owns a few neighbouring segments: it probes
-the ids for a token before the first of them and walks on from there, so neither an index of the segments nor an atomic
-is needed and the order of every sum is fixed.
+The ids are sorted but for holes (-1) anywhere. A program of the backward owns a segment, whose tokens lie within bounds
+that all layers share, so no atomic is needed and the order of every sum is fixed.
 
 Sizes: T tokens, S sentences, D plan size. Optional tensors are None at compile time.
 """
@@ -14,25 +13,27 @@ Sizes: T tokens, S sentences, D plan size. Optional tensors are None at compile 
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .triton_numerics import Matrix, load_rows, load_tile, load_vector, rounded
-from .triton_tiles import Tiles, choose_tiles, launch, with_unit_columns
+from .derivatives import once
+from .triton_device import Matrix, load_rows, load_tile, load_vector, rounded
+from .triton_launch import INTERPRETED, Tiles, launch_ordered, with_unit_columns
 
 OPERATORS = ("add_plan", "add_plan_backward")
 """What this backend implements here; `operators` has the schemas."""
 
-_SEGMENTS = 4
-"""Segments of one backward program. They share its search, and a row of partial sums of the gate's gradient, in a
-scratch of `[S / 4, D]`. More of them would leave too few programs where S is in the hundreds."""
+_CONTIGUOUS = torch.contiguous_format
+_FORWARD, _BACKWARD, _INTERPRETED = Tiles(16, 256), Tiles(16, 128), Tiles(16, 16)
 
 
 @triton.jit
 def add_plan_fwd_kernel(
-    x, plan, segment_ids, gate, out, num_tokens, num_segments, size, x_stride, plan_stride,
+    x, plan, segment_ids, gate, out_x, num_tokens, num_segments, size, x_stride, plan_stride,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """Tokens with an id get their plan, in float32 and rounded once; the others are copied. Grid: T by D tiles."""
@@ -45,88 +46,55 @@ def add_plan_fwd_kernel(
         planned *= load_vector(gate, columns, size).to(tl.float32)[None, :]
     added = rounded(state.to(tl.float32) + planned, state.dtype)
     inside = (tokens < num_tokens)[:, None] & (columns < size)[None, :]
-    at = out + tokens.to(tl.int64)[:, None] * size + columns[None, :]
+    at = out_x + tokens.to(tl.int64)[:, None] * size + columns[None, :]
     tl.store(at, tl.where((segments >= 0)[:, None], added, state), mask=inside)
 
 
 @triton.jit
-def _token_before(segment_ids, segment, num_tokens, PROBES: tl.constexpr):
-    # Where no token of `segment` or a later one lies before: two rounds of probes narrow T to T / PROBES^2 or so.
-    # Probes that hit holes tell nothing, which costs time and not correctness.
-    low = tl.zeros((), tl.int32)
-    high = low + num_tokens
-    for _ in range(2):
-        step = tl.maximum(tl.cdiv(high - low, PROBES), 1)
-        at = low + tl.arange(0, PROBES) * step
-        ids = tl.load(segment_ids + at, mask=at < high, other=-1)
-        earlier = (ids >= 0) & (ids < segment)
-        high = tl.minimum(high, tl.min(tl.where(ids >= segment, at, num_tokens), 0))
-        low = tl.maximum(low, tl.max(tl.where(earlier, at + 1, 0), 0))
-    return low
-
-
-@triton.jit
 def add_plan_bwd_kernel(
-    grad, plan, segment_ids, gate, grad_plan, gate_partials, num_tokens, num_segments, size, grad_stride, plan_stride,
-    grad_plan_stride, SEGMENTS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    grad, plan, bounds, segment_ids, gate, out_plan, out_gate_parts, size,
+    grad_stride, plan_stride, out_plan_stride, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """Gradient of SEGMENTS plans and their part of the gate's, `[S / SEGMENTS, D]`. Grid: groups of segments, D."""
+    """Gradient of a plan, and its part of the gate's `[S, D]`, each where its tensor is given. Grid: segments, D."""
+    segment = tl.program_id(0)
     columns = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
-    first = tl.program_id(0) * SEGMENTS
-    token = _token_before(segment_ids, first, num_tokens, 128)
-    of_gate = tl.zeros((COLUMNS,), tl.float32)
-    for segment in range(first, tl.minimum(first + SEGMENTS, num_segments)):
-        sums = tl.zeros((COLUMNS,), tl.float32)
-        highest = tl.full((), -1, tl.int64)
-        while (token < num_tokens) & (highest <= segment):
-            tokens = token + tl.arange(0, ROWS)
-            ids = tl.load(segment_ids + tokens, mask=tokens < num_tokens, other=-1)
-            mine = (ids == segment)[:, None] & (columns < size)[None, :]
-            at = grad + tokens.to(tl.int64)[:, None] * grad_stride + columns[None, :]
-            sums += tl.sum(tl.load(at, mask=mine, other=0.0).to(tl.float32), 0)
-            highest = tl.max(ids, 0)
-            # The next segment may begin in this window: it starts with it again.
-            token = tl.where(highest <= segment, token + ROWS, token)
-        wide = tl.zeros((), tl.int64) + segment
-        if gate_partials is not None:
-            of_gate += sums * load_vector(plan + wide * plan_stride, columns, size).to(tl.float32)
-        if grad_plan is not None:
-            if gate is not None:
-                sums *= load_vector(gate, columns, size).to(tl.float32)
-            to = grad_plan + wide * grad_plan_stride + columns
-            tl.store(to, rounded(sums, grad_plan.dtype.element_ty), mask=columns < size)
-    if gate_partials is not None:
-        tl.store(gate_partials + tl.program_id(0).to(tl.int64) * size + columns, of_gate, mask=columns < size)
+    begin, end = tl.load(bounds + segment), tl.load(bounds + segment + 1)
+    inside = columns < size
+    sums = tl.zeros((COLUMNS,), tl.float32)
+    for token in range(begin, end, ROWS):
+        tokens = token + tl.arange(0, ROWS)
+        ids = tl.load(segment_ids + tokens, mask=tokens < end, other=-1)
+        mine = (ids == segment)[:, None] & inside[None, :]
+        at = grad + tokens.to(tl.int64)[:, None] * grad_stride + columns[None, :]
+        sums += tl.sum(tl.load(at, mask=mine, other=0.0).to(tl.float32), 0)
+    wide = segment.to(tl.int64)
+    if out_gate_parts is not None:
+        planned = tl.load(plan + wide * plan_stride + columns, mask=inside, other=0.0).to(tl.float32)
+        tl.store(out_gate_parts + wide * size + columns, sums * planned, mask=inside)
+    if out_plan is not None:
+        if gate is not None:
+            sums *= load_vector(gate, columns, size).to(tl.float32)
+        to = out_plan + wide * out_plan_stride + columns
+        tl.store(to, rounded(sums, out_plan.dtype.element_ty), mask=inside)
 
 
 def add_plan(x: Tensor, plan: Tensor, segment_ids: Tensor, gate: Tensor | None) -> Tensor:
     """`planlm.kernels.add_plan` for checked arguments; the result is contiguous."""
     num_tokens, size = x.shape
-    x, plan, segment_ids = with_unit_columns(x), with_unit_columns(plan), segment_ids.contiguous()
-    gate = None if gate is None else gate.contiguous()
-    out = torch.empty(num_tokens, size, dtype=x.dtype, device=x.device)
-    if out.numel() == 0:
+    x, plan, out = with_unit_columns(x), with_unit_columns(plan), torch.empty_like(x, memory_format=_CONTIGUOUS)
+    if num_tokens == 0 or size == 0:
         return out
-
-    def run(tiles: Tiles) -> None:
-        launch(
-            add_plan_fwd_kernel, (triton.cdiv(num_tokens, tiles.rows), triton.cdiv(size, tiles.columns)), tiles,
-            reads=(x, plan, segment_ids, gate), writes=(out,),
-            x=x, plan=plan, segment_ids=segment_ids, gate=gate, out=out, num_tokens=num_tokens,
-            num_segments=len(plan), size=size,
-        )  # fmt: skip
-
-    run(choose_tiles("add_plan_fwd", (size,), x, plan, trial=run))
+    tiles = _INTERPRETED if INTERPRETED else _FORWARD
+    launch_ordered(
+        add_plan_fwd_kernel, (-(-num_tokens // tiles.rows), -(-size // tiles.columns), 1), tiles,
+        (x, plan, segment_ids.contiguous(), None if gate is None else gate.contiguous(), out, num_tokens, plan.shape[0],
+         size, x.stride(0), plan.stride(0), tiles.rows, tiles.columns),
+    )  # fmt: skip
     return out
 
 
 def add_plan_backward(
-    grad: Tensor,
-    plan: Tensor,
-    segment_ids: Tensor,
-    gate: Tensor | None,
-    needs: list[bool],
-    into: Tensor | None = None,
+    grad: Tensor, plan: Tensor, segment_ids: Tensor, gate: Tensor | None, needs: list[bool]
 ) -> tuple[Tensor, Tensor]:
     """Gradients of plan and gate; that of x is `grad` itself.
 
@@ -134,34 +102,83 @@ def add_plan_backward(
         grad (Tensor): gradient of the result, `[T, D]`.
         plan, segment_ids, gate: as in the forward.
         needs (list[bool]): whether to compute the gradient of plan, and that of gate.
-        into (Tensor | None): where plan's goes, `[S, D]` with adjacent columns; None: a new matrix.
 
     Returns:
         tuple[Tensor, Tensor]: `[S, D]` in plan's dtype and `[D]` in gate's; an empty tensor for one that is not needed.
     """
-    num_segments, size = plan.shape
-    grad, segment_ids = with_unit_columns(grad), segment_ids.contiguous()
-    gate = None if gate is None else gate.contiguous()
-    grad_plan = plan.new_empty(plan.shape) if into is None and needs[0] else into
-    num_groups, gate_partials = triton.cdiv(num_segments, _SEGMENTS), None
-    if needs[1] and gate is not None:  # else the plan is only asked for its shape: it need not have values
-        plan = with_unit_columns(plan)
-        gate_partials = plan.new_empty(num_groups, size, dtype=torch.float32)
-
-    def run(tiles: Tiles) -> None:
-        launch(
-            add_plan_bwd_kernel, (num_groups, triton.cdiv(size, tiles.columns)), tiles,
-            reads=(grad, None if gate_partials is None else plan, segment_ids, gate),
-            writes=(grad_plan, gate_partials),
-            grad=grad, plan=plan, segment_ids=segment_ids, gate=gate, grad_plan=grad_plan,
-            gate_partials=gate_partials, num_tokens=len(grad), num_segments=num_segments, size=size,
-            SEGMENTS=_SEGMENTS,
-        )  # fmt: skip
-
-    if grad_plan is not None or gate_partials is not None:
-        run(choose_tiles("add_plan_bwd", (size,), grad, plan, trial=run))
+    to_plan, to_gate = needs
+    into = plan.new_empty(plan.shape) if to_plan else None
+    grad_gate = None
+    if to_plan or to_gate:
+        bounds = segment_bounds(segment_ids, len(plan))
+        grad_gate = sum_segments(grad, segment_ids, bounds, gate, into, plan if to_gate and gate is not None else None)
     nothing = grad.new_empty(0)
-    return (
-        nothing if grad_plan is None else grad_plan,
-        nothing if gate is None or gate_partials is None else gate_partials.sum(0).to(gate.dtype),
-    )
+    return nothing if into is None else into, nothing if grad_gate is None else grad_gate
+
+
+def sum_segments(
+    grad: Tensor, segment_ids: Tensor, bounds: Tensor, gate: Tensor | None, into: Tensor | None, plan: Tensor | None
+) -> Tensor | None:
+    """Write the plan's gradient into `into [S, D]`, with adjacent columns; given the plan, return the gate's."""
+    grad, parts = grad if grad.stride(1) == 1 else grad.contiguous(), None
+    if plan is not None:
+        plan = with_unit_columns(plan)
+        parts = plan.new_empty(plan.shape, dtype=torch.float32)
+    num_segments, size = bounds.shape[0] - 1, grad.shape[1]
+    tiles = _INTERPRETED if INTERPRETED else _BACKWARD
+    if num_segments and size and (into is not None or parts is not None):
+        launch_ordered(
+            add_plan_bwd_kernel, (num_segments, -(-size // tiles.columns), 1), tiles,
+            (grad, plan, bounds, segment_ids.contiguous(), None if gate is None else gate.contiguous(), into, parts,
+             size, grad.stride(0), 0 if plan is None else plan.stride(0), 0 if into is None else into.stride(0),
+             tiles.rows, tiles.columns),
+        )  # fmt: skip
+    return None if parts is None or gate is None else parts.sum(0).to(gate.dtype)
+
+
+def segment_bounds(segment_ids: Tensor, num_segments: int) -> Tensor:
+    """Where the tokens of each segment lie: those of segment s in `bounds[s]:bounds[s + 1]`, int32 `[S + 1]`.
+
+    Tokens without a segment lie anywhere among them. The collator makes the same on the host, once a batch.
+    """
+    if len(segment_ids) == 0:
+        return segment_ids.new_zeros(num_segments + 1, dtype=torch.int32)
+    segments = torch.arange(num_segments + 1, device=segment_ids.device)
+    return torch.searchsorted(segment_ids.cummax(0).values, segments, out_int32=True)
+
+
+class AddPlan(torch.autograd.Function):
+    """`add_plan`, differentiable once.
+
+    `layer` says where the plan's gradient goes and which bounds the ids have: see `addition.StackedPlan`.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, plan: Tensor, segment_ids: Tensor, gate: Tensor | None, layer: Any) -> Tensor:
+        ctx.layer, ctx.num_segments, ctx.dtype = layer, plan.shape[0], plan.dtype
+        ctx.save_for_backward(segment_ids, gate, None if gate is None else plan)  # without a gate its memory is let go
+        return add_plan(x, plan, segment_ids, gate)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        segment_ids, gate, plan = ctx.saved_tensors
+        to_x, to_plan, _, to_gate, _ = ctx.needs_input_grad
+        again = torch.is_grad_enabled()
+        grad_plan = grad_gate = None
+        if to_plan or to_gate:
+            layer = ctx.layer
+            if layer is None:
+                bounds = segment_bounds(segment_ids, ctx.num_segments)
+            else:
+                bounds = layer.bounds(segment_ids, ctx.num_segments)
+            if to_plan:
+                shape = ctx.num_segments, grad.shape[1]
+                if layer is not None and not again:
+                    grad_plan = layer.columns(grad, ctx.dtype, shape)
+                if grad_plan is None:
+                    grad_plan = grad.new_empty(shape, dtype=ctx.dtype)
+            grad_gate = sum_segments(grad, segment_ids, bounds, gate, grad_plan, plan if to_gate else None)
+        gradients = grad if to_x else None, grad_plan, None, grad_gate, None
+        if not again:
+            return gradients
+        return tuple(None if value is None else once(value, grad, plan, gate) for value in gradients)

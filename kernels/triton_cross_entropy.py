@@ -18,8 +18,8 @@ import triton
 import triton.language as tl
 from torch import Tensor, float32
 
-from .triton_numerics import LOG2_E, exponential, rounded
-from .triton_tiles import INTERPRETED, Tiles, launch
+from .triton_device import LOG2_E, exponential, rounded
+from .triton_launch import INTERPRETED, Tiles, launch
 
 OPERATORS = ("cross_entropy_",)
 """What this backend implements here; `operators` has the schemas."""
@@ -101,7 +101,7 @@ def cross_entropy_(logits: Tensor, target: Tensor) -> Tensor:
     nll, target = logits.new_empty(num_rows, dtype=float32), target.contiguous()
     is_aligned = logits.stride(0) % 16 == 0 and logits.data_ptr() % 16 == 0  # as far as Triton sees
     launch(
-        cross_entropy_kernel, (num_rows,), _TILES if is_aligned else _RAGGED,
-        reads=(logits, target), writes=(logits, nll), inout_logits=logits, target=target, out_nll=nll, size=size,
+        cross_entropy_kernel, (num_rows, 1, 1), _TILES if is_aligned else _RAGGED,
+        inout_logits=logits, target=target, out_nll=nll, size=size,
     )  # fmt: skip
     return nll

@@ -19,6 +19,7 @@ from planlm.kernels import PlanProjection, StackedPlan, add_plan, plan_projectio
 from planlm.model.configuration import PlanLMConfig
 from planlm.model.families import conditioned_widths
 from planlm.model.insertion import InsertedPlans, check_lm, token_embeddings
+from planlm.plan_inputs import PlanInputs
 
 
 class LayerPlans:
@@ -26,18 +27,18 @@ class LayerPlans:
 
     Args:
         projected: `[S, D]` projected plans.
-        segment_ids: `[B, W]` segment of each position, -1 for none.
+        inputs: which position has which segment.
         widths: of the conditioned layers, which stand side by side in D.
         gate: `[D]` or None.
         first_layer: the lowest conditioned layer; all above it are.
     """
 
     def __init__(
-        self, projected: Tensor, segment_ids: Tensor, widths: list[int], gate: Tensor | None, first_layer: int
+        self, projected: Tensor, inputs: PlanInputs, widths: list[int], gate: Tensor | None, first_layer: int
     ) -> None:
-        self._plan, self._first_layer = StackedPlan(projected, widths), first_layer
+        self._plan, self._first_layer = StackedPlan(projected, widths, inputs.segment_bounds), first_layer
         self._gates: tuple[Tensor | None, ...] = (None,) * len(widths) if gate is None else gate.split(widths)
-        self._segment_ids = segment_ids.reshape(-1)
+        self._segment_ids = inputs.segment_ids.reshape(-1)
 
     def run(self, base: nn.Module, call: dict[str, Any]) -> Any:
         """Call an LM's base model, or its upper part, with these plans; `call` has the other arguments."""
@@ -111,34 +112,31 @@ class PlanAdapter(nn.Module):
             with torch.no_grad():
                 self.bias.copy_(lm.get_input_embeddings().weight.float().mean(dim=0))
 
-    def forward(
-        self, logits: Tensor | None, segment_ids: Tensor, num_segments: int, **how: Any
-    ) -> tuple[PlanProjection, Plans]:
+    def forward(self, logits: Tensor | None, inputs: PlanInputs, **how: Any) -> tuple[PlanProjection, Plans]:
         """Project the plans of a call.
 
         Args:
             logits: `[S, K]` of the planner, or None where the selection does not ask it.
-            segment_ids: `[B, W]` segment of each position, -1 for none.
-            num_segments: S.
+            inputs: which position has which of the S segments.
             how: keywords of `plan_projection`.
 
         Returns:
             (projection with `projected` `[S, D]`, what runs the LM with the plans).
         """
         if logits is None:
-            logits = self.codebook.new_zeros(num_segments, self.codebook.shape[-2])
+            logits = self.codebook.new_zeros(len(inputs.segment_rows), self.codebook.shape[-2])
         if self.codebook.ndim == 2:
             projection = plan_projection(logits, self.codebook, self.weight, self.bias, **how)
         else:
             own = zip(self.codebook, self.weight.split(self.widths), self.bias.split(self.widths), strict=True)
             layers = [plan_projection(logits, *layer, **how) for layer in own]
             projection = layers[0]._replace(projected=torch.cat([layer.projected for layer in layers], dim=1))
-        projected = projection.projected
+        projected, segment_ids = projection.projected, inputs.segment_ids
         if self.conditioning == "insert":
             return projection, InsertedPlans(projected, segment_ids)
         if self.conditioning == "embedding":
             return projection, EmbeddedPlans(projected, segment_ids, self.gate)
-        return projection, LayerPlans(projected, segment_ids, self.widths, self.gate, self.first_layer)
+        return projection, LayerPlans(projected, inputs, self.widths, self.gate, self.first_layer)
 
 
 Plans = LayerPlans | EmbeddedPlans | InsertedPlans

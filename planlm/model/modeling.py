@@ -297,8 +297,7 @@ class PlanLMForCausalLM(ModelFolder, GenerationMixin):
             oracle = oracle.clamp_min(0)  # segments that only fill a batch have to have some action
         projection, plans = self.adapter(
             shown,
-            inputs.segment_ids,
-            len(inputs.segment_rows),
+            inputs,
             temperature=self.config.plan_temperature,
             selection=selection,
             oracle=oracle,

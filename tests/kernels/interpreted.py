@@ -20,12 +20,13 @@ from planlm.kernels import (
     PlanProjection,
     plan_projection,
     plan_projection_from_hidden,
+    projection,
     triton_addition,
+    triton_launch,
     triton_projection,
-    triton_tiles,
     use_backend,
 )
-from planlm.kernels.contract import ProjectionGradients, ProjectionInputs, ProjectionOutputs, Statistic
+from planlm.kernels.contract import ProjectionInputs, ProjectionNeeds, ProjectionOutputs, Statistic
 
 from .cases import (
     HALVES,
@@ -49,6 +50,13 @@ TILED = (20, 40, 33, 18)
 SHAPES = [(1, 1, 1, 1), (5, 7, 3, 4), (16, 32, 16, 16), SPLIT, TILED]
 
 
+@pytest.fixture(params=[False, True], ids=["composed", "streamed"], autouse=True)
+def streamed(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
+    """Both forms, of everything."""
+    monkeypatch.setattr(projection, "STREAMED_BYTES", 0 if request.param else 1 << 60)
+    return request.param
+
+
 def arguments(inputs: dict[str, Tensor], options: dict[str, Any]) -> ProjectionInputs:
     """The backend's arguments."""
     weight = options.get("oracle_weight")
@@ -57,6 +65,7 @@ def arguments(inputs: dict[str, Tensor], options: dict[str, Any]) -> ProjectionI
         weight = torch.full((len(source),), weight)
     defaults = {"temperature": 1.0, "top_k": 0}
     named = {**defaults, **inputs, **options, "source": source, "oracle_weight": weight}
+    named["streamed"] = projection.STREAMED_BYTES == 0
     values = (named.get(name) for name in ProjectionInputs._fields)
     return ProjectionInputs(*(value.detach() if isinstance(value, Tensor) else value for value in values))
 
@@ -65,7 +74,7 @@ def backward(
     given: ProjectionInputs, outputs: ProjectionOutputs, ups: list[Tensor | None], *needed: str
 ) -> dict[str, Tensor]:
     """The backend's gradients by name; all of them unless some are named."""
-    names = ProjectionGradients._fields
+    names = ProjectionNeeds._fields
     needs = [getattr(given, name) is not None and (not needed or name in needed) for name in names]
     found = triton_projection.plan_projection_backward(*ups, *given[:9], *outputs[3:], *given[9:], needs)
     assert all(gradient.numel() == 0 for gradient, need in zip(found, needs, strict=True) if not need)
@@ -319,7 +328,7 @@ def test_the_same_bits_every_time() -> None:
 
 
 @pytest.mark.parametrize("from_hidden", [False, True], ids=["logits", "hidden"])
-def test_opcheck(from_hidden: bool) -> None:
+def test_opcheck(from_hidden: bool, streamed: bool) -> None:
     make = hidden_inputs if from_hidden else projection_inputs
     inputs = make(dtype=torch.float32)
     options = projection_options("gumbel", "rows", dtype=torch.float32)
@@ -330,7 +339,7 @@ def test_opcheck(from_hidden: bool) -> None:
     torch.library.opcheck(
         torch.ops.planlm_interpreted.plan_projection.default,
         (source, head, head_bias, inputs["codebook"], inputs["weight"], inputs["bias"], options["noise"],
-         options["oracle"], options["oracle_weight"], 0.7, 3),
+         options["oracle"], options["oracle_weight"], 0.7, 3, streamed),
     )  # fmt: skip
 
 
@@ -350,6 +359,7 @@ class _Largest(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("selection", ["soft", "top-k"])
+@pytest.mark.parametrize("streamed", [True], indirect=True, ids=["streamed"])
 def test_from_hidden_allocates_nothing_of_the_logits_size(selection: str) -> None:
     num_sentences, num_actions = 16, 520
     inputs = hidden_inputs(num_sentences, num_actions, 2, 2, 2, dtype=torch.float32)
@@ -361,10 +371,19 @@ def test_from_hidden_allocates_nothing_of_the_logits_size(selection: str) -> Non
     assert largest.elements < num_sentences * num_actions // 3
 
 
-def test_launches() -> None:
+LAUNCHES = {
+    "composed": ["softmax_fwd_kernel", "softmax_bwd_kernel"],
+    "streamed": [
+        "mixture_fwd_kernel", "combine_fwd_kernel", "sentences_bwd_kernel", "sentences_bwd_kernel", "logits_bwd_kernel",
+        "codebook_bwd_kernel",
+    ],
+}  # fmt: skip
+
+
+def test_launches(streamed: bool) -> None:
     seen: list[str] = []
 
-    def note(request: triton_tiles.Launch) -> bool:
+    def note(request: triton_launch.Launch) -> bool:
         assert request.writes
         seen.append(request.kernel.fn.__name__)
         return False
@@ -372,45 +391,61 @@ def test_launches() -> None:
     def empty(*shape: int) -> Tensor:
         return torch.empty(*shape, dtype=torch.bfloat16, device="meta")
 
-    for architecture in triton_tiles.ARCHITECTURES:
+    for architecture in triton_launch.ARCHITECTURES:
         seen.clear()
         ids = torch.empty(4096, dtype=torch.int64, device="meta")
         matrices = {"logits": empty(4096, 1024), "codebook": empty(1024, 768), "weight": empty(768, 768)}
         given = arguments({**matrices, "bias": empty(768)}, {})
-        with triton_tiles.observed(note, architecture):
+        with triton_launch.observed(note, architecture):
             outputs = triton_projection.plan_projection(*given)
             backward(given, outputs, [outputs.projected, None, None])
             triton_addition.add_plan(empty(4096, 768), outputs.projected, ids, None)
-            triton_addition.add_plan_backward(empty(4096, 768), outputs.projected, ids, None, [True, False])
-        assert seen == [
-            "mixture_fwd_kernel", "projection_fwd_kernel", "projection_bwd_kernel", "mixture_bwd_kernel",
-            "add_plan_fwd_kernel", "add_plan_bwd_kernel",
-        ]  # fmt: skip
+            bounds = torch.empty(4097, dtype=torch.int32, device="meta")
+            triton_addition.sum_segments(empty(4096, 768), ids, bounds, None, empty(4096, 768), None)
+        assert seen == [*LAUNCHES["streamed" if streamed else "composed"], "add_plan_fwd_kernel", "add_plan_bwd_kernel"]
 
 
-def test_tuning_keeps_the_fastest_whatever_the_number_of_rows(
+def test_the_fastest_is_measured_once_for_a_class_of_sizes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    slow, fast = triton_tiles.Tiles(64, 64, 32), triton_tiles.Tiles(128, 64, 32)
-    trials: list[triton_tiles.Tiles] = []
+    slow, fast = triton_launch.Tiles(64, 64, 32), triton_launch.Tiles(128, 64, 32)
+    trials: list[triton_launch.Tiles] = []
 
     def measure(trial: Any) -> float:
         trial()
         return -trials[-1].rows
 
-    monkeypatch.setenv("PLANLM_TUNE", "1")
+    def choose(*sizes: int) -> triton_launch.Tiles:
+        return triton_launch.fastest("mixture_fwd", sizes, torch.zeros(3), (slow, fast), trials.append)
+
     monkeypatch.setenv("PLANLM_CACHE", str(tmp_path))
-    monkeypatch.setattr(triton_tiles, "candidates", lambda *_: (slow, fast))
-    monkeypatch.setattr(triton_tiles.triton.testing, "do_bench", measure)
+    monkeypatch.setattr(triton_launch, "may_measure", lambda _: False)
+    assert choose(1000, 48) == slow and not trials, "without a device the rule's choice"
+    monkeypatch.setattr(triton_launch, "may_measure", lambda _: True)
+    monkeypatch.setattr(triton_launch.triton.testing, "do_bench", measure)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "a device")
-    (tmp_path / "tiles.json").write_text('{"damaged')
-    triton_tiles._winners.cache_clear()
-    for num_rows in (16, 160):
-        chosen = triton_tiles.choose_tiles("mixture_fwd", (1000, 48), torch.zeros(num_rows, 48), trial=trials.append)
-        assert chosen == fast
+    (tmp_path / "fastest.json").write_text('{"damaged')
+    triton_launch._winners.cache_clear()
+    assert choose(1000, 48) == fast == choose(1000, 40)
     assert trials == [slow, fast]
     assert capsys.readouterr().err.count("\n") == 1
-    triton_tiles._winners.cache_clear()
-    assert triton_tiles.choose_tiles("mixture_fwd", (1001, 40), torch.zeros(3, 48), trial=trials.append) == fast
-    assert len(trials) == 2
-    triton_tiles._winners.cache_clear()
+    triton_launch._winners.cache_clear()
+    assert choose(1001, 33) == fast, "from the file"
+    assert trials == [slow, fast]
+    assert choose(1025, 33) == fast
+    assert trials == [slow, fast] * 2
+    triton_launch._winners.cache_clear()
+
+
+def test_nothing_is_measured_without_a_device_or_where_the_user_forbids_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    class OnDevice:
+        is_cuda = True
+
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    assert triton_launch.may_measure(OnDevice())
+    assert not triton_launch.may_measure(torch.zeros(1))
+    monkeypatch.setenv("PLANLM_TUNE", "0")
+    assert not triton_launch.may_measure(OnDevice())
+    monkeypatch.delenv("PLANLM_TUNE")
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    assert not triton_launch.may_measure(OnDevice())

@@ -22,6 +22,14 @@ def test_opcheck_addition(gated: bool) -> None:
     torch.library.opcheck(torch.ops.planlm_interpreted.add_plan.default, (x, plan, ids, gate))
 
 
+def bounds_by_hand(ids: Tensor, num_segments: int) -> list[int]:
+    """Where each segment's tokens begin, and the end: of an empty one where the next begins."""
+    found = [
+        next((at for at, one in enumerate(ids.tolist()) if one >= segment), len(ids)) for segment in range(num_segments)
+    ]
+    return [*found, len(ids)]
+
+
 def check_addition(inputs: dict[str, Tensor], ids: Tensor, tolerance: float) -> None:
     """`add_plan` and its gradients within `tolerance` of the reference."""
     x, plan, gate = inputs["x"].detach(), inputs["plan"].detach(), inputs.get("gate")
@@ -34,6 +42,8 @@ def check_addition(inputs: dict[str, Tensor], ids: Tensor, tolerance: float) -> 
     (up,) = upstream([got])
     grad_plan, grad_gate = triton_addition.add_plan_backward(up, plan, ids, gate, [True, gate is not None])
     wanted = gradients([want], precise)
+    bounds = triton_addition.segment_bounds(ids, len(plan))
+    assert bounds.tolist() == bounds_by_hand(ids, len(plan)) and bounds.dtype == torch.int32
     assert grad_plan.dtype == plan.dtype
     assert_close("gradient of plan", grad_plan, wanted["plan"], tolerance)
     if gate is not None:

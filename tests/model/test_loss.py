@@ -142,7 +142,7 @@ class LargeResults(TorchDispatchMode):
 def test_on_a_gpu_logits_exist_once_and_nothing_waits() -> None:
     """On tensors without data: a wait for a value would raise."""
     pytest.importorskip("triton")
-    from planlm.kernels.triton_tiles import observed
+    from planlm.kernels.triton_launch import observed
 
     num_tokens, num_words = 2 * loss.TOKENS + 8, 50257
     hidden = torch.empty(num_tokens, 24, device="meta", dtype=torch.bfloat16, requires_grad=True)
