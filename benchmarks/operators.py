@@ -121,9 +121,6 @@ class Counter(TorchDispatchMode):
     def __torch_dispatch__(
         self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        if function.namespace == "planlm":
-            with self:
-                return _triton_side(function)(*args, **(kwargs or {}))
         result = function(*args, **(kwargs or {}))
         for kernel in self._of_operator(function, args, kwargs or {}, result):
             self.add(**kernel)
@@ -221,15 +218,6 @@ def bytes_of(tensor: Tensor) -> int:
 
 def _tensors(tree: Any) -> list[Tensor]:
     return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
-
-
-def _triton_side(function: Any) -> Any:
-    """The Triton backend's implementation of an operator `planlm::name`."""
-    from planlm.kernels import triton_addition, triton_projection
-
-    name = function._schema.name.removeprefix("planlm::")
-    module = triton_addition if name in triton_addition.OPERATORS else triton_projection
-    return getattr(module, name)
 
 
 # What CUDA has and `meta` has not

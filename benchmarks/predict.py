@@ -13,9 +13,11 @@ from __future__ import annotations
 import importlib.util
 import json
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor
@@ -29,6 +31,7 @@ from benchmarks.kernels import KernelRow
 from benchmarks.operators import Kernel, counted
 from planlm.errors import InputError
 from planlm.files import write_text
+from planlm.kernels import projection
 from planlm.report.tables import align
 
 HOST = {"torch": 6e-6, "planlm": 16e-6}
@@ -39,16 +42,24 @@ BLOCK_LIMIT, JOINT_LIMIT, PLAIN_LIMIT = 1.0, 1.05, 0.85
 """At most so much: PlanLM's block over strong eager's, its joint step over its plain one, that over eager's."""
 
 
-def planlm(block: Block) -> list[Tensor]:
-    """What `planlm.kernels` runs on CUDA."""
-    return list(blocks.planlm(block))
+def _in_form(streamed: bool) -> Provider:
+    """PlanLM's operations in one of their two forms."""
+
+    def run(block: Block) -> list[Tensor]:
+        with mock.patch.object(projection, "_is_streamed", return_value=streamed):
+            return list(blocks.planlm(block))
+
+    return run
 
 
 PROVIDERS: dict[str, Provider] = {
     "token-level": blocks.token_level,
     "strong eager": blocks.strong_eager,
-    "planlm": planlm,
+    "composed": _in_form(streamed=False),
+    "streamed": _in_form(streamed=True),
+    "planlm": blocks.planlm,
 }
+"""`planlm` runs the one of its two forms that its rule chooses where nothing was measured."""
 
 
 @dataclass(frozen=True)
@@ -137,25 +148,38 @@ def count(provider: Provider, block: Block, tables: int = 90) -> list[Kernel]:
     return counter.kernels
 
 
-def predict_blocks(device: str, shape: str, dtype: str, names: Iterable[str]) -> list[Prediction]:
+def predict_blocks(device: str, shape: str, dtype: str) -> list[Prediction]:
     """Every provider of one shape."""
-    block = blocks.setup(SHAPES[shape], harness.DTYPES[dtype], torch.device("meta"))
-    known, case = DEVICES[device], f"{shape} {dtype}"
+    known = DEVICES[device]
     return [
-        Prediction(device, case, name, estimates(count(PROVIDERS[name], block, known.tables), known)) for name in names
+        Prediction(device, f"{shape} {dtype}", name, estimates(_block(shape, dtype, name, known.tables), known))
+        for name in PROVIDERS
     ]
+
+
+@cache
+def _block(shape: str, dtype: str, name: str, tables: int) -> list[Kernel]:
+    block = blocks.setup(SHAPES[shape], harness.DTYPES[dtype], torch.device("meta"))
+    return count(PROVIDERS[name], block, tables)
 
 
 def predict_steps(device: str, lm: str) -> list[Prediction]:
     """Every variant of a training step of one LM."""
-    from benchmarks import lm_steps
+    from benchmarks.lm_steps import LMS, VARIANTS
 
-    found, model = [], lm_steps.LMS[lm]
-    for name, variant in lm_steps.VARIANTS.items():
-        kernels, flops = lm_steps.count_step(model, variant, DEVICES[device].tables)
+    found, model, known = [], LMS[lm], DEVICES[device]
+    for name in VARIANTS:
+        kernels, flops = _step(lm, name, known.tables)
         case = f"{lm} {model.batch} × {model.window}"
-        found.append(Prediction(device, case, name, estimates(kernels, DEVICES[device]), model.tokens, flops))
+        found.append(Prediction(device, case, name, estimates(kernels, known), model.tokens, flops))
     return found
+
+
+@cache
+def _step(lm: str, name: str, tables: int) -> tuple[list[Kernel], float]:
+    from benchmarks.lm_steps import LMS, VARIANTS, count_step
+
+    return count_step(LMS[lm], VARIANTS[name], tables)
 
 
 # Tables
@@ -280,9 +304,8 @@ def predictions(rows: Sequence[KernelRow], device: Device) -> str:
     lines = [f"Predicted for one {device.name}, and measured here:"]
     for row in rows:
         if row.status == "ok" and row.provider in PROVIDERS:
-            block = blocks.setup(SHAPES[row.shape], harness.DTYPES[row.dtype], torch.device("meta"))
-            kernels = estimates(count(PROVIDERS[row.provider], block, device.tables), device)
-            expected = sum(one.seconds for one in kernels)
+            kernels = _block(row.shape, row.dtype, row.provider, device.tables)
+            expected = sum(one.seconds for one in estimates(kernels, device))
             lines.append(
                 f"{row.shape} {row.dtype}: {row.provider}: predicted {1e6 * expected:,.0f} µs, "
                 f"measured {1e6 * row.median:,.0f} µs, {row.median / expected:.2f} times as long"
@@ -308,7 +331,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for device in options.devices:
         for shape in options.shapes:
             for dtype in options.dtypes:
-                found += (case := predict_blocks(device, shape, dtype, PROVIDERS))
+                found += (case := predict_blocks(device, shape, dtype))
                 print(f"{block_table(case, options.parts)}\n", flush=True)
         for lm in options.lms:
             if lm != "none":
