@@ -247,7 +247,7 @@ class PlanLMForCausalLM(ModelFolder, GenerationMixin):
         lower = lower_part(self.lm, self.state_layers) if reads else None
         read = None if lower is None else lambda texts: text_states(lower, texts, text.ids.device)
         found = plan_inputs(text, width, self.config.action_dim, read)
-        return found.replaced(**fields), text
+        return (found.replaced(**fields) if fields else found), text
 
     def _reads(self, selection: str, want_oracle_nll: bool) -> bool:
         """Whether a call's planner reads the LM's states."""
@@ -408,7 +408,8 @@ class PlanLMForCausalLM(ModelFolder, GenerationMixin):
             if text is None and inputs.sentence_states is None and self._reads(selection, inputs.want_oracle_nll):
                 layers = (self.state_layers, self.adapter.first_layer)
                 inputs, base, arguments = read_states(self.lm, layers, inputs, arguments)
-            plans, oracle_nll, action_logits = self._plan(inputs, "uniform" if selection == "none" else selection)
+            plan = self._plan if text is None else text.planned_by(self)
+            plans, oracle_nll, action_logits = plan(inputs, "uniform" if selection == "none" else selection)
         if plans is None or selection == "none":
             check_plain(arguments["past_key_values"])
             return base(**arguments), oracle_nll, action_logits

@@ -10,7 +10,7 @@ Sizes: B texts, L tokens from the beginning on, W positions of the call, A dimen
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
@@ -54,6 +54,23 @@ class Text:
             return self.real & (self.real.cumsum(dim=1) == 1)
         return self.tracker.begins(self.ids, self.real, self.positions)
 
+    def planned_by(self, model: PlanLMForCausalLM) -> Callable[[PlanInputs, str], tuple[Any, Tensor | None, Any]]:
+        """What makes plans of this text, as `PlanLMForCausalLM._plan`.
+
+        Within a `generate()` once for the same inputs, which a tracker gives as long as no sentence ends: the plan
+        stays on the device.
+        """
+        running = None if torch.compiler.is_compiling() else _GENERATION.get()
+        if running is None or running.model is not model or model.training or torch.is_grad_enabled():
+            return model._plan
+
+        def plan(inputs: PlanInputs, selection: str) -> tuple[Any, Tensor | None, Any]:
+            if running.planned is None or running.planned[0] is not inputs or running.planned[1] != selection:
+                running.planned = inputs, selection, model._plan(inputs, selection)
+            return running.planned[2]
+
+        return plan
+
 
 @dataclass(frozen=True)
 class _Memory:
@@ -81,6 +98,7 @@ class _Generation:
     Attributes:
         before: the text that stood in `inputs_embeds`.
         prompt: what the tracker is to start from at the first step, which knows where padding is; then None.
+        planned: the newest plans, behind the inputs and the selection that they were made from.
     """
 
     model: PlanLMForCausalLM
@@ -88,6 +106,7 @@ class _Generation:
     tracker: SentenceTracker | None
     before: Tensor | None
     prompt: Text | None
+    planned: tuple[PlanInputs, str, tuple[Any, Tensor | None, Any]] | None = None
 
 
 _GENERATION: ContextVar[_Generation | None] = ContextVar("planlm_generation", default=None)
@@ -130,6 +149,8 @@ def plan_inputs(text: Text, width: int, dim: int, read: ReadStates | None = None
         inputs = _one_sentence(text, length, dim)
     else:
         inputs = text.tracker.inputs(text.ids, text.real, length, text.positions, read)
+    if width == length:
+        return inputs
     # Positions that are no tokens of the text, as peft's trained prompts, stand before it.
     return replace(inputs, segment_ids=nn.functional.pad(inputs.segment_ids, (width - length, 0), value=-1))
 

@@ -6,6 +6,7 @@ import dataclasses
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -63,6 +64,40 @@ def test_cached_and_uncached_generation_agree(model: PlanLMForCausalLM, sampling
         sentences = tracker.track(runs[-1]).sentences
     assert runs[0] == runs[1]
     assert len(sentences) > 3, "the run must have planned sentences of its own"
+
+
+@pytest.mark.parametrize("model", ["gpt2"], indirect=True)
+@pytest.mark.parametrize("forced", [[], [3, 1]])
+@pytest.mark.parametrize("sampling", [{}, {"num_beams": 3}])
+def test_a_sentence_is_planned_once(
+    model: PlanLMForCausalLM, sampling: dict[str, object], forced: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And not at every token; what is generated is bit for bit what it would be then."""
+    ids, calls, plan = model.tokenizer(PROMPT, return_tensors="pt").input_ids, [], PlanLMForCausalLM._plan
+
+    def counted(self: PlanLMForCausalLM, *inputs: Any) -> Any:
+        calls.append(inputs)
+        return plan(self, *inputs)
+
+    monkeypatch.setattr(PlanLMForCausalLM, "_plan", counted)
+    runs, counts = [], []
+    for keeps in (True, False):
+        if not keeps:
+            monkeypatch.setattr(Text, "planned_by", lambda text, model: model._plan)
+        calls.clear()
+        tracker = SentenceTracker(model.tokenizer, model.encoder, forced)
+        out = model.generate(
+            ids, tracker=tracker, max_new_tokens=40, logits_processor=[Prose(model)], eos_token_id=-1, do_sample=False,
+            return_dict_in_generate=True, output_scores=True, **sampling,
+        )  # fmt: skip
+        runs.append((out.sequences, *out.scores))
+        counts.append(len(calls))
+    assert all(torch.equal(*pair) for pair in zip(*runs, strict=True))
+    assert counts[1] == 40, "once a call"
+    if not sampling:  # once for the prompt, whose last sentence goes on, and once for each sentence behind it
+        followed = tracker.track(runs[0][0][0].tolist()).segments[ids.shape[1] : -1]
+        assert len(set(followed)) > 3 and counts[0] == 1 + len(set(followed))
+    assert counts[0] < 25
 
 
 @pytest.mark.parametrize("model", FAMILIES, indirect=True)
