@@ -23,6 +23,11 @@ MIXINGS = ("unlabelled", "labelled", "number", "rows")
 """No oracle; oracle for the cross-entropy alone; one weight for all sentences; a weight each."""
 
 
+def seeded(seed: int) -> torch.Generator:
+    """A generator on the device of the tests."""
+    return torch.Generator(torch.get_default_device()).manual_seed(seed)
+
+
 def random(*shape: int, generator: torch.Generator, dtype: torch.dtype = torch.float64) -> Tensor:
     """A leaf that requires a gradient, of standard normal values."""
     return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype).requires_grad_()
@@ -38,7 +43,7 @@ def projection_inputs(
     seed: int = 0,
 ) -> dict[str, Tensor]:
     """logits, codebook, weight and bias."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = seeded(seed)
     return {
         "logits": random(num_sentences, num_actions, generator=generator, dtype=dtype),
         "codebook": random(num_actions, size, generator=generator, dtype=dtype),
@@ -60,7 +65,7 @@ def hidden_inputs(
     """hidden, head, head_bias, codebook, weight and bias."""
     rest = projection_inputs(num_sentences, num_actions, size, plan_size, dtype=dtype, seed=seed)
     del rest["logits"]
-    generator = torch.Generator().manual_seed(seed + 1)
+    generator = seeded(seed + 1)
     return {
         "hidden": random(num_sentences, state_size, generator=generator, dtype=dtype),
         "head": random(num_actions, state_size, generator=generator, dtype=dtype),
@@ -80,7 +85,7 @@ def projection_options(
     seed: int = 0,
 ) -> dict[str, Any]:
     """Options that a selection takes; noise and a weight each require gradients. Every third label is missing."""
-    generator = torch.Generator().manual_seed(seed + 2)
+    generator = seeded(seed + 2)
     options: dict[str, Any] = {"selection": selection, "temperature": temperature}
     if selection.startswith("gumbel"):
         options["noise"] = random(num_sentences, num_actions, generator=generator, dtype=dtype)
@@ -107,7 +112,7 @@ def leaves(inputs: Mapping[str, Any], options: Mapping[str, Any]) -> dict[str, T
 
 def upstream(outputs: Sequence[Tensor], seed: int = 9) -> list[Tensor]:
     """A random gradient for every output: sixteenths, so that they are the same numbers in every precision."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = seeded(seed)
     return [(16 * torch.randn(out.shape, generator=generator)).round().div(16).to(out.dtype) for out in outputs]
 
 
@@ -124,7 +129,7 @@ def sorted_ids(num_tokens: int, num_segments: int) -> Tensor:
     """Ids that never fall, a fifth of them -1, some segments without a token."""
     if num_segments == 0:
         return torch.full((num_tokens,), -1)
-    generator = torch.Generator().manual_seed(0)
+    generator = seeded(0)
     ids = torch.randint(num_segments, (num_tokens,), generator=generator).sort().values
     return ids.masked_fill(torch.rand(num_tokens, generator=generator) < 0.2, -1)
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -11,7 +13,21 @@ from planlm.kernels import cpp, environment, projection, use_backend
 
 # Triton runs on a CPU in its interpreter only, which a process has from its start or not at all (test_triton.py).
 INTERPRETED = environment.interpreted()
-BACKENDS = ["triton, composed", "triton, streamed"] if INTERPRETED else ["reference", "cpp"]
+ON_TRITON = INTERPRETED or "PLANLM_TEST_DEVICE" in os.environ
+BACKENDS = ["triton, composed", "triton, streamed"] if ON_TRITON else ["reference", "cpp"]
+
+
+def operators() -> Any:
+    """Triton's operators as torch.compile sees them."""
+    return torch.ops.planlm_interpreted if INTERPRETED else torch.ops.planlm
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _device() -> Iterator[None]:
+    """Where tensors are: PLANLM_TEST_DEVICE, the CPU by default."""
+    torch.set_default_device(os.environ.get("PLANLM_TEST_DEVICE"))
+    yield
+    torch.set_default_device(None)
 
 
 @pytest.fixture(params=BACKENDS)
@@ -26,9 +42,9 @@ def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
         yield name
 
 
-@pytest.fixture(autouse=INTERPRETED)
+@pytest.fixture(autouse=ON_TRITON)
 def _poison() -> Iterator[None]:
     """Every tensor that is allocated without values starts as NaN."""
-    torch.use_deterministic_algorithms(True)
+    torch.use_deterministic_algorithms(True, warn_only=not INTERPRETED)
     yield
     torch.use_deterministic_algorithms(False)

@@ -38,9 +38,11 @@ from .cases import (
     projection_inputs,
     projection_options,
     relative_error,
+    seeded,
     truth,
     upstream,
 )
+from .conftest import operators
 from .naive import eager_from_hidden, plan_projection_eager
 
 SPLIT = (5, 70, 17, 20)
@@ -160,7 +162,7 @@ def test_small_probabilities_in_float16() -> None:
 @pytest.mark.parametrize("selection", ["soft", "top-k"])
 def test_extreme_logits(kind: str, selection: str) -> None:
     num_sentences, num_actions, *_ = SPLIT
-    signs = torch.randint(2, (num_sentences, num_actions), generator=torch.Generator().manual_seed(5)) * 2.0 - 1
+    signs = torch.randint(2, (num_sentences, num_actions), generator=seeded(5)) * 2.0 - 1
     logits = {
         "random signs": 1e4 * signs,
         "one-hot": 1e4 * torch.eye(num_actions)[[3, 0, 69, 3, 41]],
@@ -337,7 +339,7 @@ def test_opcheck(from_hidden: bool, streamed: bool) -> None:
     assert got.projected.shape == (5, 4)
     source, head, head_bias = (*inputs.values(),)[:3] if from_hidden else (inputs["logits"], None, None)
     torch.library.opcheck(
-        torch.ops.planlm_interpreted.plan_projection.default,
+        operators().plan_projection.default,
         (source, head, head_bias, inputs["codebook"], inputs["weight"], inputs["bias"], options["noise"],
          options["oracle"], options["oracle_weight"], 0.7, 3, streamed),
     )  # fmt: skip

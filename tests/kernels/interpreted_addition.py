@@ -9,7 +9,8 @@ from torch.profiler import ProfilerActivity, profile
 
 from planlm.kernels import StackedPlan, add_plan, reference, triton_addition, use_backend
 
-from .cases import HALVES, assert_close, gradients, in_float64, random, sorted_ids, upstream
+from .cases import HALVES, assert_close, gradients, in_float64, random, seeded, sorted_ids, upstream
+from .conftest import operators
 
 
 @pytest.mark.parametrize("gated", [True, False])
@@ -19,7 +20,7 @@ def test_opcheck_addition(gated: bool) -> None:
     ids = torch.tensor([0, -1, 0, 1, 2, 2])
     with use_backend("triton"):
         add_plan(x, plan, ids, gate)
-    torch.library.opcheck(torch.ops.planlm_interpreted.add_plan.default, (x, plan, ids, gate))
+    torch.library.opcheck(operators().add_plan.default, (x, plan, ids, gate))
 
 
 def bounds_by_hand(ids: Tensor, num_segments: int) -> list[int]:
@@ -57,7 +58,7 @@ def check_addition(inputs: dict[str, Tensor], ids: Tensor, tolerance: float) -> 
 )
 def test_add_plan(shape: tuple[int, int, int], gated: bool) -> None:
     num_tokens, num_segments, size = shape
-    generator = torch.Generator().manual_seed(1)
+    generator = seeded(1)
     inputs = {
         "x": random(num_tokens, size, generator=generator, dtype=torch.float32),
         "plan": random(num_segments, size, generator=generator, dtype=torch.float32),
@@ -69,7 +70,7 @@ def test_add_plan(shape: tuple[int, int, int], gated: bool) -> None:
 
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
 def test_add_plan_in_half_precision(dtype: torch.dtype) -> None:
-    generator = torch.Generator().manual_seed(1)
+    generator = seeded(1)
     inputs = {name: random(*shape, generator=generator, dtype=dtype) for name, shape in
               {"x": (130, 20), "plan": (9, 20), "gate": (20,)}.items()}  # fmt: skip
     # One rounding, to the nearest.
@@ -90,7 +91,7 @@ def test_add_plan_in_half_precision(dtype: torch.dtype) -> None:
     ids=["all holes", "one token", "ends", "holes within", "last", "first", "windows"],
 )
 def test_segments_are_found(ids: list[int]) -> None:
-    generator = torch.Generator().manual_seed(1)
+    generator = seeded(1)
     inputs = {name: random(*shape, generator=generator, dtype=torch.float32) for name, shape in
               {"x": (100, 3), "plan": (7, 3), "gate": (3,)}.items()}  # fmt: skip
     check_addition(inputs, torch.tensor(ids), 1e-5)
@@ -116,7 +117,7 @@ def test_no_plan_changes_no_bit(dtype: torch.dtype) -> None:
 
 
 def test_add_plan_of_a_column_slice_and_other_strides() -> None:
-    generator = torch.Generator().manual_seed(0)
+    generator = seeded(0)
     stacked, x = torch.randn(4, 51, generator=generator), torch.randn(30, 17, generator=generator)
     part, ids, gate = stacked[:, 17:34], sorted_ids(30, 4), torch.randn(17, generator=generator)
     want = triton_addition.add_plan(x, part.contiguous(), ids, gate)
@@ -137,7 +138,7 @@ def test_add_plan_of_a_column_slice_and_other_strides() -> None:
 
 def stacked(widths: tuple[int, ...], dtype: torch.dtype = torch.float32) -> tuple[dict[str, Tensor], list[Tensor]]:
     """`projected` and each layer's `x` and gate, as leaves; and the layers' random upstream gradients."""
-    generator = torch.Generator().manual_seed(2)
+    generator = seeded(2)
     inputs = {"projected": random(5, sum(widths), generator=generator, dtype=dtype)}
     for layer, width in enumerate(widths):
         inputs[f"x{layer}"] = random(12, width, generator=generator, dtype=dtype)

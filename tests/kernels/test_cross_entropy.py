@@ -9,12 +9,13 @@ from torch import Tensor
 
 from planlm.kernels import cross_entropy_, use_backend
 
-from .cases import HALVES, relative_error
-from .conftest import INTERPRETED
+from .cases import HALVES, relative_error, seeded
+from .conftest import INTERPRETED, ON_TRITON
+from .conftest import operators as triton_operators
 
 pytestmark = pytest.mark.usefixtures("backend")
 
-DTYPES = [torch.float32, *HALVES] if INTERPRETED else [torch.float32, *HALVES, torch.float64]
+DTYPES = [torch.float32, *HALVES] if ON_TRITON else [torch.float32, *HALVES, torch.float64]
 """Triton has no float64."""
 SHAPES = [(1, 1), (3, 17), (4, 16), (5, 83), (0, 5), *([] if INTERPRETED else [(7, 1000)])]
 """In the interpreter a program takes 16 columns at a time, in groups of 4 or 8."""
@@ -29,7 +30,7 @@ def exact(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
 
 def inputs(shape: tuple[int, int], dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
     """Random logits, and targets of which a third is not scored."""
-    generator = torch.Generator().manual_seed(0)
+    generator = seeded(0)
     logits = (5 * torch.randn(shape, generator=generator)).to(dtype)
     target = torch.randint(shape[1], shape[:1], generator=generator)
     target[1::3] = -1
@@ -156,5 +157,5 @@ def test_opcheck(backend: str) -> None:
     cross_entropy_(logits.clone(), target)
     if backend == "reference":
         return
-    operators = torch.ops.planlm_interpreted if backend == "triton" else torch.ops.planlm
+    operators = triton_operators() if backend == "triton" else torch.ops.planlm
     torch.library.opcheck(operators.cross_entropy_.default, (logits, target))
