@@ -34,9 +34,9 @@ from planlm.files import write_text
 from planlm.kernels import projection
 from planlm.report.tables import align
 
-HOST = {"torch": 6e-6, "planlm": 16e-6}
-"""Seconds of the host for one of torch's launches and one of PlanLM's: assumed, as `dev/log.md` measured both with a
-driver that launches nothing."""
+HOST = {"torch": 6e-6, "planlm": 20e-6}
+"""Seconds of the host for one of torch's launches and one of PlanLM's, with autograd: assumed, what blocks of 28 layers
+takes where nothing is launched, shared out over its launches."""
 
 BLOCK_LIMIT, JOINT_LIMIT, PLAIN_LIMIT = 1.0, 1.05, 0.85
 """At most so much: PlanLM's block over strong eager's, its joint step over its plain one, that over eager's."""
