@@ -62,6 +62,7 @@ class Task:
         flops: floating-point operations of a step over these batches; None where they are not counted.
         rate: FLOP/s of matrix products on this machine.
         validation: by default none.
+        keeps_gradients: gradients are set to zero after a step, and their memory stays theirs.
     """
 
     model: Parallel
@@ -73,6 +74,7 @@ class Task:
     flops: Callable[[list[Any]], float] | None = None
     rate: float = math.inf
     validation: Validation = field(default_factory=Validation)
+    keeps_gradients: bool = False
 
     @property
     def device(self) -> torch.device:
@@ -110,7 +112,7 @@ def update(
     skipped = not_finite([figures["loss"], *norms.values()], task.device)
     optimizer.found_inf = skipped  # type: ignore[attr-defined]  # which the fused update looks at on its device
     optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
+    optimizer.zero_grad(set_to_none=not task.keeps_gradients)
     return {**figures, "grad_norm": read_on_cpu(norms), "lr": rates}, skipped
 
 

@@ -14,8 +14,10 @@ from planlm.distribution import all_reduce, world_size
 from planlm.model.modeling import PlanLMForCausalLM
 from planlm.model.output import PlanLMOutput
 from planlm.precision import autocast
+from planlm.selections import SELECTIONS
 from planlm.training.figures import Figures, read_on_cpu
 from planlm.training.forgetting import Guards, count_labels
+from planlm.training.graphs import Graphs
 from planlm.training.parallel import Parallel
 from planlm.training.schedules import is_logged, oracle_ratio, parse_oracle_mix
 
@@ -34,6 +36,8 @@ class Objective:
         model: PlanLMForCausalLM = parallel.model  # type: ignore[assignment]
         self.parallel, self.model, self.config, self.steps = parallel, model, config, steps
         self.ratios, self.guards = parse_oracle_mix(config.oracle_mix), guards
+        self.asks_planner = SELECTIONS[config.selection].asks_planner
+        self.graphs = Graphs(self._in_graph) if config.graph else None
         model.train()
         if config.lm_mode == "freeze":
             model.lm.eval()  # no dropout in weights that do not learn; the planner's follows its gradients
@@ -59,19 +63,17 @@ class Objective:
         guarded, found = (0.0, {}) if self.guards is None else self.guards.backward(batches, rehearsal, num_labels)
         sums = torch.zeros(4, device=device)
         for number, batch in enumerate(batches):
-            with autocast(self.config.precision, device):
-                output = self._forward(batch, step, ratio, last=number + 1 == len(batches))
-                assert output.nll_sum is not None
-                loss = output.nll_sum / num_labels
-                if planner_loss > 0:
-                    assert output.oracle_nll is not None
-                    loss = loss + planner_loss * output.oracle_nll.sum() / num_segments
-            (world_size() * loss).backward()  # gradients are averaged over processes
-            sums += _sums(output, batch.actions, logged)
+            weight = self._oracle_weight(batch, step, ratio)
+            if self.graphs is None:
+                sums += self._micro_batch(batch, [num_labels, num_segments], weight, logged, number + 1 == len(batches))
+            else:
+                more = [num_labels, num_segments, *([weight] if isinstance(weight, Tensor) else [])]
+                trains = tuple(parameter.requires_grad for parameter in self.model.parameters())
+                sums += self.graphs(batch, more, trains)
         lm_nll, planner_nll, right, entropy = all_reduce(sums).double()
         lm_loss, count = lm_nll / num_labels.clamp(min=1), num_segments.clamp(min=1)
         figures = {"tokens": num_labels, "lm_loss": lm_loss, "oracle_ratio": ratio, **found}
-        if logged and output.action_logits is not None:
+        if logged and self.model.planner is not None and (self.asks_planner or planner_loss > 0):
             figures |= {
                 "planner_loss": planner_nll / count,
                 "planner_accuracy": right / count,
@@ -91,10 +93,33 @@ class Objective:
             )
         return output.nll_sum, count_labels(batch)
 
-    def _forward(self, batch: PlanBatch, step: int, ratio: float, last: bool) -> PlanLMOutput:
-        weight: float | Tensor = ratio
+    def _oracle_weight(self, batch: PlanBatch, step: int, ratio: float) -> float | Tensor:
+        """Of the oracle action in each segment's plan: a number, or `[S]`."""
         if ratio > 0 and self.config.oracle_mode == "sampled":
-            weight = (uniform_by_sentence(batch, self.config.seed, step) < ratio).float()
+            return (uniform_by_sentence(batch, self.config.seed, step) < ratio).float()
+        if self.graphs is not None and max(self.ratios) > 0:  # a graph would go on with the number of its first step
+            return torch.full(batch.actions.shape, ratio, device=batch.actions.device)
+        return ratio
+
+    def _micro_batch(
+        self, batch: PlanBatch, counts: list[Tensor], weight: float | Tensor, logged: bool, last: bool
+    ) -> Tensor:
+        """Forward and backward of one batch; its sums. `counts` are the labels and segments of the whole step."""
+        with autocast(self.config.precision, self.model.device):
+            output = self._forward(batch, weight, last)
+            assert output.nll_sum is not None
+            loss = output.nll_sum / counts[0]
+            if self.config.planner_loss > 0:
+                assert output.oracle_nll is not None
+                loss = loss + self.config.planner_loss * output.oracle_nll.sum() / counts[1]
+        (world_size() * loss).backward()  # gradients are averaged over processes
+        return _sums(output, batch.actions, logged)
+
+    def _in_graph(self, batch: PlanBatch, more: list[Tensor]) -> Tensor:
+        """`_micro_batch` as a graph holds it: of any step."""
+        return self._micro_batch(batch, more[:2], more[2] if len(more) > 2 else 0.0, logged=True, last=True)
+
+    def _forward(self, batch: PlanBatch, weight: float | Tensor, last: bool) -> PlanLMOutput:
         output: PlanLMOutput = self.parallel(
             batch.input_ids,
             **batch.layout,

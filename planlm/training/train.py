@@ -26,6 +26,7 @@ from planlm.pretrained.tokenizer import load_tokenizer, tokenizer_fingerprint
 from planlm.selections import SELECTIONS
 from planlm.training.flops import lm_flops
 from planlm.training.forgetting import Guards, WithRehearsal, base_model
+from planlm.training.graphs import check_graph
 from planlm.training.groups import trainable_groups
 from planlm.training.identity import check_encoder, identify
 from planlm.training.loop import Task, fit, num_steps
@@ -47,6 +48,7 @@ def train(config: TrainConfig) -> dict[str, Any]:
             LM, or a run directory in use.
     """
     check_settings(config)
+    check_graph(config, device(), world_size())
     check_run(config)
     corpus = PreparedCorpus.load(config.corpus)
     check_encoder(corpus)
@@ -82,6 +84,7 @@ def train(config: TrainConfig) -> dict[str, Any]:
         flops=_flops(model, config),
         rate=matrix_product_rate(dtype, model.device),
         validation=validation(config, model, held_out, objective.losses),
+        keeps_gradients=config.graph,
     )
     with Run(config, identity) as run:
         fit(task, run, config)

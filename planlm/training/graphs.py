@@ -1,0 +1,102 @@
+"""Forward and backward of a micro-batch as a CUDA graph, one for each shape that batches come in (`--graph`).
+
+Of a graph the host asks once for what it asks thousands of times otherwise. A graph computes from and to fixed memory:
+its inputs are copied to where they were when it was captured, and gradients keep their memory from step to step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from planlm.config import TrainConfig
+from planlm.errors import InputError
+from planlm.plan_inputs import Movable
+
+Run = Callable[[Any, list[Tensor]], Tensor]
+"""Computes a batch, with more tensors; what it returns lies on the device."""
+
+
+class Graphs:
+    """Computes as `run` does: the first time a shape comes by `run` itself, which compiles and sets libraries up, then
+    by a graph of it.
+
+    Args:
+        run: must not look at a tensor's values.
+        capture: makes a graph of a computation, which does not run by that; what replays it is returned.
+    """
+
+    def __init__(self, run: Run, capture: Callable[[Callable[[], Tensor]], Callable[[], Tensor]] | None = None) -> None:
+        self._run, self._capture = run, capture or _Captures()
+        self._known: dict[Hashable, tuple[list[Tensor], Callable[[], Tensor]] | None] = {}
+
+    def __call__(self, batch: Movable, more: list[Tensor], state: Hashable) -> Tensor:
+        """What `run` returns; `state` is what else it depends on. The next call overwrites it."""
+        inputs = [*_tensors(batch), *more]
+        key = state, _shape(batch), tuple((one.dtype, one.shape) for one in more)
+        if key not in self._known:
+            self._known[key] = None
+            return self._run(batch, more)
+        if self._known[key] is None:
+            fixed, others = batch.map(torch.clone), [one.clone() for one in more]
+            graph = self._capture(lambda: self._run(fixed, others))
+            self._known[key] = [*_tensors(fixed), *others], graph
+        kept, replay = self._known[key]  # type: ignore[misc]
+        torch._foreach_copy_(kept, inputs)
+        return replay()
+
+
+class _Captures:
+    """Captures CUDA graphs, which share their memory: they run one after the other."""
+
+    def __init__(self) -> None:
+        self._pool: Any = None
+
+    def __call__(self, run: Callable[[], Tensor]) -> Callable[[], Tensor]:
+        self._pool = self._pool or torch.cuda.graph_pool_handle()
+        graph = torch.cuda.CUDAGraph()
+        # Of this thread alone: the loader's goes on to take memory and to copy.
+        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+            found = run()
+
+        def replay() -> Tensor:
+            graph.replay()
+            return found
+
+        return replay
+
+
+def check_graph(config: TrainConfig, device: torch.device, num_ranks: int) -> None:
+    """Refuse `--graph` where there are no CUDA graphs, or with what none can be made of.
+
+    Raises:
+        InputError: names all that is in the way.
+    """
+    if not config.graph:
+        return
+    if device.type != "cuda":
+        raise InputError(f"--graph: needs CUDA, and this is {device.type}; leave it out")
+    wrong = {
+        "several processes": num_ranks > 1,
+        "--compile": config.compile,
+        "--checkpoint-activations": config.checkpoint_activations,
+        "--loss-kernel liger": config.loss_kernel == "liger",
+    }
+    if found := [name for name, is_there in wrong.items() if is_there]:
+        raise InputError(f"--graph: cannot capture a step with {', '.join(found)}; leave one of them out")
+
+
+def _tensors(batch: Movable) -> list[Tensor]:
+    found: list[Tensor] = []
+    batch.map(lambda tensor: found.append(tensor) or tensor)  # type: ignore[func-returns-value]
+    return found
+
+
+def _shape(value: Any) -> Hashable:
+    """All that a graph takes for constant in a batch: shapes, and what is no tensor."""
+    if isinstance(value, Movable):
+        return tuple((name, _shape(inner)) for name, inner in vars(value).items())
+    return (value.dtype, value.shape) if isinstance(value, Tensor) else value
