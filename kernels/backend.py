@@ -61,6 +61,15 @@ class Backend:
         added: Tensor = self.operators.add_plan(x, plan, segment_ids, gate)
         return added
 
+    def cross_entropy_(self, logits: Tensor, target: Tensor) -> Tensor:
+        """Its `cross_entropy_`: the loss; the logits are the gradient then."""
+        if self.is_eager:
+            from . import triton_cross_entropy
+
+            return triton_cross_entropy.cross_entropy_(logits, target)
+        nll: Tensor = self.operators.cross_entropy_(logits, target)
+        return nll
+
     @property
     def is_eager(self) -> bool:
         """Whether plain autograd functions run: on CUDA the dispatcher would take longer than a small model's work."""

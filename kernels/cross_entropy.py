@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
-from .backend import Backend, choose
+from .backend import choose
+
+TAKEN = {"triton": (torch.float32, torch.bfloat16, torch.float16), "cpp": (torch.float32, torch.bfloat16)}
+"""Dtypes of logits that a backend has an implementation for; the eager formula has the others."""
 
 
 def cross_entropy_(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
@@ -32,11 +33,8 @@ def cross_entropy_(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
     backend = choose("cross_entropy_", logits.device, working)
     if logits.stride(1) != 1 or logits.stride(0) < logits.shape[1]:  # columns that are not adjacent, rows that overlap
         logits = logits.contiguous()
-    if backend is not None and backend.name == "triton":
-        return logits, _triton(backend)(logits, target)
-    if backend is not None and backend.name == "cpp" and logits.dtype in (torch.float32, torch.bfloat16):
-        nll: Tensor = torch.ops.planlm.cross_entropy_(logits, target)
-        return logits, nll
+    if backend is not None and logits.dtype in TAKEN.get(backend.name, ()):
+        return logits, backend.cross_entropy_(logits, target)
     scored = target >= 0
     target = target.clamp_min(0)[:, None]
     values = logits.to(working)
@@ -46,13 +44,3 @@ def cross_entropy_(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
     gradient = values.sub_(log_normalizer).exp_()
     gradient.scatter_add_(1, target, gradient.new_full(target.shape, -1.0))
     return gradient.masked_fill_(~scored[:, None], 0.0).to(logits.dtype), nll.float()
-
-
-def _triton(backend: Backend) -> Callable[[Tensor, Tensor], Tensor]:
-    """Triton's launcher, which costs less host time than the operator that torch.compile needs."""
-    if torch.compiler.is_compiling():
-        operator: Callable[[Tensor, Tensor], Tensor] = backend.operators.cross_entropy_
-        return operator
-    from . import triton_cross_entropy
-
-    return triton_cross_entropy.cross_entropy_

@@ -10,10 +10,12 @@ from torch import Tensor
 from planlm.kernels import cross_entropy_, use_backend
 
 from .cases import HALVES, relative_error, seeded
-from .conftest import INTERPRETED, ON_TRITON
+from .conftest import BACKENDS, INTERPRETED, ON_TRITON
 from .conftest import operators as triton_operators
 
-pytestmark = pytest.mark.usefixtures("backend")
+ONCE = BACKENDS[:1] if ON_TRITON else BACKENDS
+"""Forms of the plan operations make no difference."""
+pytestmark = [pytest.mark.usefixtures("backend"), pytest.mark.parametrize("backend", ONCE, indirect=True)]
 
 DTYPES = [torch.float32, *HALVES] if ON_TRITON else [torch.float32, *HALVES, torch.float64]
 """Triton has no float64."""
