@@ -89,8 +89,9 @@ def test_any_strides(case: str, dtype: torch.dtype) -> None:
 
 def test_rows_that_lie_beyond_what_32_bits_count() -> None:
     far, dtype = 2**30, torch.bfloat16
-    memory = torch.UntypedStorage(dtype.itemsize * (2 * far + 37))  # of which three pages are touched
-    apart = torch.empty(0, dtype=dtype).set_(memory, 0, (3, 37), (far, 1))
+    apart = torch.empty(0, dtype=dtype)
+    memory = torch.UntypedStorage(dtype.itemsize * (2 * far + 37), device=apart.device)  # three pages of it are touched
+    apart.set_(memory, 0, (3, 37), (far, 1))
     logits, target = inputs((3, 37), dtype)
     target[:] = torch.tensor([36, -1, 5])
     found, want = cross_entropy_(apart.copy_(logits), target), cross_entropy_(logits, target)
