@@ -43,7 +43,7 @@ from planlm.kernels import (
     triton_projection,
     triton_softmax,
 )
-from planlm.kernels.contract import ProjectionInputs, ProjectionNeeds
+from planlm.kernels.operators import ProjectionInputs, ProjectionNeeds
 from planlm.progress import track
 
 ROOT = Path(__file__).parents[1]

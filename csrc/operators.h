@@ -25,7 +25,7 @@ std::tuple<Tensor, Tensor, Tensor> packed_attention_backward(const Tensor& grad,
                                                              const Tensor& log_sums, const Tensor& documents,
                                                              double scale);
 
-// Rows of `statistics`, as kernels/contract.py describes them.
+// Rows of `statistics`, as kernels/operators.py describes them.
 enum Statistic : int64_t { SCORE_MAX, SCORE_LOG_SUM, LOGIT_MAX, LOGIT_LOG_SUM, THRESHOLD, NUM_STATISTICS };
 
 // Tensors are undefined where they are not given, wanted or reached by a gradient.

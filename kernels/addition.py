@@ -20,7 +20,7 @@ from torch import Tensor
 from . import reference
 from .backend import choose, full_precision
 from .checks import check_add_plan, check_segment_ids
-from .derivatives import first_derivative_only
+from .operators import first_derivative_only
 from .reference import working_dtype
 
 

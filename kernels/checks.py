@@ -14,7 +14,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
-from .contract import ProjectionInputs
+from .operators import ProjectionInputs
 from .reference import NOISY, SELECTIONS
 
 _FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)

@@ -1,23 +1,189 @@
-"""The operations as `torch.library` operators: schemas, shapes without data, and gradients, the same for every backend.
+"""The operations as `torch.library` operators: what they take and return, their gradients, the same for every backend.
 
 `planlm::` holds the C++ implementation for the CPU (csrc/) and the Triton one for CUDA; `planlm_interpreted::` the
 Triton one on CPU tensors, through Triton's interpreter, which is how it is tested where there is no GPU. On CUDA only
 torch.compile calls them: in eager mode the dispatcher would take longer than the work of a small model, and plain
 autograd functions take their place (`triton_projection.PlanProjection`, `triton_addition.AddPlan`). A backend has
-`plan_projection`, `plan_projection_backward`, `add_plan` and `add_plan_backward`; docs/kernels.md has their contract.
-On the CPU csrc/operators.cpp takes the place of `add_plan`'s rules below, and there is `packed_attention`.
+`plan_projection`, `plan_projection_backward`, `add_plan` and `add_plan_backward`, and `cross_entropy_`, which mutates
+and has no gradient. On the CPU csrc/operators.cpp takes the place of `add_plan`'s rules below, and there is
+`packed_attention`.
+
+The fast backends write first derivatives out by hand, so a derivative of those would silently lack terms: it is
+refused, in the same words on every backend.
+
+Sizes: S sentences, K actions, A action-embedding size, D plan size (layers stacked), P planner state.
 """
 
 from __future__ import annotations
 
 import functools
-from typing import Any
+from enum import IntEnum
+from typing import Any, NamedTuple, NoReturn, TypeVar
 
 import torch
 from torch import Tensor
 
-from .contract import ProjectionInputs, ProjectionNeeds, projection_outputs
-from .derivatives import once, refuse
+T = TypeVar("T")
+
+
+class ProjectionInputs(NamedTuple):
+    """The arguments of the operator `plan_projection`, in its order; those of the public functions, less the selection.
+
+    Attributes:
+        source: logits `[S, K]`, or with a head the planner's states `[S, P]`.
+        head: `[K, P]`.
+        head_bias: `[K]`.
+        codebook: `[K, A]`; None: only the statistics are wanted.
+        weight: `[D, A]`; None: the mixture itself is projected, D = A.
+        bias: `[D]`.
+        noise: `[S, K]`, added to the logits.
+        oracle: int64 `[S]`; negative: none.
+        oracle_weight: `[S]`, or None for 0; in the public functions `[S]` or a number.
+        temperature: divides the scores.
+        top_k: scores kept; 0, or None in the public functions: all.
+        streamed: the form that runs on CUDA, True on a CPU; no argument of the public functions.
+    """
+
+    source: Tensor
+    head: Tensor | None
+    head_bias: Tensor | None
+    codebook: Tensor | None
+    weight: Tensor | None
+    bias: Tensor | None
+    noise: Tensor | None
+    oracle: Tensor | None
+    oracle_weight: Any
+    temperature: float
+    top_k: int | None
+    streamed: bool = False
+
+    @property
+    def num_actions(self) -> int:
+        """K."""
+        return self.source.shape[1] if self.head is None else self.head.shape[0]
+
+    @property
+    def size(self) -> int:
+        """A; 0 without a codebook."""
+        return 0 if self.codebook is None else self.codebook.shape[1]
+
+    @property
+    def needs_raw(self) -> bool:
+        """Whether the oracle's cross-entropy needs statistics other than those of the scores."""
+        changed = self.noise is not None or bool(self.top_k) or self.temperature != 1.0
+        return self.oracle is not None and changed
+
+
+class ProjectionNeeds(NamedTuple):
+    """Of which inputs `plan_projection_backward` returns the gradient; it returns them in this order."""
+
+    source: bool
+    head: bool
+    head_bias: bool
+    codebook: bool
+    weight: bool
+    bias: bool
+    noise: bool
+    oracle_weight: bool
+
+    @property
+    def logits(self) -> bool:
+        """Whether a gradient of the logits is: theirs, or one of what they come from."""
+        return self.source or self.head or self.head_bias
+
+    @property
+    def scores(self) -> bool:
+        """The same of the scores."""
+        return self.logits or self.noise
+
+
+class ProjectionOutputs(NamedTuple):
+    """What the operator `plan_projection` returns; from `best` on for its backward.
+
+    Attributes:
+        projected: `[S, D]` in the codebook's dtype.
+        log_normalizer: `[S]`.
+        oracle_nll: `[S]`.
+        best: the action with the largest score, int64 `[S]`.
+        mixture: `[S, A]`. Of the CPU and the streamed form before the oracle's embedding is mixed in; of the composed
+            form after that, in the codebook's dtype.
+        statistics: `[5, S]`, rows of `Statistic`.
+        tie_index: the last action that top-k keeps among those equal to the threshold, int64 `[S]`.
+    """
+
+    projected: Tensor
+    log_normalizer: Tensor
+    oracle_nll: Tensor
+    best: Tensor
+    mixture: Tensor
+    statistics: Tensor
+    tie_index: Tensor
+
+
+class Statistic(IntEnum):
+    """Rows of `statistics`; those of the logits, without noise and temperature, only where there is an oracle."""
+
+    SCORE_MAX = 0
+    SCORE_LOG_SUM = 1  # log of the sum of exp((score - SCORE_MAX) / temperature)
+    LOGIT_MAX = 2
+    LOGIT_LOG_SUM = 3
+    THRESHOLD = 4  # the lowest score that top-k keeps
+
+
+def projection_outputs(*arguments: Any) -> ProjectionOutputs:
+    """Room for what `plan_projection` returns."""
+    inputs = ProjectionInputs(*arguments)
+    source, codebook, weight = inputs.source, inputs.codebook, inputs.weight
+    num_sentences, plan_size = source.shape[0], inputs.size if weight is None else weight.shape[0]
+    working = torch.float64 if source.dtype == torch.float64 else torch.float32
+    real, whole = source.new_empty(0, dtype=working), source.new_empty(0, dtype=torch.int64)
+    result = working if codebook is None else codebook.dtype
+    return ProjectionOutputs(
+        projected=source.new_empty(num_sentences, plan_size, dtype=result),
+        log_normalizer=real.new_empty(num_sentences),
+        oracle_nll=real.new_empty(num_sentences),
+        best=whole.new_empty(num_sentences),
+        mixture=source.new_empty(num_sentences, inputs.size, dtype=working if inputs.streamed else result),
+        statistics=real.new_empty(len(Statistic), num_sentences),
+        tie_index=whole.new_empty(num_sentences),
+    )
+
+
+def first_derivative_only(value: T) -> T:
+    """The value itself; of a tensor with a gradient such that differentiating that gradient raises a RuntimeError."""
+    if not isinstance(value, Tensor) or not value.requires_grad:
+        return value
+    return _FirstDerivativeOnly.apply(value)  # type: ignore[no-any-return, no-untyped-call]
+
+
+def once(gradient: Tensor, *sources: Tensor | None) -> Tensor:
+    """The gradient itself, such that differentiating it, or with respect to `sources`, raises a RuntimeError."""
+    return _Refused.apply(gradient, *sources)  # type: ignore[no-any-return, no-untyped-call]
+
+
+class _FirstDerivativeOnly(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor, *_: Tensor | None) -> Tensor:
+        return tensor.view_as(tensor)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        return once(gradient)
+
+
+class _Refused(_FirstDerivativeOnly):
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        refuse()
+
+
+def refuse(*_: Any) -> NoReturn:
+    """The backward of every gradient."""
+    raise RuntimeError(
+        "planlm.kernels has first derivatives only, and a second one was asked for; "
+        "leave create_graph off for losses that go through these operations"
+    )
+
 
 SCHEMAS = (
     # The fields of ProjectionInputs and ProjectionOutputs.

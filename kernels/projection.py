@@ -22,8 +22,7 @@ from torch import Tensor
 from . import reference
 from .backend import Backend, choose, full_precision
 from .checks import check_hidden, check_logits, check_projection
-from .contract import ProjectionInputs
-from .derivatives import first_derivative_only
+from .operators import ProjectionInputs, first_derivative_only
 from .reference import MIXED, PICKED, STRAIGHT_THROUGH, PlanProjection, converted, mix_oracle, working_dtype
 
 STREAMED_BYTES = 1 << 30

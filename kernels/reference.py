@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .contract import ProjectionInputs
+from .operators import ProjectionInputs
 
 MIXED = ("soft", "gumbel", "top-k")
 """Selections whose plan is the mixture of actions; the others' is picked: see `PICKED`."""

@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .derivatives import once
+from .operators import once
 from .triton_device import Matrix, load_rows, load_tile, load_vector, rounded
 from .triton_launch import INTERPRETED, Tiles, launch_ordered, with_unit_columns
 

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 from . import triton_launch
-from .contract import Statistic
+from .operators import Statistic
 
 INTERPRETED = tl.constexpr(triton_launch.INTERPRETED)
 LOG2_E = tl.constexpr(1.4426950408889634)

@@ -19,8 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import triton_softmax
-from .contract import ProjectionInputs, ProjectionNeeds, ProjectionOutputs, projection_outputs
-from .derivatives import once
+from .operators import ProjectionInputs, ProjectionNeeds, ProjectionOutputs, once, projection_outputs
 from .triton_launch import Tiles, cdiv, choose_tiles, fastest, launch, may_measure, num_processors, with_unit_columns
 from .triton_mixture import (
     NUM_PARTIALS,
@@ -99,18 +98,16 @@ def plan_projection(*arguments: Any) -> ProjectionOutputs:
 
 def _laid_out(inputs: ProjectionInputs) -> ProjectionInputs:
     """The inputs as the kernels read them: adjacent columns, and weights of the oracle only where there is one."""
-    source, head, head_bias, codebook, weight, bias, noise, oracle, oracle_weight, *options = inputs
-    return ProjectionInputs(
-        with_unit_columns(source),
-        head,
-        _vector(head_bias),
-        None if codebook is None else with_unit_columns(codebook),
-        None if weight is None else with_unit_columns(weight),
-        _vector(bias),
-        None if noise is None else with_unit_columns(noise),
-        _vector(oracle),
-        None if oracle is None else _vector(oracle_weight),
-        *options,
+    codebook, weight, noise = inputs.codebook, inputs.weight, inputs.noise
+    return inputs._replace(
+        source=with_unit_columns(inputs.source),
+        head_bias=_vector(inputs.head_bias),
+        codebook=None if codebook is None else with_unit_columns(codebook),
+        weight=None if weight is None else with_unit_columns(weight),
+        bias=_vector(inputs.bias),
+        noise=None if noise is None else with_unit_columns(noise),
+        oracle=_vector(inputs.oracle),
+        oracle_weight=None if inputs.oracle is None else _vector(inputs.oracle_weight),
     )
 
 

@@ -31,7 +31,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .contract import ProjectionInputs, ProjectionNeeds, ProjectionOutputs, Statistic, projection_outputs
+from .operators import ProjectionInputs, ProjectionNeeds, ProjectionOutputs, Statistic, projection_outputs
 from .triton_device import (
     HALF_SCALE,
     LOGIT_LOG_SUM,

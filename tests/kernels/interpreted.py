@@ -26,7 +26,7 @@ from planlm.kernels import (
     triton_projection,
     use_backend,
 )
-from planlm.kernels.contract import ProjectionInputs, ProjectionNeeds, ProjectionOutputs, Statistic
+from planlm.kernels.operators import ProjectionInputs, ProjectionNeeds, ProjectionOutputs, Statistic
 
 from .cases import (
     HALVES,
