@@ -192,7 +192,7 @@ def _on_operators(backend: Backend, inputs: ProjectionInputs, selection: str) ->
 def _is_streamed(inputs: ProjectionInputs) -> bool:
     """Whether the streamed form is to run on CUDA: by a rule, or as measured there for sizes like these.
 
-    The rule is one of memory: the library's products are as fast as any (docs/gpu.md).
+    The rule is one of memory: the library's products are as fast as any (docs/kernels.md).
     """
     width = 2 if inputs.codebook is None else inputs.codebook.element_size()
     rule = inputs.source.shape[0] * inputs.num_actions * width >= STREAMED_BYTES

@@ -15,8 +15,9 @@ from .cases import SELECTIONS, gradients, hidden_inputs, leaves, projection_inpu
 
 
 def test_public_names() -> None:
-    names = ["PlanProjection", "StackedPlan", "add_plan", "cross_entropy_", "has_packed_attention"]
-    names += ["packed_attention", "plan_projection", "plan_projection_from_hidden", "use_backend"]
+    names = ["Documents", "PlanProjection", "StackedPlan", "add_plan", "cross_entropy_", "has_packed_attention"]
+    names += ["packed_attention", "plan_projection", "plan_projection_from_hidden", "say_masked", "use_backend"]
+    names += ["varlen_attention", "varlen_documents"]
     assert planlm.kernels.__all__ == names
 
 

@@ -282,7 +282,7 @@ def test_opcheck_projection(kind: str) -> None:
     share = None if kind == "statistics" else options["oracle_weight"]
     torch.library.opcheck(
         torch.ops.planlm.plan_projection.default,
-        (source, head, head_bias, codebook, weight, bias, options["noise"], options["oracle"], share, 0.7, 3),
+        (source, head, head_bias, codebook, weight, bias, options["noise"], options["oracle"], share, 0.7, 3, True),
     )
 
 

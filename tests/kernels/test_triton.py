@@ -14,27 +14,35 @@ import torch
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
 ROOT = Path(__file__).parents[2]
-NAMES = ("interpreted.py", "interpreted_addition.py", "test_cross_entropy.py", "test_grid.py", "test_likely.py")
+RUNS = (
+    ("interpreted.py", ""),
+    ("interpreted_addition.py", ""),
+    ("test_cross_entropy.py", "composed"),  # the loss has one form
+    ("test_grid.py", "composed"),
+    ("test_grid.py", "streamed"),
+    ("test_likely.py", ""),
+)
+"""Files, and which of their tests."""
 
 
-def run(name: str, **variables: str) -> None:
+def run(name: str, form: str, **variables: str) -> None:
     """A file of tests in a process with these environment variables."""
     test = str(Path(__file__).with_name(name))
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", test]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", test, "-k", form]
     done = subprocess.run(command, env={**os.environ, **variables}, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-20000:] + done.stderr[-2000:]
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_in_the_interpreter(name: str) -> None:
-    run(name, TRITON_INTERPRET="1")
+@pytest.mark.parametrize(("name", "form"), RUNS)
+def test_in_the_interpreter(name: str, form: str) -> None:
+    run(name, form, TRITON_INTERPRET="1")
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
-@pytest.mark.parametrize("name", NAMES)
-def test_on_a_gpu(name: str) -> None:
-    run(name, PLANLM_TEST_DEVICE="cuda")
+@pytest.mark.parametrize(("name", "form"), RUNS)
+def test_on_a_gpu(name: str, form: str) -> None:
+    run(name, form, PLANLM_TEST_DEVICE="cuda")
 
 
 def test_the_compile_report_reaches_every_kernel() -> None:
