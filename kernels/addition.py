@@ -82,8 +82,7 @@ class StackedPlan:
         backend = choose("add_plan", projected.device, working_dtype(projected))
         # What is compiled could not trace where gradients are put.
         eager = backend is not None and backend.is_eager
-        gradient = _Gradient(widths, segment_bounds) if eager else None
-        self._layers = [None if gradient is None else _Layer(gradient, index) for index in range(len(widths))]
+        self._gradient = gradient = _Gradient(widths, segment_bounds) if eager else None
         if len(widths) == 1:
             self.plans: tuple[Tensor, ...] = (projected,)
         elif gradient is not None and projected.requires_grad:
@@ -93,27 +92,29 @@ class StackedPlan:
 
     def add(self, layer: int, x: Tensor, segment_ids: Tensor, gate: Tensor | None = None) -> Tensor:
         """`add_plan(x, the layer's plan, segment_ids, gate)`: its arguments, result and errors."""
-        plan, place = self.plans[layer], self._layers[layer]
+        plan = self.plans[layer]
         # Compiled code, the LM's alone perhaps, gets the operator.
-        if place is None or torch.compiler.is_compiling() or torch.float64 in (x.dtype, plan.dtype):
+        if self._gradient is None or torch.compiler.is_compiling() or torch.float64 in (x.dtype, plan.dtype):
             return add_plan(x, plan, segment_ids, gate)
         check_add_plan(x, plan, segment_ids, gate)
         check_segment_ids(segment_ids, plan.shape[0])
-        return place.add(x, plan, segment_ids, gate, place)
+        return self._gradient.add(x, plan, segment_ids, gate, self._gradient, layer)
 
 
 class _Gradient:
     """The gradient of a stacked plan while its columns are filled in, in one backward pass; and all layers' bounds."""
 
     def __init__(self, widths: Sequence[int], bounds: Tensor | None) -> None:
-        self.widths, self.bounds = list(widths), bounds
+        from .triton_addition import AddPlan
+
+        self.widths, self.add, self._bounds = list(widths), AddPlan.apply, bounds
         self.starts = [0, *accumulate(widths)]
         self._matrix: Tensor | None = None
         self._taken: set[int] = set()
         self._found: tuple[Tensor, Tensor] | None = None
 
     def columns(self, layer: int, like: Tensor, dtype: torch.dtype, num_segments: int) -> Tensor | None:
-        """Where the gradient of this layer goes: its columns or, where they are taken, nowhere in particular.
+        """Where the gradient of a layer's plan goes: its columns or, where they are taken, nowhere in particular.
 
         They are when a layer's plan was used twice, or an earlier pass has not reached the split.
         """
@@ -124,10 +125,10 @@ class _Gradient:
         self._taken.add(layer)
         return self._matrix.narrow(1, self.starts[layer], self.widths[layer])
 
-    def bounds_of(self, segment_ids: Tensor, num_segments: int) -> Tensor:
+    def bounds(self, segment_ids: Tensor, num_segments: int) -> Tensor:
         """Bounds of these ids, made once for all layers that share them."""
-        if self.bounds is not None:
-            return self.bounds
+        if self._bounds is not None:
+            return self._bounds
         if self._found is None or self._found[0] is not segment_ids:
             from .triton_addition import segment_bounds
 
@@ -165,20 +166,3 @@ class _Split(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, None]:
         return ctx.gradient.whole(gradients, ctx.num_sentences), None
-
-
-class _Layer:
-    """A layer of a stacked plan: the operation, and what its backward pass asks for."""
-
-    def __init__(self, gradient: _Gradient, index: int) -> None:
-        from .triton_addition import AddPlan
-
-        self._gradient, self._index, self.add = gradient, index, AddPlan.apply
-
-    def columns(self, like: Tensor, dtype: torch.dtype, shape: tuple[int, int]) -> Tensor | None:
-        """Where the gradient of its plan goes, of this dtype and shape; None: nowhere in particular."""
-        return self._gradient.columns(self._index, like, dtype, shape[0])
-
-    def bounds(self, segment_ids: Tensor, num_segments: int) -> Tensor:
-        """Bounds of the ids, which the layers share."""
-        return self._gradient.bounds_of(segment_ids, num_segments)

@@ -57,7 +57,7 @@ class Backend:
         if self.is_eager:
             from .triton_addition import AddPlan
 
-            return AddPlan.apply(x, plan, segment_ids, gate, None)  # type: ignore[no-any-return, no-untyped-call]
+            return AddPlan.apply(x, plan, segment_ids, gate, None, 0)  # type: ignore[no-any-return, no-untyped-call]
         added: Tensor = self.operators.add_plan(x, plan, segment_ids, gate)
         return added
 

@@ -150,35 +150,33 @@ def segment_bounds(segment_ids: Tensor, num_segments: int) -> Tensor:
 class AddPlan(torch.autograd.Function):
     """`add_plan`, differentiable once.
 
-    `layer` says where the plan's gradient goes and which bounds the ids have: see `addition.StackedPlan`.
+    With `stacked` the plan is that of a layer of a `StackedPlan`, whose gradients lie side by side in one matrix.
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, plan: Tensor, segment_ids: Tensor, gate: Tensor | None, layer: Any) -> Tensor:
-        ctx.layer, ctx.num_segments, ctx.dtype = layer, plan.shape[0], plan.dtype
+    def forward(
+        ctx: Any, x: Tensor, plan: Tensor, segment_ids: Tensor, gate: Tensor | None, stacked: Any, layer: int
+    ) -> Tensor:
+        ctx.stacked, ctx.layer, ctx.num_segments, ctx.dtype = stacked, layer, plan.shape[0], plan.dtype
         ctx.save_for_backward(segment_ids, gate, None if gate is None else plan)  # without a gate its memory is let go
         return add_plan(x, plan, segment_ids, gate)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         segment_ids, gate, plan = ctx.saved_tensors
-        to_x, to_plan, _, to_gate, _ = ctx.needs_input_grad
+        to_x, to_plan, _, to_gate, *_ = ctx.needs_input_grad
         again = torch.is_grad_enabled()
         grad_plan = grad_gate = None
         if to_plan or to_gate:
-            layer = ctx.layer
-            if layer is None:
-                bounds = segment_bounds(segment_ids, ctx.num_segments)
-            else:
-                bounds = layer.bounds(segment_ids, ctx.num_segments)
+            stacked, count = ctx.stacked, ctx.num_segments
+            bounds = (segment_bounds if stacked is None else stacked.bounds)(segment_ids, count)
             if to_plan:
-                shape = ctx.num_segments, grad.shape[1]
-                if layer is not None and not again:
-                    grad_plan = layer.columns(grad, ctx.dtype, shape)
+                if stacked is not None and not again:
+                    grad_plan = stacked.columns(ctx.layer, grad, ctx.dtype, count)
                 if grad_plan is None:
-                    grad_plan = grad.new_empty(shape, dtype=ctx.dtype)
+                    grad_plan = grad.new_empty((count, grad.shape[1]), dtype=ctx.dtype)
             grad_gate = sum_segments(grad, segment_ids, bounds, gate, grad_plan, plan if to_gate else None)
-        gradients = grad if to_x else None, grad_plan, None, grad_gate, None
+        gradients = grad if to_x else None, grad_plan, None, grad_gate, None, None
         if not again:
             return gradients
         return tuple(None if value is None else once(value, grad, plan, gate) for value in gradients)
