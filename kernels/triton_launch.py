@@ -290,8 +290,30 @@ def fastest(name: str, sizes: tuple[int, ...], sample: Tensor, options: Sequence
         options (Sequence[T]): the static rule's choice first.
         trial (Callable[[T], object]): one complete run, repeatable.
     """
-    if len(options) == 1 or not may_measure(sample):
+    if len(options) == 1 or not _has_choice(sample):
         return options[0]
+    call = sample.device, name, sizes
+    found: T | None = _found.get(call)
+    if found is None:
+        if torch.cuda.is_current_stream_capturing():  # a graph would hold what is measured
+            return options[0]
+        found = _found[call] = _measured(name, sizes, sample, options, trial)
+    return found
+
+
+_found: dict[tuple[Any, ...], Any] = {}
+"""What `fastest` has answered: with names and sizes in words it would take longer than a launch."""
+
+
+def _has_choice(sample: Tensor) -> bool:
+    """Whether `fastest` measures: on a device, unless the user forbids it."""
+    return _observer is None and _pretended is None and sample.is_cuda and environment.tune()
+
+
+def _measured(
+    name: str, sizes: tuple[int, ...], sample: Tensor, options: Sequence[T], trial: Callable[[T], object]
+) -> T:
+    """The winner of the file, or of a measurement that is then kept there."""
     rounded = "x".join(str(triton.next_power_of_2(size)) for size in sizes)
     key = f"{torch.cuda.get_device_name(sample.device)} | triton {triton.__version__} | {name} | {rounded}"
     winners = _winners()
@@ -302,13 +324,6 @@ def fastest(name: str, sizes: tuple[int, ...], sample: Tensor, options: Sequence
     winners[key] = repr(found)  # replaces what was measured with other tables
     _save(winners)
     return found
-
-
-def may_measure(sample: Tensor) -> bool:
-    """Whether `fastest` measures: on a device, unless launches are recorded for a graph or the user forbids it."""
-    if _observer is not None or _pretended is not None or not sample.is_cuda or not environment.tune():
-        return False
-    return not torch.cuda.is_current_stream_capturing()
 
 
 @cache
