@@ -106,7 +106,7 @@ class ProjectionOutputs(NamedTuple):
         oracle_nll: `[S]`.
         best: the action with the largest score, int64 `[S]`.
         mixture: `[S, A]`. Of the CPU and the streamed form before the oracle's embedding is mixed in; of the composed
-            form after that, in the codebook's dtype.
+            form after that, in the codebook's dtype, and without weight `[S, 0]`: then it is what was projected.
         statistics: `[5, S]`, rows of `Statistic`.
         tie_index: the last action that top-k keeps among those equal to the threshold, int64 `[S]`.
     """
@@ -138,12 +138,13 @@ def projection_outputs(*arguments: Any) -> ProjectionOutputs:
     working = torch.float64 if source.dtype == torch.float64 else torch.float32
     real, whole = source.new_empty(0, dtype=working), source.new_empty(0, dtype=torch.int64)
     result = working if codebook is None else codebook.dtype
+    mixed = inputs.size if inputs.streamed or weight is not None else 0
     return ProjectionOutputs(
         projected=source.new_empty(num_sentences, plan_size, dtype=result),
         log_normalizer=real.new_empty(num_sentences),
         oracle_nll=real.new_empty(num_sentences),
         best=whole.new_empty(num_sentences),
-        mixture=source.new_empty(num_sentences, inputs.size, dtype=working if inputs.streamed else result),
+        mixture=source.new_empty(num_sentences, mixed, dtype=working if inputs.streamed else result),
         statistics=real.new_empty(len(Statistic), num_sentences),
         tie_index=whole.new_empty(num_sentences),
     )

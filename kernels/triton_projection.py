@@ -20,7 +20,7 @@ from torch import Tensor
 
 from . import triton_softmax
 from .operators import ProjectionInputs, ProjectionNeeds, ProjectionOutputs, once, projection_outputs
-from .triton_launch import Tiles, cdiv, choose_tiles, fastest, launch, may_measure, num_processors, with_unit_columns
+from .triton_launch import Tiles, cdiv, choose_tiles, fastest, launch, num_processors, with_unit_columns
 from .triton_mixture import (
     NUM_PARTIALS,
     codebook_bwd_kernel,
@@ -29,7 +29,7 @@ from .triton_mixture import (
     mixture_fwd_kernel,
     sentences_bwd_kernel,
 )
-from .triton_softmax import find_threshold, product_in_float32, products_backward, scores_of
+from .triton_softmax import find_threshold, mixture_backward, product_in_float32, projection_backward, scores_of
 
 OPERATORS = ("plan_projection", "plan_projection_backward")
 """What this backend implements here; `operators` has the schemas."""
@@ -42,7 +42,7 @@ _SENTENCES, _COMBINED = Tiles(4, 256), Tiles(16, 128)
 
 def is_streamed(inputs: ProjectionInputs, rule: bool) -> bool:
     """Whether the streamed form is to run: as measured on this device, elsewhere what the rule says."""
-    if inputs.codebook is None or inputs.source.shape[0] == 0 or rule or not may_measure(inputs.source):
+    if inputs.codebook is None or inputs.source.shape[0] == 0 or rule:
         return rule  # where memory decides there is nothing to measure
     sizes = (len(inputs.source), inputs.num_actions, inputs.size, 0 if inputs.weight is None else len(inputs.weight))
     name = f"plan_projection {'from logits' if inputs.head is None else 'from hidden'} | {inputs.codebook.dtype}"
@@ -182,14 +182,14 @@ def _streamed_backward(
     upstream: Sequence[Tensor | None], inputs: ProjectionInputs, saved: ProjectionOutputs, needs: ProjectionNeeds
 ) -> dict[str, Tensor]:
     """As `triton_softmax.plan_projection_backward`."""
-    mixed = saved.mixture
-    if needs.weight and inputs.weight is not None:
+    grad_mixture = mixture_backward(upstream[0], inputs, needs)
+    mixed = products = None
+    if needs.weight and inputs.weight is not None and upstream[0] is not None:
         mixed = torch.empty_like(saved.mixture, dtype=inputs.weight.dtype)
-        _of_sentences(None, inputs, saved, mixed, False)
-    found, grad_mixture = products_backward(upstream[0], inputs, mixed, needs)
-    products = None
-    if grad_mixture is not None:
-        products = _of_sentences(grad_mixture, inputs, saved, None, needs.oracle_weight)
+    if grad_mixture is not None or mixed is not None:
+        products = _of_sentences(grad_mixture, inputs, saved, mixed, needs.oracle_weight)
+    found = projection_backward(upstream[0], inputs, saved.mixture if mixed is None else mixed, needs)
+    if grad_mixture is not None and products is not None:
         if needs.oracle_weight:
             found["oracle_weight"] = products[2].to(inputs.oracle_weight.dtype)
         if needs.codebook and inputs.codebook is not None:

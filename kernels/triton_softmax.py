@@ -199,9 +199,9 @@ def softmax_bwd_kernel(
 
 def plan_projection(inputs: ProjectionInputs) -> ProjectionOutputs:
     """Forward of `planlm.kernels.plan_projection` (soft selections) and what its backward needs."""
-    outputs = projection_outputs(*inputs)
     if inputs.source.shape[0] == 0:
-        return outputs
+        return projection_outputs(*inputs)
+    outputs = projection_outputs(*inputs._replace(codebook=None, weight=None))  # products bring room of their own
     logits, head_bias = _logits(inputs)
     if inputs.top_k:
         find_threshold(inputs.top_k, outputs, lambda: [(0, scores_of(logits, head_bias, inputs.noise))])
@@ -235,7 +235,8 @@ def plan_projection_backward(
         saved: its outputs, from `best` on.
         needs: which gradients are.
     """
-    found, grad_mixture = products_backward(upstream[0], inputs, saved.mixture, needs)
+    grad_mixture = mixture_backward(upstream[0], inputs, needs)
+    found = projection_backward(upstream[0], inputs, saved.mixture, needs)
     if not needs.scores and grad_mixture is None:
         return found
     logits, head_bias = _logits(inputs)
@@ -278,10 +279,19 @@ def plan_projection_backward(
     return found
 
 
-def products_backward(
+def mixture_backward(grad_projected: Tensor | None, inputs: ProjectionInputs, needs: ProjectionNeeds) -> Tensor | None:
+    """The mixture's gradient `[S, A]` from `grad_projected [S, D]`; None where none comes or nothing below needs it."""
+    if grad_projected is None or inputs.codebook is None or inputs.source.shape[0] == 0:
+        return None
+    if not (needs.scores or needs.codebook or needs.oracle_weight):
+        return None
+    return grad_projected if inputs.weight is None else grad_projected @ inputs.weight
+
+
+def projection_backward(
     grad_projected: Tensor | None, inputs: ProjectionInputs, mixture: Tensor, needs: ProjectionNeeds
-) -> tuple[dict[str, Tensor], Tensor | None]:
-    """Gradients of weight and bias, and `grad_mixture [S, A]` where something below needs it.
+) -> dict[str, Tensor]:
+    """Gradients of weight and bias.
 
     Args:
         grad_projected: `[S, D]`, or None.
@@ -291,14 +301,12 @@ def products_backward(
     """
     found: dict[str, Tensor] = {}
     if grad_projected is None or inputs.codebook is None or inputs.source.shape[0] == 0:
-        return found, None
+        return found
     if needs.bias and inputs.bias is not None:
         found["bias"] = grad_projected.sum(0, dtype=torch.float32).to(inputs.bias.dtype)
     if needs.weight:
         found["weight"] = grad_projected.T @ mixture
-    if not (needs.scores or needs.codebook or needs.oracle_weight):
-        return found, None
-    return found, grad_projected if inputs.weight is None else grad_projected @ inputs.weight
+    return found
 
 
 def _logits(inputs: ProjectionInputs) -> tuple[Tensor, Tensor | None]:

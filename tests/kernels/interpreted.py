@@ -329,18 +329,21 @@ def test_the_same_bits_every_time() -> None:
     assert all(torch.equal(found[name], again[name]) for name in found)
 
 
-@pytest.mark.parametrize("from_hidden", [False, True], ids=["logits", "hidden"])
-def test_opcheck(from_hidden: bool, streamed: bool) -> None:
-    make = hidden_inputs if from_hidden else projection_inputs
+@pytest.mark.parametrize("kind", ["logits", "hidden", "associated"])
+def test_opcheck(kind: str, streamed: bool) -> None:
+    make = hidden_inputs if kind == "hidden" else projection_inputs
     inputs = make(dtype=torch.float32)
     options = projection_options("gumbel", "rows", dtype=torch.float32)
     with use_backend("triton"):
         got = plan_projection(**projection_inputs(dtype=torch.float32), **options)  # defines the operators
     assert got.projected.shape == (5, 4)
-    source, head, head_bias = (*inputs.values(),)[:3] if from_hidden else (inputs["logits"], None, None)
+    source, head, head_bias = (*inputs.values(),)[:3] if kind == "hidden" else (inputs["logits"], None, None)
+    codebook, weight, bias = inputs["codebook"], inputs["weight"], inputs["bias"]
+    if kind == "associated":
+        codebook, weight = torch.randn(7, 4, requires_grad=True), None
     torch.library.opcheck(
         operators().plan_projection.default,
-        (source, head, head_bias, inputs["codebook"], inputs["weight"], inputs["bias"], options["noise"],
+        (source, head, head_bias, codebook, weight, bias, options["noise"],
          options["oracle"], options["oracle_weight"], 0.7, 3, streamed),
     )  # fmt: skip
 
@@ -376,8 +379,7 @@ def test_from_hidden_allocates_nothing_of_the_logits_size(selection: str) -> Non
 LAUNCHES = {
     "composed": ["softmax_fwd_kernel", "softmax_bwd_kernel"],
     "streamed": [
-        "mixture_fwd_kernel", "combine_fwd_kernel", "sentences_bwd_kernel", "sentences_bwd_kernel", "logits_bwd_kernel",
-        "codebook_bwd_kernel",
+        "mixture_fwd_kernel", "combine_fwd_kernel", "sentences_bwd_kernel", "logits_bwd_kernel", "codebook_bwd_kernel",
     ],
 }  # fmt: skip
 
@@ -417,37 +419,40 @@ def test_the_fastest_is_measured_once_for_a_class_of_sizes(
         trial()
         return -trials[-1].rows
 
+    def forget() -> None:
+        triton_launch._winners.cache_clear()
+        triton_launch._found.clear()
+
     def choose(*sizes: int) -> triton_launch.Tiles:
         return triton_launch.fastest("mixture_fwd", sizes, torch.zeros(3), (slow, fast), trials.append)
 
     monkeypatch.setenv("PLANLM_CACHE", str(tmp_path))
-    monkeypatch.setattr(triton_launch, "may_measure", lambda _: False)
+    monkeypatch.setattr(triton_launch, "_has_choice", lambda _: False)
     assert choose(1000, 48) == slow and not trials, "without a device the rule's choice"
-    monkeypatch.setattr(triton_launch, "may_measure", lambda _: True)
+    monkeypatch.setattr(triton_launch, "_has_choice", lambda _: True)
     monkeypatch.setattr(triton_launch.triton.testing, "do_bench", measure)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "a device")
     (tmp_path / "fastest.json").write_text('{"damaged')
-    triton_launch._winners.cache_clear()
+    forget()
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    assert choose(1000, 48) == slow, "nothing is measured into a graph"
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     assert choose(1000, 48) == fast == choose(1000, 40)
     assert trials == [slow, fast]
     assert capsys.readouterr().err.count("\n") == 1
-    triton_launch._winners.cache_clear()
+    forget()
     assert choose(1001, 33) == fast, "from the file"
     assert trials == [slow, fast]
     assert choose(1025, 33) == fast
     assert trials == [slow, fast] * 2
-    triton_launch._winners.cache_clear()
+    forget()
 
 
 def test_nothing_is_measured_without_a_device_or_where_the_user_forbids_it(monkeypatch: pytest.MonkeyPatch) -> None:
     class OnDevice:
         is_cuda = True
 
-    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
-    assert triton_launch.may_measure(OnDevice())
-    assert not triton_launch.may_measure(torch.zeros(1))
+    assert triton_launch._has_choice(OnDevice())
+    assert not triton_launch._has_choice(torch.zeros(1))
     monkeypatch.setenv("PLANLM_TUNE", "0")
-    assert not triton_launch.may_measure(OnDevice())
-    monkeypatch.delenv("PLANLM_TUNE")
-    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
-    assert not triton_launch.may_measure(OnDevice())
+    assert not triton_launch._has_choice(OnDevice())
