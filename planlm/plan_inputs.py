@@ -22,6 +22,12 @@ class Movable:
             made[name] = function(value) if isinstance(value, Tensor) else inner
         return type(self)(**made)
 
+    def tensors(self) -> list[Tensor]:
+        """All tensors, in the order of the fields."""
+        found: list[Tensor] = []
+        self.map(lambda tensor: found.append(tensor) or tensor)  # type: ignore[func-returns-value]
+        return found
+
     def to(self, device: torch.device | str) -> Self:
         """The same on `device`."""
         return self.map(lambda tensor: tensor.to(device))

@@ -35,7 +35,7 @@ class Graphs:
 
     def __call__(self, batch: Movable, more: list[Tensor], state: Hashable) -> Tensor:
         """What `run` returns; `state` is what else it depends on. The next call overwrites it."""
-        inputs = [*_tensors(batch), *more]
+        inputs = [*batch.tensors(), *more]
         key = state, _shape(batch), tuple((one.dtype, one.shape) for one in more)
         if key not in self._known:
             self._known[key] = None
@@ -43,7 +43,7 @@ class Graphs:
         if self._known[key] is None:
             fixed, others = batch.map(torch.clone), [one.clone() for one in more]
             graph = self._capture(lambda: self._run(fixed, others))
-            self._known[key] = [*_tensors(fixed), *others], graph
+            self._known[key] = [*fixed.tensors(), *others], graph
         kept, replay = self._known[key]  # type: ignore[misc]
         torch._foreach_copy_(kept, inputs)
         return replay()
@@ -87,12 +87,6 @@ def check_graph(config: TrainConfig, device: torch.device, num_ranks: int) -> No
     }
     if found := [name for name, is_there in wrong.items() if is_there]:
         raise InputError(f"--graph: cannot capture a step with {', '.join(found)}; leave one of them out")
-
-
-def _tensors(batch: Movable) -> list[Tensor]:
-    found: list[Tensor] = []
-    batch.map(lambda tensor: found.append(tensor) or tensor)  # type: ignore[func-returns-value]
-    return found
 
 
 def _shape(value: Any) -> Hashable:

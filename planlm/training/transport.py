@@ -71,8 +71,7 @@ class Transport:
 
 def packed(batch: Movable, new: Callable[[int], Tensor]) -> Tensor:
     """The tensors of a batch behind each other in one uint8 buffer, which `new` makes of its size in bytes."""
-    tensors: list[Tensor] = []
-    batch.map(lambda tensor: tensors.append(tensor) or tensor)  # type: ignore[func-returns-value]
+    tensors = batch.tensors()
     buffer = new(sum(map(_room, tensors)))
     begin = 0
     for tensor in tensors:
