@@ -18,8 +18,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, OlmoConfig, PretrainedConfig, PreTrainedModel
 
 from benchmarks.operators import Kernel, Pretended, count_update, counted
-from benchmarks.step import ACTION_DIM, MODELS, NUM_ACTIONS, SENTENCE
-from planlm.model.configuration import PlanLMConfig
+from benchmarks.step import ACTION_DIM, MODELS, NUM_ACTIONS, SENTENCE, joint_model
 from planlm.model.families import input_width, output_projections
 from planlm.model.modeling import PlanLMForCausalLM
 from planlm.model.planner import Planner
@@ -197,20 +196,7 @@ def _lm_loss(lm: PreTrainedModel, batch: Batch) -> Tensor:
 
 
 def _planlm(model: Model, batch: Batch, selection: str) -> tuple[nn.Module, Forward]:
-    lm = _lm(model)
-    config = PlanLMConfig(
-        text_config=lm.config,
-        attn_implementation="sdpa",
-        num_actions=NUM_ACTIONS,
-        action_dim=ACTION_DIM,
-        planner_layers=2,
-        planner_heads=6,
-        planner_dropout=0.0,
-        codebook_fingerprint="",
-        conditioned_layers=lm.config.num_hidden_layers - 2,
-        selection=selection,
-    )
-    joint = PlanLMForCausalLM(config, lm=lm)
+    joint = joint_model(_lm(model), selection)
     if selection == "none":
         for part in (joint.planner, joint.adapter):
             assert part is not None

@@ -238,8 +238,8 @@ PROVIDERS: dict[str, Callable[[Case], Step]] = {
 }
 
 
-def _planlm(case: Case, selection: str, documents: int) -> Step:
-    lm = make_lm(case)
+def joint_model(lm: PreTrainedModel, selection: str) -> PlanLMForCausalLM:
+    """The joint model that is measured: all of an LM's layers but two conditioned, a planner of two layers."""
     config = PlanLMConfig(
         text_config=lm.config,
         attn_implementation=lm.config._attn_implementation,
@@ -252,7 +252,11 @@ def _planlm(case: Case, selection: str, documents: int) -> Step:
         conditioned_layers=lm.config.num_hidden_layers - 2,
         selection=selection,
     )
-    model = PlanLMForCausalLM(config, lm=lm)
+    return PlanLMForCausalLM(config, lm=lm)
+
+
+def _planlm(case: Case, selection: str, documents: int) -> Step:
+    model = joint_model(make_lm(case), selection)
     nn.init.normal_(model.codebook, std=ACTION_DIM**-0.5)
     train = TrainConfig(
         corpus="", out="", selection=selection, lm_mode=case.lm, unfreeze_planner_at=0.0, precision=case.precision
