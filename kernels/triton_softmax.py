@@ -326,8 +326,9 @@ def _tiling(logits: Tensor) -> tuple[tuple[int, int, int], Tiles]:
 @cache
 def _tiles_of(num_actions: int) -> Tiles:
     columns = min(4096, triton.next_power_of_2(num_actions))
-    rows = max(1, min(64, 1024 // columns))
-    return Tiles(rows, columns, num_warps=8 if columns * rows > 2048 else 4)
+    rows = max(1, min(16, 1024 // columns))
+    # Eight entries a thread: with sixteen, or with many short rows, sm_120 spills.
+    return Tiles(rows, columns, num_warps=16 if columns == 4096 else 8 if columns == 2048 else 4)
 
 
 def _product(left: Tensor, right: Tensor) -> Tensor:
