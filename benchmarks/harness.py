@@ -207,12 +207,14 @@ def timing(times: Mapping[str, Sequence[float]], name: str) -> dict[str, Any]:
     return {"repetitions": len(times[name]), "over": over, **spread(times[name])}
 
 
-def in_new_process(function: Callable[..., Result], *arguments: object) -> Result:
+def in_new_process(function: Callable[..., Result], *arguments: object, limit: float | None = None) -> Result:
     """What a function of a module returns in a process of its own, where nothing has been allocated before.
+
+    After `limit` seconds the process is killed.
 
     Raises:
         InputError, WrongResultError: the function did.
-        MachineError: the process was killed, as for want of memory, or has printed a traceback.
+        MachineError: the process was killed, as for want of memory, or has printed a traceback, or took too long.
     """
     context = multiprocessing.get_context("spawn")
     receiver, sender = context.Pipe(duplex=False)
@@ -220,6 +222,8 @@ def in_new_process(function: Callable[..., Result], *arguments: object) -> Resul
     process.start()
     sender.close()
     try:
+        if not receiver.poll(limit):
+            raise MachineError(f"the process of that case was killed after {limit:g} s")
         result = receiver.recv()
         process.join(10)  # what it has started itself is put away as it ends
     except EOFError:

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, OlmoConfig, PretrainedConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from benchmarks.operators import Kernel, Pretended, count_update, counted
 from benchmarks.step import ACTION_DIM, MODELS, NUM_ACTIONS, SENTENCE, joint_model
@@ -43,17 +43,12 @@ class Model:
         return self.batch * self.window
 
 
-_OLMO = OlmoConfig(
-    vocab_size=50304, hidden_size=2048, intermediate_size=8192, num_hidden_layers=16, num_attention_heads=16,
-    tie_word_embeddings=True,
-)  # fmt: skip
-
 LMS = {
     model.name: model
     for model in (
         Model("gpt2", MODELS["gpt2"], 16, 1024),
         Model("smollm2", MODELS["smollm2"], 16, 1024),
-        Model("olmo-1b", _OLMO, 4, 2048),
+        Model("olmo-1b", MODELS["olmo-1b"], 4, 2048),
     )
 }
 """GPT-2-small, SmolLM2-135M, OLMo-1B."""

@@ -12,7 +12,7 @@ import sys
 from collections.abc import Sequence
 
 from benchmarks import harness
-from benchmarks.step import MODELS, WINDOWS, Case, planlm_joint
+from benchmarks.step import MODELS, ON_A_CPU, WINDOWS, Case, planlm_joint
 from planlm import speedups
 from planlm.progress import process_memory
 
@@ -24,7 +24,7 @@ def measure(case: Case, off: str) -> tuple[float, float]:
     """Seconds of the faster of two steps after a first, and GB at the peak beyond those before the model was built."""
     speedups.ON.discard(off)
     before = process_memory("VmRSS") or 0
-    step = planlm_joint(case, DOCUMENTS)
+    step = planlm_joint(case)
     times = [harness.timed(step, harness.CPU)[0] for _ in range(3)]
     return min(times[1:]), ((process_memory("VmHWM") or 0) - before) / 1e9
 
@@ -33,13 +33,14 @@ def measure(case: Case, off: str) -> tuple[float, float]:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status: 0, 2 (bad usage)."""
     parser = harness.parser_of("speedups", __doc__)
-    for flag, known in (("models", MODELS), ("windows", WINDOWS), ("lm", ("full", "freeze"))):
-        harness.add_names(parser, flag, known)
+    harness.add_names(parser, "models", MODELS, default=ON_A_CPU)
+    harness.add_names(parser, "windows", WINDOWS)
+    harness.add_names(parser, "lm", ("full", "freeze"))
     harness.add_number(parser, "processes", 3, 1, "of each setting; medians of them count")
     options = parser.parse_args(arguments)
     print("| case | piece | step, off : on | memory, off : on |\n|---|---|---|---|")
     for model, window, lm in itertools.product(options.models, options.windows, options.lm):
-        case = Case(model, *WINDOWS[window], "bf16", lm)
+        case = Case(model, *WINDOWS[window], "bf16", lm, documents=DOCUMENTS)
         pieces = [piece for piece in speedups.PIECES if piece != "activation" or model == "gpt2"]
         found: dict[str, list[tuple[float, float]]] = {off: [] for off in ("nothing", *pieces)}
         for off in list(found) * options.processes:

@@ -18,7 +18,16 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, BertConfig, BertModel, GPT2Config, LlamaConfig, PreTrainedModel
+from transformers import (
+    AutoModelForCausalLM,
+    BertConfig,
+    BertModel,
+    GPT2Config,
+    LlamaConfig,
+    OlmoConfig,
+    PretrainedConfig,
+    PreTrainedModel,
+)
 
 from benchmarks import harness
 from planlm.config import TrainConfig
@@ -47,7 +56,7 @@ NUM_ACTIONS, ACTION_DIM, SENTENCE = 1024, 384, 21
 AUTHORS_CONTEXT, AUTHORS_BATCH = 128, 256
 """Tokens that the authors' planner sees before a sentence, and sentences that they encode at a time."""
 
-MODELS = {
+MODELS: dict[str, PretrainedConfig] = {
     "gpt2": GPT2Config(resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0),
     "smollm2": LlamaConfig(
         vocab_size=49152,
@@ -59,11 +68,22 @@ MODELS = {
         max_position_embeddings=8192,
         tie_word_embeddings=True,
     ),
+    "olmo-1b": OlmoConfig(
+        vocab_size=50304,
+        hidden_size=2048,
+        intermediate_size=8192,
+        num_hidden_layers=16,
+        num_attention_heads=16,
+        tie_word_embeddings=True,
+    ),
 }
-"""GPT-2-small without dropout, as `planlm train` has it by default; SmolLM2-135M."""
+"""GPT-2-small without dropout, as `planlm train` has it by default; SmolLM2-135M; OLMo-1B."""
 
-Step = Callable[[], float]
-"""One training step; returns the loss."""
+ON_A_CPU = ("gpt2", "smollm2")
+"""Models whose steps are measured on a CPU, by default."""
+
+Step = Callable[[], object]
+"""One training step; returns the loss, on a GPU a tensor there, for which nobody has waited."""
 
 
 @dataclass(frozen=True)
@@ -75,6 +95,8 @@ class Case:
     batch_size: int  # B
     dtype: str  # "float32", or "bf16": autocast over float32 weights
     lm: str  # "full" or "freeze"
+    device: str = "cpu"
+    documents: int = 1  # side by side in each sequence
 
     @property
     def precision(self) -> str:
@@ -93,6 +115,7 @@ class StepRow(harness.Row):
     window: int
     batch_size: int
     lm: str
+    documents: int = 1
     rate: float  # FLOP/s of large matrix products on this machine
 
     @property
@@ -106,8 +129,9 @@ class StepRow(harness.Row):
         return self.flops / self.median / self.rate
 
 
-def make_batch(case: Case, documents: int = 1) -> PlanBatch:
+def make_batch(case: Case) -> PlanBatch:
     """Sequences of as many documents each, without padding."""
+    documents = case.documents
     random = torch.Generator().manual_seed(0)
     vocabulary, shape = MODELS[case.model].vocab_size, (case.batch_size, case.window)
     sentences = -(-case.window // SENTENCE)  # of a sequence
@@ -136,13 +160,14 @@ def make_batch(case: Case, documents: int = 1) -> PlanBatch:
         documents=sequences[:, None].expand(shape),
         cu_seqlens=cu_seqlens,
         longest=longest,
-    )
+    ).to(case.device)
 
 
 def make_lm(case: Case) -> PreTrainedModel:
     """The case's LM with random weights, frozen where it is."""
     torch.manual_seed(0)
-    lm: PreTrainedModel = AutoModelForCausalLM.from_config(MODELS[case.model])
+    with torch.device(case.device):
+        lm: PreTrainedModel = AutoModelForCausalLM.from_config(MODELS[case.model])
     return lm.train().requires_grad_(case.lm == "full")
 
 
@@ -155,15 +180,17 @@ def trainer_plain(case: Case) -> Step:
 def eager_joint(case: Case) -> Step:
     """The method in eager PyTorch as well as it goes: planned once a sentence, one projection, a gather a layer."""
     lm, batch = make_lm(case), make_batch(case)
-    planner = Planner(ACTION_DIM, NUM_ACTIONS, layers=2, heads=6, dropout=0.0)
-    codebook = nn.Parameter(torch.randn(NUM_ACTIONS, ACTION_DIM) * ACTION_DIM**-0.5)
     plans: list[Tensor] = []
     ids = batch.plan.segment_ids.flatten()
     widths = _condition(lm, lambda layer: plans[layer].index_select(0, ids))
-    adapter = nn.Linear(ACTION_DIM, sum(widths))
+    with torch.device(case.device):
+        planner = Planner(ACTION_DIM, NUM_ACTIONS, layers=2, heads=6, dropout=0.0)
+        codebook = nn.Parameter(torch.randn(NUM_ACTIONS, ACTION_DIM) * ACTION_DIM**-0.5)
+        adapter = nn.Linear(ACTION_DIM, sum(widths))
 
     def loss() -> Tensor:
-        states = planner(batch.plan.sentence_embeddings)[batch.plan.segment_rows.unbind(1)]
+        sentence_positions = batch.plan.sentence_positions if case.documents > 1 else None
+        states = planner(batch.plan.sentence_embeddings, sentence_positions)[batch.plan.segment_rows.unbind(1)]
         plan = adapter(planner.head(states).softmax(dim=-1).to(states.dtype) @ codebook)  # [S, D]
         plans[:] = plan.split(widths, dim=1)
         return _lm_loss(lm, batch)
@@ -218,12 +245,17 @@ def authors_joint(case: Case) -> Step:
 
 def planlm_plain(case: Case) -> Step:
     """`planlm train --selection none`."""
-    return _planlm(case, "none", documents=1)
+    return _planlm(case, "none")
 
 
-def planlm_joint(case: Case, documents: int = 1) -> Step:
+def planlm_joint(case: Case) -> Step:
     """`planlm train`, planner and codebook training."""
-    return _planlm(case, "soft", documents)
+    return _planlm(case, "soft")
+
+
+def planlm_graph(case: Case) -> Step:
+    """`planlm train --graph`."""
+    return _planlm(case, "soft", graph=True)
 
 
 PLAIN = ("trainer plain", "planlm plain")
@@ -255,19 +287,22 @@ def joint_model(lm: PreTrainedModel, selection: str) -> PlanLMForCausalLM:
     return PlanLMForCausalLM(config, lm=lm)
 
 
-def _planlm(case: Case, selection: str, documents: int) -> Step:
-    model = joint_model(make_lm(case), selection)
+def _planlm(case: Case, selection: str, graph: bool = False) -> Step:
+    lm = make_lm(case)
+    with torch.device(case.device):
+        model = joint_model(lm, selection)
     nn.init.normal_(model.codebook, std=ACTION_DIM**-0.5)
     train = TrainConfig(
-        corpus="", out="", selection=selection, lm_mode=case.lm, unfreeze_planner_at=0.0, precision=case.precision
-    )
+        corpus="", out="", selection=selection, lm_mode=case.lm, unfreeze_planner_at=0.0, precision=case.precision,
+        graph=graph,
+    )  # fmt: skip
     groups = trainable_groups(model, train, steps=1)
     parallel = Parallel(model)
     objective = Objective(parallel, train, steps=1)
     for group in groups:
         for parameter in group.parameters.values():
             parameter.requires_grad_(True)
-    batch = make_batch(case, documents)
+    batch = make_batch(case)
     task = Task(
         model=parallel,
         groups=groups,
@@ -275,6 +310,7 @@ def _planlm(case: Case, selection: str, documents: int) -> Step:
         accumulate=1,
         steps=1,
         backward=objective.backward,
+        keeps_gradients=graph,
     )
     optimizer = make_optimizer(groups, 0.0)
     return lambda: update(task, optimizer, 0, [batch], train)[0]["loss"]
@@ -293,7 +329,11 @@ def _condition(lm: PreTrainedModel, plan_of: Callable[[int], Tensor]) -> list[in
 
 
 def _lm_loss(lm: PreTrainedModel, batch: PlanBatch) -> Tensor:
-    loss: Tensor = lm(batch.input_ids, labels=batch.input_ids, shift_labels=batch.labels, use_cache=False).loss
+    """transformers', which finds documents in a sequence by their positions and sees them through a mask."""
+    positions = batch.position_ids if len(batch.cu_seqlens) > 1 + len(batch.input_ids) else None  # type: ignore[arg-type]
+    loss: Tensor = lm(
+        batch.input_ids, position_ids=positions, labels=batch.input_ids, shift_labels=batch.labels, use_cache=False
+    ).loss
     return loss
 
 
@@ -302,14 +342,16 @@ def _eager_step(case: Case, loss: Callable[[], Tensor], parameters: Iterable[nn.
     trained = [parameter for parameter in parameters if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-5, fused=True)
 
-    def step() -> float:
-        with autocast(case.precision, harness.CPU):
+    device = torch.device(case.device)
+
+    def step() -> Tensor:
+        with autocast(case.precision, device):
             value = loss()
         value.backward()
         nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        return value.item()
+        return value.detach()
 
     return step
 
@@ -319,8 +361,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status: 0, 2 (bad usage)."""
     parser = harness.parser_of("step", __doc__)
     harness.add_flags(parser, PROVIDERS, repetitions=5)
-    for flag, known in (("models", MODELS), ("windows", WINDOWS), ("lm", ("full", "freeze"))):
-        harness.add_names(parser, flag, known)
+    harness.add_names(parser, "models", MODELS, default=ON_A_CPU)
+    harness.add_names(parser, "windows", WINDOWS)
+    harness.add_names(parser, "lm", ("full", "freeze"))
     text = "keep: glibc's malloc keeps freed memory"
     parser.add_argument("--malloc", choices=("default", "keep"), default="default", help=text)
     parser.add_argument("--no-memory", action="store_true", help="leave out the runs that measure peak memory")

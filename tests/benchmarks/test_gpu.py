@@ -1,0 +1,120 @@
+"""The first hour on a GPU, on a CPU that stands in for one: every stage measures, and the page shows it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import GPT2Config
+
+from benchmarks import gpu, gpu_page, gpu_path, gpu_stages, harness, step
+from benchmarks.block import SHAPES, Shape
+from planlm.errors import MachineError
+
+TINY = GPT2Config(n_layer=3, n_embd=32, n_head=2, vocab_size=96, resid_pdrop=0, embd_pdrop=0, attn_pdrop=0)
+
+
+@pytest.fixture
+def _cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What CUDA alone has does nothing."""
+    monkeypatch.setattr(gpu_stages, "cuda", lambda: torch.device("cpu"))
+    for name in ("synchronize", "empty_cache", "reset_peak_memory_stats", "set_sync_debug_mode"):
+        monkeypatch.setattr(torch.cuda, name, lambda *_: None)
+    for name in ("memory_allocated", "max_memory_allocated"):
+        monkeypatch.setattr(torch.cuda, name, lambda *_: 7_000_000_000)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: "a device")
+    monkeypatch.setattr(gpu_stages, "graph_of", lambda run: run)
+    kernels = [{"name": "a kernel", "launches": 3, "seconds": 2e-6}]
+    monkeypatch.setattr(gpu_stages, "kernels_of", lambda run, most=None: run() and kernels)
+
+
+@pytest.mark.usefixtures("_cpu")
+def test_blocks_and_losses(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(SHAPES, "tiny", Shape("tiny", 9, 11, 8, 2, 6, 40))
+    monkeypatch.setattr(gpu_stages.importlib.util, "find_spec", lambda name: None)  # Liger needs the device
+    monkeypatch.setattr(gpu_stages, "LOSS_ROWS", 4)
+    monkeypatch.setattr(gpu_stages, "LOSS_WIDTHS", (11,))
+    budget = harness.Budget(3, seconds=1.0)
+    names = ["strong eager", "composed", "streamed", "planlm"]
+    found = {
+        "blocks": gpu_stages.block_cases(["tiny"], ["bf16", "float32"], names, budget),
+        "losses": gpu_stages.losses(budget),
+    }
+    assert not list(gpu_page.failures(found))
+    for dtype in ("bf16", "float32"):
+        rows = found["blocks"]["cases"][f"tiny {dtype}"]["providers"]
+        assert list(rows) == names
+        assert all(row["eager"]["median"] > 0 and row["graph"]["median"] > 0 for row in rows.values())
+    assert found["losses"]["11"]["error of gradient"] < 0.05
+    printed = gpu_page.page(json.loads(json.dumps(found)))
+    assert "Block tiny bf16" in printed and "11 columns, planlm" in printed and "Nothing failed." in printed
+
+
+@pytest.mark.usefixtures("_cpu")
+def test_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(step.MODELS, "tiny", TINY)
+    monkeypatch.setitem(gpu_stages.STEPS, "tiny", (84, 2))
+    found = {
+        "steps, tiny": gpu_stages.steps("tiny", ["trainer plain", "eager joint", "planlm plain", "planlm joint"], 2)
+    }
+    assert not list(gpu_page.failures(found))
+    rows = found["steps, tiny"]
+    assert rows["tokens"] == 168
+    assert rows["planlm plain"]["losses"][0] == pytest.approx(rows["trainer plain"]["losses"][0], rel=2e-2)
+    assert rows["planlm joint"]["losses"][1] < rows["planlm joint"]["losses"][0]
+    printed = gpu_page.page(json.loads(json.dumps(found)))
+    assert "Training step of tiny" in printed and "eager joint" in printed
+
+
+@pytest.mark.usefixtures("_cpu")
+def test_what_fails_in_one_case_is_shown_and_the_next_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(case: step.Case) -> step.Step:
+        raise RuntimeError("the device\nsays no")
+
+    monkeypatch.setitem(step.MODELS, "tiny", TINY)
+    monkeypatch.setitem(gpu_stages.STEPS, "tiny", (42, 2))
+    monkeypatch.setitem(gpu_stages.STEP_PROVIDERS, "eager joint", broken)
+    found = {"steps, tiny": gpu_stages.steps("tiny", ["eager joint", "planlm joint"], 2), "path": {"error": "lost"}}
+    assert list(gpu_page.failures(found)) == [
+        ("steps, tiny, eager joint", "RuntimeError: the device says no"),
+        ("path", "lost"),
+    ]
+    printed = gpu_page.page(found)
+    assert "FAILED  steps, tiny, eager joint: RuntimeError: the device says no" in printed
+    assert found["steps, tiny"]["planlm joint"]["seconds"]["median"] > 0
+
+
+def test_without_a_device_it_says_so(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert gpu.main([]) == 2
+    assert capsys.readouterr().err.startswith("error: no CUDA device")
+
+
+def test_a_stage_that_hangs_or_is_killed_does_not_end_the_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+
+    def in_new_process(run: Any, limit: float) -> Any:
+        if run is gpu.tests:
+            raise MachineError(f"the process of that case was killed after {limit:g} s")
+        return {"tokens": 1, "flops": 1.0}
+
+    monkeypatch.setattr(harness, "in_new_process", in_new_process)
+    assert gpu.main([f"--out={tmp_path / 'out'}", "--stages=tests,steps", "--lms=gpt2", "--limit=3"]) == 1
+    found = json.loads((tmp_path / "out" / "gpu.json").read_text())
+    assert found["tests"]["error"].endswith("killed after 3 s") and found["steps, gpt2"]["tokens"] == 1
+    assert (tmp_path / "out" / "gpu.txt").read_text() == capsys.readouterr().out.rstrip("\n") + "\n"
+
+
+def test_a_process_that_takes_too_long_is_killed() -> None:
+    with pytest.raises(MachineError, match=r"killed after 0\.5 s"):
+        harness.in_new_process(__import__("time").sleep, 60, limit=0.5)
+
+
+def test_the_path_shows_what_a_command_says_when_it_fails(tmp_path: Path) -> None:
+    with pytest.raises(gpu_path.CommandError, match="status 2: "):
+        gpu_path._command(tmp_path, "train --corpus nothing --out run --lm none")

@@ -1,0 +1,71 @@
+"""Training on a CUDA device: steps that wait for nothing, graphs of them, batches on their way."""
+
+from __future__ import annotations
+
+import json
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from planlm.config import TrainConfig
+from planlm.corpus.batches import PlanLoader
+from planlm.corpus.store import PreparedCorpus
+from planlm.training.loop import update
+from planlm.training.prefetch import Prefetch
+from planlm.training.train import train
+from planlm.training.transport import Transport
+
+from .test_waits import WAYS, prepared
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device"),
+]
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp32"])
+@pytest.mark.parametrize("way", WAYS)
+def test_a_step_waits_for_nothing(way: str, precision: str, planted: dict[str, str], tmp_path: Path) -> None:
+    """By CUDA's own word, in the second step: the first compiles, and asks the device what it is."""
+    task, optimizer, batches, config = prepared(planted, tmp_path, "cuda", {"precision": precision} | WAYS[way])
+    update(task, optimizer, 0, batches, config)
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        figures, skipped = update(task, optimizer, 1, batches, config)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert float(skipped) == 0 and float(figures["loss"]) > 0
+
+
+@pytest.mark.parametrize("changes", [{}, {"oracle_mix": "0.8:0"}, {"oracle_mix": "0.8:0", "oracle_mode": "convex"}])
+def test_steps_in_graphs_are_those_without(changes: dict[str, Any], planted: dict[str, str], tmp_path: Path) -> None:
+    found = []
+    for graph in (False, True):
+        out = tmp_path / str(graph)
+        train(
+            TrainConfig(
+                corpus=planted["corpus"], lm=planted["lm"], out=str(out), window=16, batch_size=4, steps=12,
+                accumulate=2, log_every=1, precision="fp32", planner_loss=0.1, lm_mode="full", unfreeze_planner_at=0.5,
+                graph=graph, **changes,
+            )
+        )  # fmt: skip
+        lines = map(json.loads, (out / "metrics.jsonl").read_text().splitlines())
+        found.append([[line[name] for name in ("loss", "planner_loss", "tokens")] for line in lines])
+    torch.testing.assert_close(torch.tensor(found[1]), torch.tensor(found[0]), rtol=1e-4, atol=1e-5)
+
+
+def test_batches_arrive_as_they_were_made(planted: dict[str, str]) -> None:
+    split = PreparedCorpus.load(planted["corpus"]).split("train")
+    loader = PlanLoader(split, window=16, batch_size=3, pack=True, with_others=True)
+    made = list(islice(loader, 6))
+    with Prefetch(loader, 2, Transport(torch.device("cuda", 0))) as arrived:
+        for batch in made:
+            there = next(arrived)
+            torch.cuda._sleep(10_000_000)  # the next copies are made while this one is still to be used
+            doubled = [2 * tensor for tensor in there.tensors()]
+            for one, other in zip(doubled, batch.tensors(), strict=True):
+                assert one.is_cuda and torch.equal(one.cpu(), 2 * other)
