@@ -70,9 +70,12 @@ def _jobs(options: Any) -> dict[str, Callable[[], Result]]:
         "tests": tests,
         "path": gpu_path.path,
         "losses": functools.partial(gpu_stages.losses, budget),
-        "blocks": functools.partial(gpu_stages.block_cases, options.shapes, options.dtypes, options.blocks, budget),
     }
     chosen = {name: job for name, job in jobs.items() if name in options.stages}
+    if "blocks" in options.stages:
+        for dtype in options.dtypes:
+            job = functools.partial(gpu_stages.block_cases, options.shapes, dtype, options.blocks, budget)
+            chosen[f"blocks, {dtype}"] = job
     if "steps" in options.stages:
         for lm in options.lms:
             chosen[f"steps, {lm}"] = functools.partial(gpu_stages.steps, lm, options.steps, gpu_stages.ROUNDS)

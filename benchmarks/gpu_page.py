@@ -16,8 +16,8 @@ def page(found: Found) -> str:
     parts += [_tests(found["tests"])] if "tests" in found else []
     parts += [_path(found["path"])] if "path" in found else []
     parts += [_losses(found["losses"])] if "losses" in found else []
-    if "blocks" in found:
-        parts += [_block(name, case) for name, case in found["blocks"].get("cases", {}).items()]
+    for name in [name for name in found if name.startswith("blocks, ")]:
+        parts += [_block(case, measured) for case, measured in found[name].get("cases", {}).items()]
     rate = found.get("machine", {}).get("products", {}).get("bf16")
     parts += [_steps(name, stage, rate) for name, stage in found.items() if name.startswith("steps, ")]
     failed = [f"FAILED  {where}: {error}" for where, error in failures(found)]

@@ -66,7 +66,8 @@ def path() -> Result:
             "train, again": partial(_again, folder),
             "train, killed": partial(_killed, folder),
             "train --graph": partial(_graph, folder),
-            "evaluate": partial(_command, folder, "evaluate whole --corpus corpus --plans none,fixed,hard,soft"),
+            "evaluate": partial(_command, folder, "evaluate whole --corpus corpus --max-documents 10 "
+                                "--plans none,fixed,hard,soft"),
             "generate": partial(_command, folder, "generate whole --prompt Words. --max-new-tokens 64 --json"),
             "generation": partial(generation, folder / "whole"),
         }  # fmt: skip

@@ -191,13 +191,9 @@ def _loss(width: int, budget: harness.Budget) -> Result:
 # Blocks
 
 
-def block_cases(shapes: Sequence[str], dtypes: Sequence[str], names: Sequence[str], budget: harness.Budget) -> Result:
+def block_cases(shapes: Sequence[str], dtype: str, names: Sequence[str], budget: harness.Budget) -> Result:
     """Every block with a graph and without, kernel by kernel; and what was measured to choose by."""
-    cases = {
-        f"{shape} {dtype}": guarded(functools.partial(_block, shape, dtype, names, budget))
-        for dtype in dtypes
-        for shape in shapes
-    }
+    cases = {f"{shape} {dtype}": guarded(functools.partial(_block, shape, dtype, names, budget)) for shape in shapes}
     path = environment.cache() / "fastest.json"
     return {"cases": cases, "fastest": json.loads(path.read_text()) if path.is_file() else {}}
 

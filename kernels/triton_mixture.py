@@ -3,7 +3,8 @@
     mixture_fwd:   online softmax over a split of the actions: its largest score, its sum, its mean of the codebook
     combine_fwd:   the splits weighed together; the mixture with the oracle's embedding in it; statistics
     sentences_bwd: of each sentence the products of grad_mixture, dM, with the mixture, with the likeliest action's
-                   embedding less the mixture and with the oracle's less the mixture
+                   embedding less the mixture (0 where that action has all of the probability: the mixture, of tf32
+                   products, is its embedding but for 1e-7) and with the oracle's less the mixture
     logits_bwd:    grad_scores = p ((1 - w) (dM codebook^T - dM . mixture) + grad_log_normalizer) / temperature, of the
                    likeliest action with dM . (its embedding - mixture): where it has nearly all of the probability the
                    difference of the two products, numbers in the thousands, would be their rounding
@@ -247,7 +248,7 @@ def _store_statistics(
 
 @triton.jit
 def sentences_bwd_kernel(
-    grad_mixture, mixture, codebook, oracle, oracle_weight, best, out_mixed, out_products,
+    grad_mixture, mixture, codebook, oracle, oracle_weight, statistics, best, out_mixed, out_products,
     num_sentences, num_actions, size, grad_mixture_stride, codebook_stride,
     TO_ORACLE_WEIGHT: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
@@ -272,6 +273,8 @@ def sentences_bwd_kernel(
         if out_mixed is not None:
             mixed = _mixed(mean, codebook, Oracle(oracle, oracle_weight), sentences, features, num_sentences)
             store_tile(mixed, Matrix(out_mixed, size, num_sentences, size), sentences[:, None], features[None, :])
+    log_sum = tl.load(statistics + SCORE_LOG_SUM * num_sentences + sentences, mask=inside, other=0.0)
+    of_best = tl.where(log_sum == 0, 0.0, of_best)
     tl.store(out_products + sentences, of_mixture, mask=inside)
     tl.store(out_products + num_sentences + sentences, of_best, mask=inside)
     tl.store(out_products + 2 * num_sentences + sentences, tl.where(action >= 0, of_oracle, 0.0), mask=inside)

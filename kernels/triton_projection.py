@@ -241,8 +241,8 @@ def _of_sentences(
     launch(
         sentences_bwd_kernel, (cdiv(len(saved.mixture), tiles.rows), 1, 1), tiles, grad_mixture=grad_mixture,
         mixture=saved.mixture, codebook=inputs.codebook, oracle=inputs.oracle, oracle_weight=inputs.oracle_weight,
-        best=saved.best, out_mixed=mixed, out_products=products, num_sentences=len(saved.mixture),
-        num_actions=inputs.num_actions, size=inputs.size, TO_ORACLE_WEIGHT=weigh,
+        statistics=saved.statistics, best=saved.best, out_mixed=mixed, out_products=products,
+        num_sentences=len(saved.mixture), num_actions=inputs.num_actions, size=inputs.size, TO_ORACLE_WEIGHT=weigh,
     )  # fmt: skip
     return products
 

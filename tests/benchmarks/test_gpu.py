@@ -40,12 +40,13 @@ def test_blocks_and_losses(monkeypatch: pytest.MonkeyPatch) -> None:
     budget = harness.Budget(3, seconds=1.0)
     names = ["strong eager", "composed", "streamed", "planlm"]
     found = {
-        "blocks": gpu_stages.block_cases(["tiny"], ["bf16", "float32"], names, budget),
+        "blocks, bf16": gpu_stages.block_cases(["tiny"], "bf16", names, budget),
+        "blocks, float32": gpu_stages.block_cases(["tiny"], "float32", names, budget),
         "losses": gpu_stages.losses(budget),
     }
     assert not list(gpu_page.failures(found))
     for dtype in ("bf16", "float32"):
-        rows = found["blocks"]["cases"][f"tiny {dtype}"]["providers"]
+        rows = found[f"blocks, {dtype}"]["cases"][f"tiny {dtype}"]["providers"]
         assert list(rows) == names
         assert all(row["eager"]["median"] > 0 and row["graph"]["median"] > 0 for row in rows.values())
     assert found["losses"]["11"]["error of gradient"] < 0.05

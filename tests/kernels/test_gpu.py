@@ -81,6 +81,9 @@ def test_a_block_in_a_side_stream_waits_for_nothing_but_its_own(block: Block) ->
     want = [tensor.clone() for tensor in run(block)]
     torch.cuda.synchronize()
     side = torch.cuda.Stream()
+    with torch.cuda.stream(side):  # takes its memory from the device, which may wait
+        run(block)
+    torch.cuda.synchronize()
     torch.cuda._sleep(1_000_000_000)  # half a second in the default stream
     with torch.cuda.stream(side):
         got = run(block)

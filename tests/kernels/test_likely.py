@@ -39,7 +39,8 @@ def test_likely_actions_have_the_gradient_of_float64() -> None:
 @pytest.mark.parametrize("oracle_weight", [0.0, 0.4])
 def test_certain_actions_pass_nothing_to_the_planner(oracle_weight: float) -> None:
     """The same from hidden states; the oracle has a weight, noise has its part."""
-    hidden, head = torch.randn(6, 32), torch.randn(90, 32) * 3000
+    drawn = [torch.randn(6, 32, device="cpu"), torch.randn(90, 32, device="cpu") * 3000]  # the same on every device
+    hidden, head = (tensor.to(torch.get_default_device()) for tensor in drawn)
     codebook, weight = torch.randn(90, 64), torch.randn(1024, 64)
     oracle, noise, upstream = torch.arange(6), torch.randn(6, 90), torch.randn(6, 1024)
     leaves = [hidden.requires_grad_(), head.requires_grad_(), noise.requires_grad_()]

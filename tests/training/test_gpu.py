@@ -60,9 +60,12 @@ def test_steps_in_graphs_are_those_without(changes: dict[str, Any], planted: dic
 
 def test_batches_arrive_as_they_were_made(planted: dict[str, str]) -> None:
     split = PreparedCorpus.load(planted["corpus"]).split("train")
-    loader = PlanLoader(split, window=16, batch_size=3, pack=True, with_others=True)
-    made = list(islice(loader, 6))
-    with Prefetch(loader, 2, Transport(torch.device("cuda", 0))) as arrived:
+
+    def loader() -> PlanLoader:
+        return PlanLoader(split, window=16, batch_size=3, pack=True, with_others=True)
+
+    made = list(islice(loader(), 6))
+    with Prefetch(loader(), 2, Transport(torch.device("cuda", 0))) as arrived:
         for batch in made:
             there = next(arrived)
             torch.cuda._sleep(10_000_000)  # the next copies are made while this one is still to be used
