@@ -38,7 +38,7 @@ STEPS, CHECKPOINT_EVERY = 20, 5
 
 TRAIN = (
     "--lm lm --planner planner --selection soft --lm-mode full --unfreeze-planner-at 0 --window 1024 --batch-size 8 "
-    f"--steps {STEPS} --checkpoint-every {CHECKPOINT_EVERY} --log-every 1"
+    f"--graph off --steps {STEPS} --checkpoint-every {CHECKPOINT_EVERY} --log-every 1"
 ).split()
 
 NEW_TOKENS, PROMPTS = 256, (1, 8)
@@ -65,7 +65,7 @@ def path() -> Result:
             "train": partial(_command, folder, "train --corpus corpus --out whole", TRAIN),
             "train, again": partial(_again, folder),
             "train, killed": partial(_killed, folder),
-            "train --graph": partial(_graph, folder),
+            "train --graph on": partial(_graph, folder),
             "evaluate": partial(_command, folder, "evaluate whole --corpus corpus --max-documents 10 "
                                 "--plans none,fixed,hard,soft"),
             "generate": partial(_command, folder, "generate whole --prompt Words. --max-new-tokens 64 --json"),
@@ -143,7 +143,7 @@ def _killed(folder: Path) -> Result:
 
 
 def _graph(folder: Path) -> Result:
-    done = _command(folder, "train --corpus corpus --out graph --graph", TRAIN)
+    done = _command(folder, "train --corpus corpus --out graph", [*TRAIN, "--graph", "on"])
     return done | compared(folder / "whole", folder / "graph")
 
 

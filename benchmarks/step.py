@@ -254,7 +254,7 @@ def planlm_joint(case: Case) -> Step:
 
 
 def planlm_graph(case: Case) -> Step:
-    """`planlm train --graph`."""
+    """`planlm train` with CUDA graphs."""
     return _planlm(case, "soft", graph=True)
 
 
@@ -293,12 +293,11 @@ def _planlm(case: Case, selection: str, graph: bool = False) -> Step:
         model = joint_model(lm, selection)
     nn.init.normal_(model.codebook, std=ACTION_DIM**-0.5)
     train = TrainConfig(
-        corpus="", out="", selection=selection, lm_mode=case.lm, unfreeze_planner_at=0.0, precision=case.precision,
-        graph=graph,
-    )  # fmt: skip
+        corpus="", out="", selection=selection, lm_mode=case.lm, unfreeze_planner_at=0.0, precision=case.precision
+    )
     groups = trainable_groups(model, train, steps=1)
     parallel = Parallel(model)
-    objective = Objective(parallel, train, steps=1)
+    objective = Objective(parallel, train, steps=1, graphs=graph)
     for group in groups:
         for parameter in group.parameters.values():
             parameter.requires_grad_(True)

@@ -294,10 +294,11 @@ class TrainConfig(LoopConfig):
         choices=("chunked", "liger"),
     )
     compile: bool = option(False, "compile the LM with torch.compile: the first steps take minutes")
-    graph: bool = option(
-        False,
-        "on CUDA: capture forward and backward once for each shape of batch and replay them, for LMs so small that the "
-        "host cannot keep up; not tried on a device yet",
+    graph: str = option(
+        "auto",
+        "on CUDA: capture forward and backward once for each shape of batch and replay them, so that no host has to "
+        "keep up; auto: where that can be done, in one process without --compile, --checkpoint-activations and liger",
+        choices=("auto", "on", "off"),
     )
     checkpoint_activations: bool = option(
         False, "keep only each layer's input for the backward pass and compute the rest again: less memory, more time"

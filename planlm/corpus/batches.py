@@ -20,7 +20,7 @@ from torch import Tensor
 
 from planlm.corpus.layout import Layout
 from planlm.corpus.mapped import MappedFiles
-from planlm.corpus.offsets import document_offsets, few_sizes, segment_bounds
+from planlm.corpus.offsets import ALIKE, document_offsets, few_sizes, segment_bounds
 from planlm.corpus.packing import fill, packs
 from planlm.corpus.writing import joined
 from planlm.errors import InputError
@@ -272,9 +272,11 @@ class PlanLoader(_Loader[PlanBatch]):
 
     Attributes:
         horizon: next actions given for each segment, set as `share` is.
+        alike: next to all batches are of one shape, at the cost of more padding for the planner; set as `share` is.
     """
 
     horizon = 1
+    alike = False
 
     def __init__(
         self,
@@ -304,6 +306,10 @@ class PlanLoader(_Loader[PlanBatch]):
         self._partners = partners(dataset) if with_others else None
         self._members = np.arange(num_sequences)  # windows, sequence after sequence
         self._first = np.arange(num_sequences + 1)  # of each sequence in `_members`
+
+    @property
+    def _of_octave(self) -> int:
+        return ALIKE if self.alike else 8
 
     def _order(self, random: np.random.Generator) -> np.ndarray:
         if self._packs is not None:
@@ -348,12 +354,12 @@ class PlanLoader(_Loader[PlanBatch]):
                 begin = end
             most_segments = max(most_segments, num_segments - before)
         plan = self._plan_inputs(segment_ids, np.concatenate(segments), unique, contents)
-        cu_seqlens, longest = document_offsets(position_ids == 0)
+        cu_seqlens, longest = document_offsets(position_ids == 0, self._of_octave)
         return PlanBatch(
             input_ids=torch.from_numpy(input_ids),
             position_ids=torch.from_numpy(position_ids),
             labels=torch.from_numpy(labels),
-            plan=dataclasses.replace(plan, most_segments=most_segments),
+            plan=dataclasses.replace(plan, most_segments=few_sizes(most_segments, self._of_octave)),
             documents=torch.from_numpy(documents),
             cu_seqlens=cu_seqlens,
             longest=longest,
@@ -372,8 +378,8 @@ class PlanLoader(_Loader[PlanBatch]):
         needed = np.zeros(len(unique), dtype=np.int64)
         for document, number in rows:
             np.maximum.at(needed, document, number + 1)
-        layout = Layout(needed)
-        placed = np.zeros((len(rows), few_sizes(len(segments)), 2), dtype=np.int64)
+        layout = Layout(needed, self.alike)
+        placed = np.zeros((len(rows), few_sizes(len(segments), self._of_octave), 2), dtype=np.int64)
         for at, (document, number) in enumerate(rows):
             places = np.divmod(layout.begins[document] + number, layout.shape[1])
             placed[at, : len(segments)] = np.stack(places, axis=1)

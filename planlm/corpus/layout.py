@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from planlm.corpus.offsets import document_offsets, few_sizes
+from planlm.corpus.offsets import ALIKE, document_offsets, few_sizes
 from planlm.corpus.packing import fill, packs
 
 
@@ -19,27 +19,20 @@ class Layout:
     """Where the sentences of a batch's documents stand in the planner's R sequences of n positions.
 
     As many full sequences, a power of two, as the longest document leaves; how long they are is one of few sizes too.
+    Or all in one sequence, a power of two long, so that next to all batches are of one shape.
 
     Args:
         lengths: [D] sentences of each document, at least 1.
+        alike: in one sequence.
 
     Attributes:
         shape: (R, n).
         begins: [D], position of each document's first sentence in all sequences, one behind the other.
     """
 
-    def __init__(self, lengths: np.ndarray) -> None:
-        count = 1 << (int(lengths.sum() // lengths.max()).bit_length() - 1)
-        width = few_sizes(-(-int(lengths.sum()) // count))
-        while sum(alike for alike, _ in packs(lengths, width)) > count:
-            width = few_sizes(width + 1)
-        members, first = fill(packs(lengths, width), lengths, np.random.default_rng(0))
-        self.shape = (count, width)
-        self.begins = np.empty_like(lengths)
-        for number, (begin, end) in enumerate(itertools.pairwise(first)):
-            inside = members[begin:end]
-            self.begins[inside] = number * width + np.cumsum(lengths[inside]) - lengths[inside]
-        self._lengths = lengths
+    def __init__(self, lengths: np.ndarray, alike: bool = False) -> None:
+        self._lengths, self._of_octave = lengths, ALIKE if alike else 8
+        self.shape, self.begins = _in_one(lengths) if alike else _in_rows(lengths)
         self._numbers = np.concatenate([np.arange(length) for length in lengths])  # of each sentence in its document
         self._at = np.repeat(self.begins, lengths) + self._numbers
 
@@ -48,12 +41,16 @@ class Layout:
         return self._placed(self._at, self._numbers, 0)
 
     def offsets(self) -> tuple[Tensor, int]:
-        """What `document_offsets` gives; padding behind the documents of a sequence counts as one more."""
+        """What `document_offsets` gives; padding behind the documents of a sequence counts as one more.
+
+        The longest is as long as the sequence where batches are to be alike: blocks of nothing end at once.
+        """
         begins = np.zeros(self.shape, dtype=bool)
         begins.flat[self.begins] = True
         ends = self.begins + self._lengths
         begins.flat[ends[ends < begins.size]] = True
-        return document_offsets(begins)
+        offsets, longest = document_offsets(begins, self._of_octave)
+        return offsets, self.shape[1] if self._of_octave == ALIKE else longest
 
     def embeddings(self, embeddings: list[np.ndarray]) -> Tensor:
         """[R, n, A] float32, at each position the embedding of the sentence before; 0 where there is none."""
@@ -73,3 +70,20 @@ class Layout:
         placed = np.full((self.shape[0] * self.shape[1], *shape), padding, dtype=values.dtype)
         placed[at] = values
         return torch.from_numpy(placed.reshape(*self.shape, *shape))
+
+
+def _in_one(lengths: np.ndarray) -> tuple[tuple[int, int], np.ndarray]:
+    return (1, few_sizes(int(lengths.sum()), ALIKE)), np.cumsum(lengths) - lengths
+
+
+def _in_rows(lengths: np.ndarray) -> tuple[tuple[int, int], np.ndarray]:
+    count = 1 << (int(lengths.sum() // lengths.max()).bit_length() - 1)
+    width = few_sizes(-(-int(lengths.sum()) // count))
+    while sum(alike for alike, _ in packs(lengths, width)) > count:
+        width = few_sizes(width + 1)
+    members, first = fill(packs(lengths, width), lengths, np.random.default_rng(0))
+    begins = np.empty_like(lengths)
+    for number, (begin, end) in enumerate(itertools.pairwise(first)):
+        inside = members[begin:end]
+        begins[inside] = number * width + np.cumsum(lengths[inside]) - lengths[inside]
+    return (count, width), begins

@@ -6,14 +6,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
+ALIKE = 1
+"""`of_octave` where next to all batches are to be of one shape, for CUDA graphs: powers of two."""
 
-def few_sizes(size: int) -> int:
-    """`size` or up to an eighth more: an even number, one of eight between two powers of two.
+
+def few_sizes(size: int, of_octave: int = 8) -> int:
+    """`size` or up to an eighth more: an even number, one of eight between two powers of two, or of `of_octave`.
 
     The libraries below compile a kernel for each shape of matrix product that they meet and keep it, oneDNN up to 1,024
     of them and torch's batch-reduce products all. With sizes as they come, training grew by 4 to 10 MB a step.
     """
-    step = max(2, 1 << max(0, size.bit_length() - 4))
+    step = max(2, 1 << max(0, size.bit_length() - of_octave.bit_length()))
     return -(-size // step) * step
 
 
@@ -32,7 +35,7 @@ def segment_bounds(segment_ids: np.ndarray, num_segments: int) -> Tensor:
     return torch.from_numpy(np.searchsorted(running, np.arange(num_segments + 1)).astype(np.int32))
 
 
-def document_offsets(begins: np.ndarray) -> tuple[Tensor, int]:
+def document_offsets(begins: np.ndarray, of_octave: int = 8) -> tuple[Tensor, int]:
     """What `kernels.Documents` holds, of rows in which documents stand side by side.
 
     The number of documents is brought to one of few sizes by empty ones at the end, unless each row is one document:
@@ -40,6 +43,7 @@ def document_offsets(begins: np.ndarray) -> tuple[Tensor, int]:
 
     Args:
         begins: bool [R, n], the positions where a document begins, the first of a row or not.
+        of_octave: as `few_sizes` has it, of the number of documents.
 
     Returns:
         (int32 `[N + 1]`, the first position of each document, row after row, and the end of the last; the positions of
@@ -49,7 +53,8 @@ def document_offsets(begins: np.ndarray) -> tuple[Tensor, int]:
     begins = begins.copy()
     begins[:, :1] = True
     first = np.flatnonzero(begins)
-    offsets = np.full(1 + (len(first) if len(first) == rows else few_sizes(len(first))), rows * width, dtype=np.int32)
+    count = len(first) if len(first) == rows else few_sizes(len(first), of_octave)
+    offsets = np.full(1 + count, rows * width, dtype=np.int32)
     offsets[: len(first)] = first
     # Kernels launch blocks for so many positions of each document; those of too many end at once.
     longest = int(np.diff(offsets).max(initial=1))

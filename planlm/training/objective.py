@@ -30,14 +30,17 @@ class Objective:
         config: the command's configuration.
         steps: steps in all, for the oracle ratio's schedule.
         guards: against forgetting, where there are any.
+        graphs: capture forward and backward, see `has_graphs`.
     """
 
-    def __init__(self, parallel: Parallel, config: TrainConfig, steps: int, guards: Guards | None = None) -> None:
+    def __init__(
+        self, parallel: Parallel, config: TrainConfig, steps: int, guards: Guards | None = None, graphs: bool = False
+    ) -> None:
         model: PlanLMForCausalLM = parallel.model  # type: ignore[assignment]
         self.parallel, self.model, self.config, self.steps = parallel, model, config, steps
         self.ratios, self.guards = parse_oracle_mix(config.oracle_mix), guards
         self.asks_planner = SELECTIONS[config.selection].asks_planner
-        self.graphs = Graphs(self._in_graph) if config.graph else None
+        self.graphs = Graphs(self._in_graph, needed=config.graph == "on") if graphs else None
         model.train()
         if config.lm_mode == "freeze":
             model.lm.eval()  # no dropout in weights that do not learn; the planner's follows its gradients

@@ -26,7 +26,7 @@ from planlm.pretrained.tokenizer import load_tokenizer, tokenizer_fingerprint
 from planlm.selections import SELECTIONS
 from planlm.training.flops import lm_flops
 from planlm.training.forgetting import Guards, WithRehearsal, base_model
-from planlm.training.graphs import check_graph
+from planlm.training.graphs import has_graphs
 from planlm.training.groups import trainable_groups
 from planlm.training.identity import check_encoder, identify
 from planlm.training.loop import Task, fit, num_steps
@@ -48,7 +48,7 @@ def train(config: TrainConfig) -> dict[str, Any]:
             LM, or a run directory in use.
     """
     check_settings(config)
-    check_graph(config, device(), world_size())
+    graphs = has_graphs(config, device(), world_size())
     check_run(config)
     corpus = PreparedCorpus.load(config.corpus)
     check_encoder(corpus)
@@ -59,6 +59,7 @@ def train(config: TrainConfig) -> dict[str, Any]:
     repeated = None if rehearsal is None else _nonempty(_loader(config, rehearsal.split("train")), "--rehearsal")
     horizon = planner.settings["horizon"] if planner and config.planner_loss > 0 else 1
     loader: Any = _loader(config, corpus.split("train"), horizon)
+    loader.alike = graphs
     held_out = None
     if config.validate_every is not None:
         held_out = _nonempty(_loader(config, first_documents(corpus, config)), "--validate-documents")
@@ -73,7 +74,7 @@ def train(config: TrainConfig) -> dict[str, Any]:
     gathered = dtype if model.device.type == "cuda" else torch.float32
     parallel = Parallel(model, lm_layers(model.lm) if config.shard else None, gathered)
     guards = Guards(parallel, config, base) if config.kl > 0 or rehearsal is not None else None
-    objective = Objective(parallel, config, steps, guards)
+    objective = Objective(parallel, config, steps, guards, graphs)
     task = Task(
         model=parallel,
         groups=trainable_groups(model, config, steps),
@@ -84,7 +85,7 @@ def train(config: TrainConfig) -> dict[str, Any]:
         flops=_flops(model, config),
         rate=matrix_product_rate(dtype, model.device),
         validation=validation(config, model, held_out, objective.losses),
-        keeps_gradients=config.graph,
+        keeps_gradients=graphs,
     )
     with Run(config, identity) as run:
         fit(task, run, config)

@@ -121,6 +121,36 @@ def test_offsets_of_the_planner_s_documents() -> None:
             assert found[begin] > int(numbers[row, place]), "a sentence stands in its document"
 
 
+@pytest.mark.parametrize("window", [2, 16, 100])
+def test_alike_batches_are_of_next_to_one_shape_and_say_the_same(window: int) -> None:
+    """Sentence by sentence: what a segment reads, its action, and where its document's sentences stand."""
+    made = {}
+    for alike in (False, True):
+        loader = PlanLoader(random_dataset(), window=window, batch_size=5 if window > 2 else 120, seed=1, pack=True)
+        loader.alike = alike
+        made[alike] = list(loader)
+    shapes = {False: set(), True: set()}
+    for plain, other in zip(made[False], made[True], strict=True):
+        for alike, batch in ((False, plain), (True, other)):
+            shapes[alike].add((*(tensor.shape for tensor in batch.tensors()), batch.plan.sentence_longest))
+        for name in ("input_ids", "position_ids", "labels", "documents"):
+            assert torch.equal(getattr(plain, name), getattr(other, name))
+        assert torch.equal(plain.plan.segment_ids, other.plan.segment_ids)
+        count = int(plain.plan.segment_ids.max()) + 1
+        assert torch.equal(plain.actions[:count], other.actions[:count])
+        assert bool((other.actions[count:] == -1).all())
+        assert torch.equal(plain.plan.segment_bounds[: count + 1], other.plan.segment_bounds[: count + 1])
+        for name in ("sentence_embeddings", "sentence_positions"):
+            read, also = (getattr(one, name)[one.segment_rows[:count].unbind(1)] for one in (plain.plan, other.plan))
+            assert torch.equal(read, also)
+        assert other.plan.sentence_positions.shape[0] == 1
+        ends = other.plan.sentence_cu_seqlens.tolist()
+        assert ends[0] == 0 and ends[-1] == other.plan.sentence_positions.numel() and ends == sorted(ends)
+        for place in other.plan.segment_rows[:count, 1].tolist():
+            assert place - int(other.plan.sentence_positions[0, place]) in ends
+    assert len(shapes[True]) <= len(shapes[False]) * 2 / 3
+
+
 def test_sizes_of_offsets_are_few() -> None:
     generator = np.random.default_rng(0)
     made = [document_offsets(generator.random((8, 64)) < 0.3) for _ in range(200)]

@@ -69,8 +69,8 @@ def check_same(found: tuple[Tensor, Tensor], want: tuple[Tensor, Tensor]) -> Non
     """To the last bit; on a GPU up to a rounding: where rows begin decides which of a row's entries a thread sums."""
     for got, wanted in zip(found, want, strict=True):
         if got.is_cuda:
-            rounding = torch.finfo(got.dtype).eps
-            torch.testing.assert_close(got, wanted, rtol=max(2e-6, rounding), atol=0.0)
+            rounding = torch.finfo(got.dtype).eps  # of the sum of exponentials, 16 nats large
+            torch.testing.assert_close(got, wanted, rtol=max(5e-6, rounding), atol=0.0)
         else:
             assert torch.equal(got, wanted)
 

@@ -16,7 +16,7 @@ from planlm.config import TrainConfig
 from planlm.errors import InputError
 from planlm.plan_inputs import Movable
 from planlm.training import graphs
-from planlm.training.graphs import Graphs, check_graph
+from planlm.training.graphs import Graphs, has_graphs
 from planlm.training.train import train
 
 CUDA = torch.device("cuda", 0)
@@ -31,15 +31,22 @@ CUDA = torch.device("cuda", 0)
     ],
 )
 def test_what_cannot_be_captured_is_refused(changes: dict[str, Any], ranks: int, message: str) -> None:
+    """Where it is asked for; by default such a step runs without."""
     config = TrainConfig(corpus="nowhere", out="nowhere", **changes)
-    check_graph(config, CUDA, ranks)
+    assert not has_graphs(config, CUDA, ranks)
     with pytest.raises(InputError, match=message):
-        check_graph(TrainConfig(corpus="nowhere", out="nowhere", graph=True, **changes), CUDA, ranks)
+        has_graphs(TrainConfig(corpus="nowhere", out="nowhere", graph="on", **changes), CUDA, ranks)
+
+
+def test_graphs_are_made_where_they_can_be() -> None:
+    asked = {graph: TrainConfig(corpus="nowhere", out="nowhere", graph=graph) for graph in ("auto", "on", "off")}
+    assert [has_graphs(asked[graph], CUDA, 1) for graph in asked] == [True, True, False]
+    assert not has_graphs(asked["auto"], torch.device("cpu"), 1)
 
 
 def test_a_cpu_has_no_graphs() -> None:
-    with pytest.raises(InputError, match=r"^--graph: needs CUDA, and this is cpu; leave it out$"):
-        train(TrainConfig(corpus="nowhere", out="nowhere", graph=True))
+    with pytest.raises(InputError, match=r"^--graph on: needs CUDA, and this is cpu; leave it out$"):
+        train(TrainConfig(corpus="nowhere", out="nowhere", graph="on"))
 
 
 class Batch(Movable):
@@ -68,7 +75,7 @@ def test_a_shape_is_captured_at_its_second_time_and_replayed_with_new_values() -
         inner = 0 if batch.inner is None else batch.inner.values.sum()
         return batch.values.sum() * batch.size + more[0] + inner
 
-    graph = Graphs(run, capture)
+    graph = Graphs(run, capture=capture)
 
     def at(values: Tensor, size: int = 1, state: object = "a", more: float = 0.0, inner: Any = None) -> float:
         return graph(Batch(values, size, inner), [torch.tensor(more)], state).item()
@@ -89,18 +96,39 @@ def test_a_shape_is_captured_at_its_second_time_and_replayed_with_new_values() -
     assert at(torch.full((3,), 7.0)) == 21.0 and capture.captured == 1 + len(others_made)
 
 
+@pytest.mark.parametrize("needed", [False, True])
+def test_what_cannot_be_captured_runs_as_it_is_or_is_an_error(needed: bool, capsys: pytest.CaptureFixture[str]) -> None:
+    def refuse(_: Callable[[], Tensor]) -> Callable[[], Tensor]:
+        raise RuntimeError("operation not permitted\nwhen stream is capturing")
+
+    graph = Graphs(lambda batch, more: batch.values.sum() + more[0], needed, refuse)
+
+    def step() -> float:
+        return graph(Batch(torch.ones(3), 1), [torch.tensor(2.0)], "a").item()
+
+    assert step() == 5.0
+    if needed:
+        with pytest.raises(RuntimeError, match="not permitted"):
+            step()
+        return
+    assert step() == step() == step() == 5.0
+    (said,) = capsys.readouterr().err.splitlines()
+    assert said.endswith("and runs without: operation not permitted when stream is capturing")
+
+
 @pytest.mark.parametrize("changes", [{}, {"oracle_mix": "0.8:0"}, {"oracle_mix": "0.8:0", "oracle_mode": "convex"}])
 def test_steps_are_those_without_graphs(
     changes: dict[str, Any], planted: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The planner joins in between: what trains is another graph."""
+    """The planner joins in between: what trains is another graph. Its dropout would be drawn for other shapes."""
+    monkeypatch.setattr("torch.nn.functional.dropout", lambda x, *_, **__: x)
     capture = Replayed()
     monkeypatch.setattr("planlm.training.train.matrix_product_rate", lambda *_: 1e9)
-    monkeypatch.setattr("planlm.training.train.check_graph", lambda *_: None)
+    monkeypatch.setattr("planlm.training.train.has_graphs", lambda config, *_: config.graph == "on")
     monkeypatch.setattr(graphs, "_Captures", lambda: capture)
     found = []
-    for graph in (False, True):
-        out = tmp_path / str(graph)
+    for graph in ("off", "on"):
+        out = tmp_path / graph
         train(
             TrainConfig(
                 corpus=planted["corpus"], lm=planted["lm"], out=str(out), window=16, batch_size=4, steps=8,
