@@ -49,7 +49,8 @@ STEP_PROVIDERS: dict[str, Callable[[step.Case], step.Step]] = {
     "eager joint": step.eager_joint,
     "planlm plain": step.planlm_plain,
     "planlm joint": step.planlm_joint,
-    "planlm joint, graph": step.planlm_graph,
+    "planlm plain graph": step.graph_plain,
+    "planlm joint graph": step.graph_joint,
 }
 
 BLOCK_PROVIDERS: dict[str, Provider] = {

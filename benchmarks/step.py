@@ -253,8 +253,13 @@ def planlm_joint(case: Case) -> Step:
     return _planlm(case, "soft")
 
 
-def planlm_graph(case: Case) -> Step:
-    """`planlm train` with CUDA graphs."""
+def graph_plain(case: Case) -> Step:
+    """`planlm_plain` with CUDA graphs, as is the default on CUDA."""
+    return _planlm(case, "none", graph=True)
+
+
+def graph_joint(case: Case) -> Step:
+    """`planlm_joint` with CUDA graphs, as is the default on CUDA."""
     return _planlm(case, "soft", graph=True)
 
 
