@@ -109,6 +109,30 @@ DEVICES = {
             "l2_bytes": "data sheet; both partitions together",
         },
     ),
+    "h200": Device(
+        name="H200 141GB SXM",
+        architecture=90,
+        tables=90,
+        processors=132,
+        clock=1.75e9,
+        products={"bf16": 771e12, "tf32": 405e12, "float32": 51e12},
+        tensor={"bf16": 4096, "tf32": 2048},
+        copies=4.26e12,
+        l2_bytes=60e6,
+        l2_rate=7.0e12,
+        latency=620,
+        shared=228 << 10,
+        block_shared=227 << 10,
+        warps=64,
+        blocks=32,
+        sources=_COMMON
+        | {
+            "clock": "assumed: under load, of the data sheet's 1.83 to 1.98 GHz",
+            "products": "measured on one H200 (8192³)",
+            "copies": "measured on one H200, of the data sheet's 4.8 TB/s",
+            "l2_bytes": "as the driver says; both partitions together",
+        },
+    ),
     "rtx4090": Device(
         name="RTX 4090",
         architecture=89,
@@ -139,5 +163,5 @@ DEVICES = {
 
 def known_device(name: str) -> Device | None:
     """The device of a name that CUDA gives, as "NVIDIA H100 80GB HBM3"."""
-    words = {"A100": "a100", "H100": "h100", "RTX 4090": "rtx4090"}
+    words = {"A100": "a100", "H100": "h100", "H200": "h200", "RTX 4090": "rtx4090"}
     return next((DEVICES[key] for word, key in words.items() if word in name), None)
