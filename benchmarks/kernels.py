@@ -23,7 +23,6 @@ from benchmarks.block import SHAPES, Block, Provider
 from benchmarks.correctness import check
 from benchmarks.harness import Budget, note, spread
 from benchmarks.memory import peak_memory
-from planlm.arguments import Parser
 from planlm.kernels import cpp
 from planlm.report.tables import align
 
@@ -98,7 +97,11 @@ THRESHOLDS = (
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status: 0, 1 (a wrong result, a threshold missed), 2 (bad usage)."""
     parser = harness.parser_of("kernels", __doc__)
-    add_arguments(parser)
+    harness.add_names(parser, "shapes", SHAPES)
+    harness.add_flags(parser, blocks.PROVIDERS, Budget.repetitions)
+    harness.add_number(parser, "seconds", Budget.seconds, 1e-9, "of repetitions of each provider, but three at least")
+    harness.add_file(parser, "plot", "draw time over lower bound", suffixes=(".png", ".pdf", ".svg"))
+    parser.add_argument("--compare", type=Path, metavar="FILE", help="compare with rows of an earlier commit")
     text = "keep: glibc's malloc keeps freed memory; both: two runs, one after the other"
     parser.add_argument("--malloc", choices=("default", "keep", "both"), default="default", help=text)
     harness.add_number(parser, "processes", 1, 1, "measure each case in so many, and take medians")
@@ -106,15 +109,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     rows = measure_all(options, harness.CPU)
     return harness.print_verdicts(judged(rows, THRESHOLDS)) if options.bars else 0
-
-
-def add_arguments(parser: Parser) -> None:
-    """Flags that this benchmark shares with `benchmarks.gpu`."""
-    harness.add_names(parser, "shapes", SHAPES)
-    harness.add_flags(parser, blocks.PROVIDERS, Budget.repetitions)
-    harness.add_number(parser, "seconds", Budget.seconds, 1e-9, "of repetitions of each provider, but three at least")
-    harness.add_file(parser, "plot", "draw time over lower bound", suffixes=(".png", ".pdf", ".svg"))
-    parser.add_argument("--compare", type=Path, metavar="FILE", help="compare with rows of an earlier commit")
 
 
 def measure_all(options: argparse.Namespace, device: torch.device) -> list[KernelRow]:

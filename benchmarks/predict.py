@@ -27,7 +27,6 @@ from benchmarks import harness
 from benchmarks.block import SHAPES, Block, Provider
 from benchmarks.devices import DEVICES, Device
 from benchmarks.estimates import ATTENTION, BASIS, GAP, RAMP, SPLIT_SECONDS, TILES, Estimate, estimates
-from benchmarks.kernels import KernelRow
 from benchmarks.operators import Kernel, counted
 from planlm.errors import InputError
 from planlm.files import write_text
@@ -297,20 +296,6 @@ def judged(found: Sequence[Prediction]) -> Iterator[tuple[bool, str]]:
                 ratio = by_name[ours].seconds / by_name[theirs].seconds
                 text = f"{case} on {DEVICES[device].name}: {ours} {ratio:.3f} × {theirs}, at most {limit:g}"
                 yield harness.verdict(ratio <= limit, text)
-
-
-def predictions(rows: Sequence[KernelRow], device: Device) -> str:
-    """Predicted and measured time of rows that `benchmarks.gpu` measured on a device like this one."""
-    lines = [f"Predicted for one {device.name}, and measured here:"]
-    for row in rows:
-        if row.status == "ok" and row.provider in PROVIDERS:
-            kernels = _block(row.shape, row.dtype, row.provider, device.tables)
-            expected = sum(one.seconds for one in estimates(kernels, device))
-            lines.append(
-                f"{row.shape} {row.dtype}: {row.provider}: predicted {1e6 * expected:,.0f} µs, "
-                f"measured {1e6 * row.median:,.0f} µs, {row.median / expected:.2f} times as long"
-            )
-    return "\n".join(lines)
 
 
 @harness.command

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks import gpu, harness, kernels
+from benchmarks import harness, kernels
 from benchmarks.harness import read_rows, write_rows
 from benchmarks.kernels import KernelRow, Threshold, comparison, draw, judged, pooled, table
 from planlm.errors import InputError
@@ -168,11 +168,3 @@ def test_rows_without_times_are_refused(tmp_path: Path) -> None:
 def test_bad_usage_is_one_line(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert kernels.main(arguments) == 2
     assert len(capsys.readouterr().err.splitlines()) == 1
-
-
-def test_without_a_cuda_device_the_gpu_benchmark_says_so(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
-    assert gpu.main([]) == 0
-    assert capsys.readouterr().out == "no CUDA device: nothing was measured\n"

@@ -291,5 +291,6 @@ def test_the_command_prints_thresholds_and_its_status_follows_them(
 
 def test_a_device_is_known_by_the_name_that_its_driver_gives() -> None:
     assert known_device("NVIDIA H100 80GB HBM3") is H100
+    assert known_device("NVIDIA H200") is DEVICES["h200"]
     assert known_device("NVIDIA GeForce RTX 4090") is DEVICES["rtx4090"]
     assert known_device("NVIDIA T4") is None

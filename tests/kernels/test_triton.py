@@ -39,6 +39,7 @@ def test_in_the_interpreter(name: str, form: str) -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.timeout(1800)  # every case compiles kernels of its own
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
 @pytest.mark.parametrize(("name", "form"), RUNS)
 def test_on_a_gpu(name: str, form: str) -> None:
