@@ -5,6 +5,7 @@ Every figure has a source. What is neither in a data sheet nor measured is assum
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 
 
@@ -164,4 +165,4 @@ DEVICES = {
 def known_device(name: str) -> Device | None:
     """The device of a name that CUDA gives, as "NVIDIA H100 80GB HBM3"."""
     words = {"A100": "a100", "H100": "h100", "H200": "h200", "RTX 4090": "rtx4090"}
-    return next((DEVICES[key] for word, key in words.items() if word in name), None)
+    return next((DEVICES[key] for word, key in words.items() if re.search(rf"\b{word}\b", name)), None)

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from planlm.report.tables import align
 
 Found = Mapping[str, Any]
+
+STAGES = ("machine", "tests", "path", "losses", "blocks", "steps")
+"""Of `benchmarks.gpu`, in their order; of the last two there is one for each dtype and LM."""
 
 
 def page(found: Found) -> str:
@@ -20,17 +24,28 @@ def page(found: Found) -> str:
         parts += [_block(case, measured) for case, measured in found[name].get("cases", {}).items()]
     rate = found.get("machine", {}).get("products", {}).get("bf16")
     parts += [_steps(name, stage, rate) for name, stage in found.items() if name.startswith("steps, ")]
-    failed = [f"FAILED  {where}: {error}" for where, error in failures(found)]
-    return "\n\n".join([*parts, "\n".join(failed or ["Nothing failed."])]) + "\n"
+    ends = [f"FAILED  {where}: {error}" for where, error in failures(found)]
+    missing = [stage for stage in STAGES if not any(name.split(",")[0] == stage for name in found)]
+    ends += [f"Not run: {', '.join(missing)}."] if missing else []
+    return "\n\n".join([*parts, "\n".join(ends or ["Everything was run, and nothing failed."])]) + "\n"
 
 
 def failures(found: Any, where: str = "") -> Iterator[tuple[str, str]]:
     """Where something failed, and how: the key "error" of every object."""
-    for key, value in found.items() if isinstance(found, dict) else ():
+    for key, value in found.items() if isinstance(found, dict) else enumerate(found if isinstance(found, list) else ()):
         if key == "error":
             yield where, str(value)
         else:
             yield from failures(value, f"{where}, {key}" if where else key)
+
+
+def finite(found: Any) -> Any:
+    """The same with an error in place of every number that JSON does not have."""
+    if isinstance(found, dict):
+        return {name: finite(value) for name, value in found.items()}
+    if isinstance(found, list):
+        return [finite(value) for value in found]
+    return {"error": str(found)} if isinstance(found, float) and not math.isfinite(found) else found
 
 
 def _machine(stage: Found) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import ctypes
 import datetime
 import functools
@@ -10,6 +11,7 @@ import importlib.metadata
 import json
 import math
 import multiprocessing
+import os
 import platform
 import signal
 import statistics
@@ -210,7 +212,7 @@ def timing(times: Mapping[str, Sequence[float]], name: str) -> dict[str, Any]:
 def in_new_process(function: Callable[..., Result], *arguments: object, limit: float | None = None) -> Result:
     """What a function of a module returns in a process of its own, where nothing has been allocated before.
 
-    After `limit` seconds the process is killed.
+    After `limit` seconds the process is killed, and always what it has started and left behind.
 
     Raises:
         InputError, WrongResultError: the function did.
@@ -230,7 +232,9 @@ def in_new_process(function: Callable[..., Result], *arguments: object, limit: f
         process.join()
         raise MachineError(f"the process of that case ended with status {process.exitcode}") from None
     finally:
-        process.kill()
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(process.pid or 0, signal.SIGKILL)
+        process.kill()  # it may not have had a group of its own yet
         process.join()
     if isinstance(result, Exception):
         raise result
@@ -238,7 +242,7 @@ def in_new_process(function: Callable[..., Result], *arguments: object, limit: f
 
 
 def _send(sender: Connection, function: Callable[..., object], arguments: Sequence[object]) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which ends this process
+    os.setsid()  # with what it starts it is a group, which Ctrl-C does not reach: the parent ends it
     try:
         result = function(*arguments)
     except (InputError, MachineError, WrongResultError) as error:

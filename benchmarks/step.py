@@ -32,7 +32,7 @@ from transformers import (
 from benchmarks import harness
 from planlm.config import TrainConfig
 from planlm.corpus.batches import PlanBatch
-from planlm.corpus.offsets import document_offsets, segment_bounds
+from planlm.corpus.offsets import ALIKE, document_offsets, few_sizes, segment_bounds
 from planlm.model.configuration import PlanLMConfig
 from planlm.model.families import input_width, output_projections
 from planlm.model.modeling import PlanLMForCausalLM
@@ -129,33 +129,37 @@ class StepRow(harness.Row):
         return self.flops / self.median / self.rate
 
 
-def make_batch(case: Case) -> PlanBatch:
-    """Sequences of as many documents each, without padding."""
-    documents = case.documents
+def make_batch(case: Case, alike: bool = False) -> PlanBatch:
+    """Sequences of as many documents each, without padding; `alike` as `PlanLoader` has it."""
     random = torch.Generator().manual_seed(0)
     vocabulary, shape = MODELS[case.model].vocab_size, (case.batch_size, case.window)
     sentences = -(-case.window // SENTENCE)  # of a sequence
+    count = case.batch_size * sentences
     within = (torch.arange(case.window) // SENTENCE).expand(shape)
     sequences = torch.arange(case.batch_size)
-    embeddings = torch.randn(case.batch_size, sentences, ACTION_DIM, generator=random)
     ordinals = torch.arange(sentences)
-    positions = (torch.arange(case.window) % -(-case.window // documents)).expand(shape)
+    positions = (torch.arange(case.window) % -(-case.window // case.documents)).expand(shape)
     cu_seqlens, longest = document_offsets((positions == 0).numpy())
-    sentence_cu_seqlens, sentence_longest = document_offsets((ordinals == 0).expand(case.batch_size, -1).numpy())
     segment_ids = within + sentences * sequences[:, None]
+    rows, width = (1, few_sizes(count, ALIKE)) if alike else (case.batch_size, sentences)
+    padding = rows * width - count
+    numbers = F.pad(ordinals.repeat(case.batch_size), (0, padding)).view(rows, width)
+    embeddings = torch.randn(rows, width, ACTION_DIM, generator=random)
+    places = torch.cartesian_prod(torch.arange(rows), torch.arange(width))[:count]
+    of_planner, longest_of_planner = document_offsets((numbers == 0).numpy(), ALIKE if alike else 8)
     return PlanBatch(
         input_ids=torch.randint(vocabulary, shape, generator=random),
         position_ids=positions,
         labels=torch.randint(vocabulary, shape, generator=random),
         plan=PlanInputs(
             segment_ids=segment_ids,
-            segment_rows=torch.cartesian_prod(sequences, ordinals),
+            segment_rows=F.pad(places, (0, 0, 0, padding)),
             sentence_embeddings=F.normalize(embeddings, dim=-1),
-            sentence_positions=ordinals.expand(case.batch_size, sentences),
-            actions=torch.randint(NUM_ACTIONS, (case.batch_size * sentences,), generator=random),
-            segment_bounds=segment_bounds(segment_ids.numpy(), case.batch_size * sentences),
-            sentence_cu_seqlens=sentence_cu_seqlens,
-            sentence_longest=sentence_longest,
+            sentence_positions=numbers,
+            actions=F.pad(torch.randint(NUM_ACTIONS, (count,), generator=random), (0, padding), value=-1),
+            segment_bounds=segment_bounds(segment_ids.numpy(), count + padding),
+            sentence_cu_seqlens=of_planner,
+            sentence_longest=width if alike else longest_of_planner,
         ),
         documents=sequences[:, None].expand(shape),
         cu_seqlens=cu_seqlens,
@@ -306,7 +310,7 @@ def _planlm(case: Case, selection: str, graph: bool = False) -> Step:
     for group in groups:
         for parameter in group.parameters.values():
             parameter.requires_grad_(True)
-    batch = make_batch(case)
+    batch = make_batch(case, alike=graph)
     task = Task(
         model=parallel,
         groups=groups,

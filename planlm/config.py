@@ -296,9 +296,9 @@ class TrainConfig(LoopConfig):
     compile: bool = option(False, "compile the LM with torch.compile: the first steps take minutes")
     graph: str = option(
         "auto",
-        "on CUDA: capture forward and backward once for each shape of batch and replay them, so that no host has to "
-        "keep up; auto: where that can be done, in one process without --compile, --checkpoint-activations and liger",
-        choices=("auto", "on", "off"),
+        "on CUDA: capture forward and backward once for each shape of batch and replay them, which no slow host "
+        "holds up; auto: in one process, without --compile, --checkpoint-activations and --loss-kernel liger",
+        choices=("auto", "always", "never"),
     )
     checkpoint_activations: bool = option(
         False, "keep only each layer's input for the backward pass and compute the rest again: less memory, more time"

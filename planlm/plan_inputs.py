@@ -62,8 +62,8 @@ class PlanInputs(Movable):
         sentence_cu_seqlens: int32 `[N + 1]`, where in all R n positions documents begin, and padding, and the end;
             without it the planner's attention needs a mask on CUDA.
         sentence_longest: so many positions a document has there at most.
-        most_segments: the largest number of segments in a window sequence; where it is not given, it is looked up where
-            it is needed, for which a host waits for a GPU.
+        most_segments: the largest number of segments in a window sequence, or more; where it is not given, it is looked
+            up where it is needed, for which a host waits for a GPU.
     """
 
     segment_ids: Tensor

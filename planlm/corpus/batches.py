@@ -272,7 +272,7 @@ class PlanLoader(_Loader[PlanBatch]):
 
     Attributes:
         horizon: next actions given for each segment, set as `share` is.
-        alike: next to all batches are of one shape, at the cost of more padding for the planner; set as `share` is.
+        alike: nearly all batches have one shape, at the cost of more padding for the planner; set as `share` is.
     """
 
     horizon = 1

@@ -19,7 +19,7 @@ class Layout:
     """Where the sentences of a batch's documents stand in the planner's R sequences of n positions.
 
     As many full sequences, a power of two, as the longest document leaves; how long they are is one of few sizes too.
-    Or all in one sequence, a power of two long, so that next to all batches are of one shape.
+    Or all in one sequence, a power of two long, so that nearly all batches have one shape.
 
     Args:
         lengths: [D] sentences of each document, at least 1.

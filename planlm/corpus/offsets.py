@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 ALIKE = 1
-"""`of_octave` where next to all batches are to be of one shape, for CUDA graphs: powers of two."""
+"""`of_octave` where nearly all batches are to have one shape, for CUDA graphs: powers of two."""
 
 
 def few_sizes(size: int, of_octave: int = 8) -> int:

@@ -1,6 +1,6 @@
 """Forward and backward of a micro-batch as a CUDA graph, one for each shape that batches come in (`--graph`).
 
-On an H200 a joint step of 16,384 tokens takes GPT-2-small 40 ms so and 59 ms without, SmolLM2-135M 98 and 195 ms.
+On an H200 a joint step of 16,384 tokens took GPT-2-small 40 ms with graphs and 59 ms without, SmolLM2-135M 98 and 195.
 
 Of a graph the host asks once for what it asks thousands of times otherwise. A graph computes from and to fixed memory:
 its inputs are copied to where they were when it was captured, and gradients keep their memory from step to step.
@@ -15,9 +15,8 @@ import torch
 from torch import Tensor
 
 from planlm.config import TrainConfig
-from planlm.errors import InputError
+from planlm.errors import InputError, MachineError
 from planlm.plan_inputs import Movable
-from planlm.terminal import note
 
 Run = Callable[[Any, list[Tensor]], Tensor]
 """Computes a batch, with more tensors; what it returns lies on the device."""
@@ -32,21 +31,21 @@ class Graphs:
 
     Args:
         run: must not look at a tensor's values.
-        needed: a computation that cannot be captured is an error; else it runs as it is, and a line says so.
         capture: by default of CUDA.
     """
 
-    def __init__(self, run: Run, needed: bool = True, capture: Capture | None = None) -> None:
-        self._run, self._needed, self._capture = run, needed, capture or _Captures()
-        self._failed = False
+    def __init__(self, run: Run, capture: Capture | None = None) -> None:
+        self._run, self._capture = run, capture or _Captures()
         self._known: dict[Hashable, tuple[list[Tensor], Callable[[], Tensor]] | None] = {}
 
     def __call__(self, batch: Movable, more: list[Tensor], state: Hashable) -> Tensor:
-        """What `run` returns; `state` is what else it depends on. The next call overwrites it."""
+        """What `run` returns; `state` is what else it depends on. The next call overwrites it.
+
+        Raises:
+            MachineError: it cannot be captured. CUDA and torch's allocator may be left in the middle of that.
+        """
         inputs = [*batch.tensors(), *more]
         key = state, _shape(batch), tuple((one.dtype, one.shape) for one in more)
-        if self._failed:
-            return self._run(batch, more)
         if key not in self._known:
             self._known[key] = None
             return self._run(batch, more)
@@ -54,13 +53,11 @@ class Graphs:
             fixed, others = batch.map(torch.clone), [one.clone() for one in more]
             try:
                 graph = self._capture(lambda: self._run(fixed, others))
-            except RuntimeError as error:
-                if self._needed:
-                    raise
-                self._failed, self._known = True, {}
-                reason = " ".join(str(error).split())[:200]
-                note(f"a step cannot be captured as a CUDA graph, and runs without: {reason}")
-                return self._run(batch, more)
+            except Exception as error:
+                cause = error.__context__ or error  # the first error, over which that of the capture's end is raised
+                reason = " ".join(str(cause).split())[:300]
+                advice = "leave graphs out with --graph never"
+                raise MachineError(f"a step cannot be captured as a CUDA graph ({reason}); {advice}") from error
             self._known[key] = [*fixed.tensors(), *others], graph
         kept, replay = self._known[key]  # type: ignore[misc]
         torch._foreach_copy_(kept, inputs)
@@ -75,13 +72,10 @@ class _Captures:
 
     def __call__(self, run: Callable[[], Tensor]) -> Callable[[], Tensor]:
         self._pool = self._pool or torch.cuda.graph_pool_handle()
-        graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
-        try:
-            # Of this thread alone: the loader's goes on to take memory and to copy.
-            with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
-                found = run()
-        finally:
-            torch.cuda.set_stream(stream)  # a capture that fails leaves its own
+        graph = torch.cuda.CUDAGraph()
+        # Of this thread alone: the loader's goes on to take memory and to copy.
+        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+            found = run()
 
         def replay() -> Tensor:
             graph.replay()
@@ -96,8 +90,8 @@ def has_graphs(config: TrainConfig, device: torch.device, num_ranks: int) -> boo
     Raises:
         InputError: they are asked for where there are none, or with what none can be made of; names all of that.
     """
-    if config.graph == "on" and device.type != "cuda":
-        raise InputError(f"--graph on: needs CUDA, and this is {device.type}; leave it out")
+    if config.graph == "always" and device.type != "cuda":
+        raise InputError(f"--graph always: needs CUDA, and this is {device.type}; leave it out")
     wrong = {
         "several processes": num_ranks > 1,
         "--compile": config.compile,
@@ -105,9 +99,9 @@ def has_graphs(config: TrainConfig, device: torch.device, num_ranks: int) -> boo
         "--loss-kernel liger": config.loss_kernel == "liger",
     }
     found = [name for name, is_there in wrong.items() if is_there]
-    if config.graph == "on" and found:
-        raise InputError(f"--graph on: cannot capture a step with {', '.join(found)}; leave one of them out")
-    return config.graph != "off" and device.type == "cuda" and not found
+    if config.graph == "always" and found:
+        raise InputError(f"--graph always: cannot capture a step with {', '.join(found)}; leave one of them out")
+    return config.graph != "never" and device.type == "cuda" and not found
 
 
 def _shape(value: Any) -> Hashable:

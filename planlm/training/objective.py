@@ -40,7 +40,7 @@ class Objective:
         self.parallel, self.model, self.config, self.steps = parallel, model, config, steps
         self.ratios, self.guards = parse_oracle_mix(config.oracle_mix), guards
         self.asks_planner = SELECTIONS[config.selection].asks_planner
-        self.graphs = Graphs(self._in_graph, needed=config.graph == "on") if graphs else None
+        self.graphs = Graphs(self._in_graph) if graphs else None
         model.train()
         if config.lm_mode == "freeze":
             model.lm.eval()  # no dropout in weights that do not learn; the planner's follows its gradients

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +26,7 @@ def _cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gpu_stages, "cuda", lambda: torch.device("cpu"))
     for name in ("synchronize", "empty_cache", "reset_peak_memory_stats", "set_sync_debug_mode"):
         monkeypatch.setattr(torch.cuda, name, lambda *_: None)
-    for name in ("memory_allocated", "max_memory_allocated"):
+    for name in ("memory_reserved", "max_memory_reserved"):
         monkeypatch.setattr(torch.cuda, name, lambda *_: 7_000_000_000)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: "a device")
     monkeypatch.setattr(gpu_stages, "graph_of", lambda run: run)
@@ -51,7 +54,11 @@ def test_blocks_and_losses(monkeypatch: pytest.MonkeyPatch) -> None:
         assert all(row["eager"]["median"] > 0 and row["graph"]["median"] > 0 for row in rows.values())
     assert found["losses"]["11"]["error of gradient"] < 0.05
     printed = gpu_page.page(json.loads(json.dumps(found)))
-    assert "Block tiny bf16" in printed and "11 columns, planlm" in printed and "Nothing failed." in printed
+    assert (
+        "Block tiny bf16" in printed
+        and "11 columns, planlm" in printed
+        and "Not run: machine, tests, path, steps." in printed
+    )
 
 
 @pytest.mark.usefixtures("_cpu")
@@ -100,7 +107,7 @@ def test_a_stage_that_hangs_or_is_killed_does_not_end_the_others(
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
 
     def in_new_process(run: Any, limit: float) -> Any:
-        if run is gpu.tests:
+        if getattr(run, "func", None) is gpu.tests:
             raise MachineError(f"the process of that case was killed after {limit:g} s")
         return {"tokens": 1, "flops": 1.0}
 
@@ -109,11 +116,41 @@ def test_a_stage_that_hangs_or_is_killed_does_not_end_the_others(
     found = json.loads((tmp_path / "out" / "gpu.json").read_text())
     assert found["tests"]["error"].endswith("killed after 3 s") and found["steps, gpt2"]["tokens"] == 1
     assert (tmp_path / "out" / "gpu.txt").read_text() == capsys.readouterr().out.rstrip("\n") + "\n"
+    monkeypatch.setattr(harness, "in_new_process", lambda run, limit: {"loss": [float("nan")]})
+    assert gpu.main([f"--out={tmp_path / 'out'}", "--stages=path"]) == 1
+    found = json.loads((tmp_path / "out" / "gpu.json").read_text())
+    assert found["steps, gpt2"]["tokens"] == 1, "what another run has left"
+    assert "FAILED  path, loss, 0: nan" in capsys.readouterr().out
 
 
-def test_a_process_that_takes_too_long_is_killed() -> None:
-    with pytest.raises(MachineError, match=r"killed after 0\.5 s"):
-        harness.in_new_process(__import__("time").sleep, 60, limit=0.5)
+def test_a_folder_of_something_else_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    (tmp_path / "file").write_text("")
+    (tmp_path / "gpu.json").write_text("no JSON")
+    for out in (tmp_path, tmp_path / "file", tmp_path / "file" / "inside"):
+        assert gpu.main([f"--out={out}"]) == 2
+        assert capsys.readouterr().err.startswith(f"error: --out {out}: needs a folder of its own")
+
+
+def start_another(file: str) -> None:
+    """A process with a child, of which the file tells."""
+    child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+    Path(file).write_text(str(child.pid))
+    child.wait()
+
+
+def test_a_process_that_takes_too_long_is_killed_with_what_it_started(tmp_path: Path) -> None:
+    file = tmp_path / "pid"
+    with pytest.raises(MachineError, match=r"killed after 20 s"):
+        harness.in_new_process(start_another, str(file), limit=20)
+    state = Path(f"/proc/{file.read_text()}/stat")
+    for _ in range(100):
+        if not state.exists() or state.read_text().split(")")[1].split()[0] == "Z":
+            return
+        time.sleep(0.05)
+    pytest.fail("its child lives on")
 
 
 def test_the_path_shows_what_a_command_says_when_it_fails(tmp_path: Path) -> None:
