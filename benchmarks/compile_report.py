@@ -198,7 +198,7 @@ def jobs(architectures: list[int]) -> list[Job]:
 
     def collect(case: str, dtype: torch.dtype, architecture: int, request: triton_launch.Launch) -> bool:
         kind = "full" if dtype == torch.float32 else "half"
-        kind = "ragged" if request.tiles == triton_launch.RAGGED else kind
+        kind = "ragged" if request.tiles in triton_launch.RAGGED.values() else kind
         name = request.kernel.fn.__name__.removesuffix("_kernel")
         has_table = "DEPTH" in request.kernel.arg_names
         for tiles in triton_launch.candidates(name, kind, architecture) if has_table else [request.tiles]:

@@ -154,7 +154,7 @@ def _product(
         m, n, k: the product's sizes.
         tile: rows and columns of a program's tile.
         factors: bytes of an element of either factor.
-        operand: whose dtype decides how it is multiplied: float32 as three products in tf32.
+        operand: whose dtype decides how it is multiplied: float32 as six products of bfloat16 parts.
         splits: of k; the slowest of the program ids.
         columns_first: whether programs go through the tiles of a row first.
     """
@@ -168,7 +168,7 @@ def _product(
 
     left = Panel(tile[0] * depth * factors[0], rows * splits, lambda p: place(p)[0] * splits + place(p)[2])
     right = Panel(tile[1] * depth * factors[1], columns * splits, lambda p: place(p)[1] * splits + place(p)[2])
-    times = 3 if operand.dtype == torch.float32 else 1
+    times = 6 if operand.dtype == torch.float32 else 1
     return Role(rows * columns * splits, times * 2.0 * tile[0] * tile[1] * depth, 0.0, (left, right))
 
 

@@ -30,10 +30,10 @@ def exponential(values, scale):
 
 @triton.jit
 def add_product(left, right, total):
-    """`total + left @ right`, summed in float32; of float32 operands within 1e-5, as three tf32 products."""
+    """`total + left @ right`, summed in float32; of float32 operands as six products of bfloat16 parts."""
     if INTERPRETED:
         left, right = left.to(tl.float32), right.to(tl.float32)
-    return tl.dot(left, right, total, input_precision="tf32x3")
+    return tl.dot(left, right, total, input_precision="bf16x6")
 
 
 @triton.jit

@@ -14,9 +14,10 @@ called `out_...`, or `inout_...` where it is read as well, which tells observers
   shared memory. mma.sync (sm_80, sm_120) keeps them in registers: tiles of mixture_fwd, which computes an operand, have
   64 rows or half the DEPTH there.
 - Three stages of both operands are at most 96 KB, where a block has 163 KB (sm_80), 227 KB (sm_90, sm_100) or 99 KB
-  (sm_120, hence two stages where an operand is float32 on its way there; sm_86 and sm_89, which use sm_80's tables).
-- A float32 product is three tf32 products ("tf32x3", which keeps 1e-5) of operands that are split in registers, at
-  twice the bytes each: 64 by 64, and DEPTH 16 in mixture_fwd.
+  (sm_120; sm_86 and sm_89, which use sm_80's tables).
+- A float32 product is six bfloat16 products ("bf16x6": three parts of each operand, an error of about 2^-24; "tf32x3"
+  takes the same cycles and leaves 1.6e-5) of operands that are split in registers, at 1.5 times the bytes: tiles have
+  64 rows, DEPTH is 16 in mixture_fwd, and where operands stay in registers logits_bwd sums over 32 columns a step.
 - Rows that do not start at multiples of 16 elements are read one element at a time, with an address each ("ragged"):
   the tiles are small and there is nothing to pipeline.
 """
@@ -108,14 +109,19 @@ _HALF: dict[str, dict[int, tuple[Tiles, ...]]] = {
         120: (_WIDE, _FLAT_SHALLOW),  # _FLAT spills
     },
 }
-_SQUARE, _SQUARE_SHALLOW = (Tiles(64, 64, 32, 4, 2),), (Tiles(64, 64, 16, 4, 2),)
+_SQUARE, _NARROW = (Tiles(64, 64, 32, 4, 2),), (Tiles(64, 32, 32, 4, 3),)
 _FULL: dict[str, dict[int, tuple[Tiles, ...]]] = {
-    "mixture_fwd": dict.fromkeys(ARCHITECTURES, _SQUARE_SHALLOW),
-    # With four warps they spill on sm_120.
-    "logits_bwd": {80: _SQUARE, 90: _SQUARE, 100: _SQUARE, 120: (Tiles(64, 64, 32, 8, 2),)},
-    "codebook_bwd": {80: _SQUARE, 90: _SQUARE, 100: _SQUARE, 120: (Tiles(64, 64, 32, 8, 2),)},
+    # On sm_100 Triton gives the wide tile no tensor cores.
+    "mixture_fwd": dict.fromkeys(ARCHITECTURES, (Tiles(64, 128, 16, 8, 2),)) | {100: (Tiles(64, 64, 16, 8, 2),)},
+    "logits_bwd": {80: _NARROW, 90: _SQUARE, 100: _SQUARE, 120: _NARROW},  # _SQUARE spills on sm_120
+    "codebook_bwd": dict.fromkeys(ARCHITECTURES, _SQUARE),
 }
-RAGGED = Tiles(64, 64, 16, 8, 1)
+RAGGED = {
+    "mixture_fwd": Tiles(64, 64, 16, 8, 1),
+    "logits_bwd": Tiles(64, 32, 16, 8, 1),
+    "codebook_bwd": Tiles(64, 32, 16, 8, 1),
+}
+"""The only configuration of each where rows are ragged."""
 
 
 def candidates(kernel: str, kind: str, architecture: int) -> tuple[Tiles, ...]:
@@ -128,7 +134,7 @@ def candidates(kernel: str, kind: str, architecture: int) -> tuple[Tiles, ...]:
     """
     if architecture == 0:
         return (Tiles(16, 16, 16),)  # small, so that small tests have several of every kind
-    return (RAGGED,) if kind == "ragged" else (_HALF if kind == "half" else _FULL)[kernel][architecture]
+    return (RAGGED[kernel],) if kind == "ragged" else (_HALF if kind == "half" else _FULL)[kernel][architecture]
 
 
 _observer: Callable[[Launch], bool] | None = None

@@ -3,8 +3,8 @@
     mixture_fwd:   online softmax over a split of the actions: its largest score, its sum, its mean of the codebook
     combine_fwd:   the splits weighed together; the mixture with the oracle's embedding in it; statistics
     sentences_bwd: of each sentence the products of grad_mixture, dM, with the mixture, with the likeliest action's
-                   embedding less the mixture (0 where that action has all of the probability: the mixture, of tf32
-                   products, is its embedding but for 1e-7) and with the oracle's less the mixture
+                   embedding less the mixture (0 where that action has all of the probability: the mixture, of bfloat16
+                   parts, is its embedding but for 1e-7) and with the oracle's less the mixture
     logits_bwd:    grad_scores = p ((1 - w) (dM codebook^T - dM . mixture) + grad_log_normalizer) / temperature, of the
                    likeliest action with dM . (its embedding - mixture): where it has nearly all of the probability the
                    difference of the two products, numbers in the thousands, would be their rounding
