@@ -16,6 +16,8 @@ from .operators import Statistic
 
 INTERPRETED = tl.constexpr(triton_launch.INTERPRETED)
 LOG2_E = tl.constexpr(1.4426950408889634)
+_PRECISION = tl.constexpr("ieee" if triton_launch.INTERPRETED else "bf16x6")
+"""Of float32 products; the interpreter knows no other that is as exact."""
 HALF_SCALE = tl.constexpr(16384.0)
 """float16 ends at 6e-8 and a probability among 262,144 actions is 4e-6: as products' operands they are 2^14 larger."""
 
@@ -33,7 +35,7 @@ def add_product(left, right, total):
     """`total + left @ right`, summed in float32; of float32 operands as six products of bfloat16 parts."""
     if INTERPRETED:
         left, right = left.to(tl.float32), right.to(tl.float32)
-    return tl.dot(left, right, total, input_precision="bf16x6")
+    return tl.dot(left, right, total, input_precision=_PRECISION)
 
 
 @triton.jit
