@@ -109,10 +109,10 @@ _HALF: dict[str, dict[int, tuple[Tiles, ...]]] = {
         120: (_WIDE, _FLAT_SHALLOW),  # _FLAT spills
     },
 }
-_SQUARE, _NARROW = (Tiles(64, 64, 32, 4, 2),), (Tiles(64, 32, 32, 4, 3),)
+_SQUARE, _NARROW, _WIDE_SHALLOW = (Tiles(64, 64, 32, 4, 2),), (Tiles(64, 32, 32, 4, 3),), (Tiles(64, 128, 16, 8, 2),)
 _FULL: dict[str, dict[int, tuple[Tiles, ...]]] = {
     # On sm_100 Triton gives the wide tile no tensor cores.
-    "mixture_fwd": dict.fromkeys(ARCHITECTURES, (Tiles(64, 128, 16, 8, 2),)) | {100: (Tiles(64, 64, 16, 8, 2),)},
+    "mixture_fwd": {80: _WIDE_SHALLOW, 90: _WIDE_SHALLOW, 100: (Tiles(64, 64, 16, 8, 2),), 120: _WIDE_SHALLOW},
     "logits_bwd": {80: _NARROW, 90: _SQUARE, 100: _SQUARE, 120: _NARROW},  # _SQUARE spills on sm_120
     "codebook_bwd": dict.fromkeys(ARCHITECTURES, _SQUARE),
 }
