@@ -6,7 +6,7 @@ Every figure has a source. What is neither in a data sheet nor measured is assum
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 
 @dataclass(frozen=True, eq=False)
@@ -110,30 +110,6 @@ DEVICES = {
             "l2_bytes": "data sheet; both partitions together",
         },
     ),
-    "h200": Device(
-        name="H200 141GB SXM",
-        architecture=90,
-        tables=90,
-        processors=132,
-        clock=1.75e9,
-        products={"bf16": 771e12, "tf32": 405e12, "float32": 51e12},
-        tensor={"bf16": 4096, "tf32": 2048},
-        copies=4.26e12,
-        l2_bytes=60e6,
-        l2_rate=7.0e12,
-        latency=620,
-        shared=228 << 10,
-        block_shared=227 << 10,
-        warps=64,
-        blocks=32,
-        sources=_COMMON
-        | {
-            "clock": "assumed: under load, of the data sheet's 1.83 to 1.98 GHz",
-            "products": "measured on one H200 (8192³)",
-            "copies": "measured on one H200, of the data sheet's 4.8 TB/s",
-            "l2_bytes": "as the driver says; both partitions together",
-        },
-    ),
     "rtx4090": Device(
         name="RTX 4090",
         architecture=89,
@@ -160,6 +136,21 @@ DEVICES = {
     ),
 }
 """By the name that the command takes."""
+
+DEVICES["h200"] = replace(
+    DEVICES["h100"],
+    name="H200 141GB SXM",
+    products={"bf16": 771e12, "tf32": 405e12, "float32": 51e12},
+    copies=4.26e12,
+    l2_bytes=60e6,
+    sources=DEVICES["h100"].sources
+    | {
+        "products": "measured on one H200 (8192³)",
+        "copies": "measured on one H200, of the data sheet's 4.8 TB/s",
+        "l2_bytes": "as the driver says; both partitions together",
+    },
+)
+"""The same chip with other memory."""
 
 
 def known_device(name: str) -> Device | None:

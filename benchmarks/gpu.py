@@ -4,7 +4,7 @@ Stages, each in a process of its own, so that what fails in one is written down 
 
 - machine: the device, and the rates that large products and copies reach;
 - tests: `pytest -m gpu`: the whole grid of the operations on CUDA tensors, streams, graphs, bitwise repeats;
-- path: every command from raw text to a generating model; a run killed and resumed, and one in graphs;
+- path: every command from raw text to a generating model; a run killed and resumed, and one without graphs;
 - losses: the cross-entropy against eager PyTorch, Liger and a copy;
 - blocks: the plan's operations, graphed and not, in both forms, against eager and compiled PyTorch, kernel by kernel;
 - steps: training steps of GPT-2-small, SmolLM2-135M and OLMo-1B, plain and joint, against eager PyTorch.
