@@ -88,6 +88,8 @@ def _add(group: argparse._ArgumentGroup, field: dataclasses.Field[Any], kind: ty
         group.add_argument(field.name, nargs=nargs, default=argparse.SUPPRESS, metavar=_metavar(field), **about)
     elif kind is bool:
         group.add_argument(_flag(field), action=argparse.BooleanOptionalAction, **about)
+    elif kind is tuple:
+        group.add_argument(_flag(field), action="append", metavar=_metavar(field), **about)
     elif field.metadata["choices"]:
         group.add_argument(_flag(field), choices=field.metadata["choices"], **about)
     else:

@@ -388,12 +388,16 @@ class GenerateConfig(CommandConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class ActionsConfig(CommandConfig):
-    """What each action means: size, typical sentences, distinctive terms."""
+    """What each action means: label, size, terms, typical sentences, place in a document, what follows."""
 
     corpus: str = required("prepared corpus", positional=True)
     action: int | None = option(None, "only this action, with more examples", limit=NUMBER)
     examples: int = option(3, "typical sentences per action", limit=NUMBER)
     terms: int = option(6, "distinctive terms per action", limit=NUMBER)
+    name: tuple[str, ...] | None = option(
+        None, "label of an action from now on, as ACTION=LABEL; may be given several times"
+    )
+    run: str | None = option(None, "run directory of train whose model is to have the labels, too")
 
 
 @dataclass(frozen=True, kw_only=True)

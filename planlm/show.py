@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from planlm import config
@@ -74,17 +74,22 @@ def _planned_sentence(sentence: dict[str, Any]) -> str:
 
 
 def actions(result: Any, settings: config.ActionsConfig) -> str:
-    """Each action: its number, size, terms, and typical sentences."""
-    return "\n\n".join(
-        "\n".join(
-            [
-                f"action {one.action}: {one.sentences:,} sentences ({one.share:.2%})",
-                f"  {', '.join(one.terms)}",
-                *(f"  - {textwrap.shorten(example, 160, placeholder=' ...')}" for example in one.examples),
-            ]
-        )
-        for one in result
-    )
+    """Each action: its number and label, size, terms, sentences, places, and what follows it."""
+    return "\n\n".join("\n".join(_described(one)) for one in result)
+
+
+def _described(one: Any) -> Iterator[str]:
+    yield f"action {one.action}{f' ({one.label})' * bool(one.label)}: {one.sentences:,} sentences ({one.share:.2%})"
+    yield f"  terms: {', '.join(one.terms)}"
+    yield f"  in the fifths of a document: {' '.join(f'{share:.0%}' for share in one.places)}"
+    if one.followed_by:
+        yield f"  followed by: {', '.join(f'{then.action} ({then.share:.0%})' for then in one.followed_by)}"
+    yield from (f"  - {_short(example)}" for example in one.examples)
+    yield from (f"  ~ {_short(example.text)} [or {example.other}]" for example in one.borderline)
+
+
+def _short(sentence: str) -> str:
+    return textwrap.shorten(sentence, 160, placeholder=" ...")
 
 
 def quickstart(result: dict[str, Any], settings: config.QuickstartConfig) -> str:

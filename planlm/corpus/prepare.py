@@ -20,6 +20,7 @@ import torch
 from transformers import PreTrainedTokenizerFast
 
 from planlm.config import PrepareConfig
+from planlm.corpus.actions import label_actions
 from planlm.corpus.codebook import SAMPLE_PER_ACTION, SENTENCES_PER_ACTION, fit_codebook
 from planlm.corpus.readers import Fields
 from planlm.corpus.shards import EncodedShards, encode_shards
@@ -29,7 +30,7 @@ from planlm.corpus.store import MANIFEST, SPLITS, CorpusWriter, Manifest, Prepar
 from planlm.corpus.writing import storage_errors
 from planlm.distribution import any_rank, barrier, on_rank_zero
 from planlm.errors import InputError
-from planlm.files import check_own, locked, read_json, write_json
+from planlm.files import beside_result, check_own, locked, read_json, write_json
 from planlm.precision import compute_dtype, device
 from planlm.pretrained.names import Kind, absolute, resolve
 from planlm.pretrained.tokenizer import load_tokenizer, tokenizer_fingerprint
@@ -92,7 +93,10 @@ def prepare(config: PrepareConfig) -> PreparedCorpus:
             paths = encode_shards(documents, out / PARTIAL, config, settings)
             barrier()
             on_rank_zero(lambda: _finish(out, paths, arguments, tokenizer, config))
-    return PreparedCorpus.load(out)
+    corpus = PreparedCorpus.load(out)
+    with beside_result(out):
+        on_rank_zero(lambda: label_actions(corpus))
+    return corpus
 
 
 def _check_place(out: Path) -> None:

@@ -18,6 +18,7 @@ from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 from planlm.config import SmallLMConfig
+from planlm.corpus.labels import read_labels, write_labels
 from planlm.corpus.store import MANIFEST, CorpusWriter, PreparedCorpus
 from planlm.errors import InputError
 from planlm.files import replacing_folder
@@ -151,4 +152,6 @@ def retokenize(corpus: PreparedCorpus, tokenizer_name: str, out: Path) -> Prepar
         has_start_token=bool(start_tokens(tokenizer)),
     )
     writer.finish(manifest)
+    if (labels := read_labels(corpus.path, corpus.manifest.num_actions)) is not None:
+        write_labels(out, labels)
     return PreparedCorpus.load(out)

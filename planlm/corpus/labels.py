@@ -1,0 +1,96 @@
+"""Short labels of a corpus' actions: made of their terms, until somebody names one. `action_labels.json` keeps them.
+
+The file belongs to no fingerprint: naming an action changes nothing that is trained.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from planlm.errors import InputError
+from planlm.files import read_json, write_json
+
+LABELS = "action_labels.json"
+
+LONGEST = 60
+"""Characters of a label."""
+
+_TERMS = 3
+"""Of a label that nobody has given."""
+
+
+def label_of(terms: Sequence[str]) -> str:
+    """A label made of the most distinctive terms; empty where there are none."""
+    return " ".join(terms[:_TERMS])[:LONGEST]
+
+
+def read_labels(corpus: Path, num_actions: int) -> list[str] | None:
+    """The labels of a prepared corpus, in the order of its actions; None where it has none.
+
+    Raises:
+        InputError: the file is not what `write_labels` writes.
+    """
+    path = corpus / LABELS
+    if not path.exists():
+        return None
+    labels = read_json(path).get("labels")
+    if not isinstance(labels, list) or len(labels) != num_actions or not all(map(_is_label, labels)):
+        raise InputError(f"{path}: expected {num_actions} labels; delete it, and planlm actions makes it again")
+    return labels
+
+
+def write_labels(corpus: Path, labels: Sequence[str]) -> None:
+    """Keep one label for each action."""
+    write_json(corpus / LABELS, {"labels": list(labels)}, within=corpus)
+
+
+def renamed(labels: Sequence[str], names: Sequence[str]) -> list[str]:
+    """Labels with some replaced.
+
+    Args:
+        labels: one for each action.
+        names: `ACTION=LABEL` each.
+
+    Raises:
+        InputError: not of that form, no such action, or a label that could be taken for something else in a plan.
+    """
+    found = list(labels)
+    for name in names:
+        action, equals, label = name.partition("=")
+        label = " ".join(label.split())
+        if not equals or not (action.strip().isascii() and action.strip().isdigit()):
+            raise InputError(f'--name {name!r}: expected ACTION=LABEL, such as 12="birth and family"')
+        if int(action) >= len(found):
+            raise InputError(f"--name {name!r}: there are the actions 0 to {len(found) - 1}")
+        if not label or not _is_label(label) or "," in label or label == "*" or label.isdigit():
+            raise InputError(
+                f"--name {name!r}: a label has 1 to {LONGEST} characters, no comma, and is neither a number nor *"
+            )
+        found[int(action)] = label
+    return found
+
+
+def label_run(run: Path, labels: Sequence[str], fingerprint: str) -> None:
+    """Give the model of a run these labels.
+
+    Args:
+        run: run directory of `train`.
+        labels: one for each action.
+        fingerprint: of the corpus that they are of.
+
+    Raises:
+        InputError: no trained run, or one of another corpus.
+    """
+    path = run / "model" / "config.json"
+    if not path.is_file():
+        raise InputError(f"--run {run}: no trained model in it; give the run directory of planlm train")
+    if (trained_on := read_json(run / "identity.json").get("corpus")) != fingerprint:
+        raise InputError(f"--run {run}: was trained on another corpus ({str(trained_on)[:12]}, not {fingerprint[:12]})")
+    content: dict[str, Any] = read_json(path)
+    write_json(path, content | {"action_labels": list(labels)}, within=run)
+
+
+def _is_label(label: object) -> bool:
+    return isinstance(label, str) and len(label) <= LONGEST and (label.isprintable() or not label)
