@@ -9,7 +9,7 @@ import bisect
 import math
 import re
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +21,11 @@ from planlm.corpus.labels import label_of, label_run, read_labels, renamed, writ
 from planlm.corpus.store import PreparedCorpus
 from planlm.corpus.writing import joined
 from planlm.errors import InputError
+from planlm.files import beside_result, write_json
 from planlm.progress import Progress
+
+DESCRIBED = "actions.json"
+"""File in a corpus with what was described last, for reports."""
 
 EXAMPLES_OF_ONE = 5
 """Times as many sentences are shown where only one action is asked for."""
@@ -34,6 +38,9 @@ FOLLOWERS = 3
 
 LABELLED_FROM = 2000
 """Training documents that `prepare` makes labels of."""
+
+MAPPED_BY_TSNE = 24
+"""Actions from which on a linear map would lay too many upon each other."""
 
 MOST_WORDS = 5_000_000
 """Counts of a word in an action that are kept: some 500 MB."""
@@ -93,7 +100,8 @@ class ActionDescription:
 def describe_actions(config: ActionsConfig) -> list[ActionDescription]:
     """Describe every action of a corpus, the most common first, or one with more examples; and name some.
 
-    The labels are kept in the corpus: those that are there stay as they are, but for `config.name`.
+    The labels are kept in the corpus: those that are there stay as they are, but for `config.name`. What is said of all
+    actions is kept in `actions.json`, with each action's place on a map.
 
     Raises:
         InputError: no such corpus, action or run, or a label that cannot be one.
@@ -114,7 +122,13 @@ def describe_actions(config: ActionsConfig) -> list[ActionDescription]:
     if config.run is not None:
         label_run(Path(config.run), labels, corpus.fingerprint)
     described = [reading.describe(action, labels[action], terms[action][: config.terms]) for action in wanted]
-    return sorted(described, key=lambda one: -one.sentences)
+    described.sort(key=lambda one: -one.sentences)
+    if config.action is None:
+        with beside_result(corpus.path / DESCRIBED):
+            positions = on_a_map(corpus.codebook.numpy())
+            content = {"actions": [asdict(one) | {"position": positions[one.action]} for one in described]}
+            write_json(corpus.path / DESCRIBED, content, within=corpus.path)
+    return described
 
 
 def label_actions(corpus: PreparedCorpus) -> None:
@@ -123,6 +137,26 @@ def label_actions(corpus: PreparedCorpus) -> None:
         reading = _Reading(corpus, [], 0)
         reading.read(LABELLED_FROM)
         write_labels(corpus.path, [label_of(words) for words in _distinctive(reading.words, 3)])
+
+
+def on_a_map(codebook: NDArray) -> list[list[float]]:
+    """A place in two dimensions for each action, near to those of similar actions: t-SNE, or of a few their PCA.
+
+    Args:
+        codebook: float32 `[K, A]`.
+    """
+    count = len(codebook)
+    centred = (codebook - codebook.mean(axis=0)).astype(np.float64)
+    left, sizes, _ = np.linalg.svd(centred, full_matrices=False)
+    places = np.zeros((count, 2))
+    places[:, : len(sizes[:2])] = left[:, :2] * sizes[:2]
+    if count >= MAPPED_BY_TSNE and np.ptp(places[:, 0]) > 0:
+        from sklearn.manifold import TSNE
+
+        start = places / places[:, 0].std() * 1e-4
+        places = TSNE(perplexity=min(30, (count - 1) // 3), init=start, random_state=0).fit_transform(centred)
+    span = max(np.ptp(places), 1e-12)
+    return ((places - places.min(axis=0)) / span).round(4).tolist()
 
 
 @dataclass

@@ -29,24 +29,39 @@ def format_generation(result: dict[str, Any]) -> str:
     Args:
         result: what `planlm.evaluation.generation` returns.
     """
+    parts = [textwrap.fill(describe_generation(result), 80), align(generation_cells(result), left=(0,))]
+    for row in result["rows"]:
+        if (differences := row["differences"]) is not None:
+            cells = generation_difference_cells(differences)
+            parts.append(f"{row['plan']} against {result['versus']}, with paired 95 % intervals over prompts:")
+            parts += [align(cells, left=(0, 3)), "\n".join(_in_words(row["plan"], differences))]
+    return "\n\n".join(parts)
+
+
+def describe_generation(result: dict[str, Any]) -> str:
+    """What the tables are about."""
     greedy = result["temperature"] == 0
     sampling = "greedy" if greedy else f"temperature {result['temperature']:g}, top-p {result['top_p']:g}"
-    about = (
+    return (
         f"Continuations of {result['prompts']:,} documents of the {result['split']} split: {result['max_new_tokens']} "
         f"tokens behind {result['prompt_sentences']} sentences, {sampling}, seed {result['seed']}. MAUVE of "
         f"{result['clusters']} clusters, its features: {result['features']}."
     )
-    rows = result["rows"]
-    heading = ["", *(row["plan"] for row in rows), "human"]
-    columns = [*(row["metrics"] for row in rows), result["human"]]
-    table = [[label, *(_number(one[key], places) for one in columns)] for key, label, places in GENERATION_METRICS]
-    parts = [textwrap.fill(about, 80), align([heading, *table], left=(0,))]
-    for row in rows:
-        if (differences := row["differences"]) is not None:
-            cells = [_cells(label, differences[key], places) for key, label, places in GENERATION_METRICS]
-            parts.append(f"{row['plan']} against {result['versus']}, with paired 95 % intervals over prompts:")
-            parts += [align(cells, left=(0, 3)), "\n".join(_in_words(row["plan"], differences))]
-    return "\n\n".join(parts)
+
+
+def generation_cells(result: dict[str, Any]) -> list[list[str]]:
+    """A heading, and a row for each metric with its values under each plan and of people's own texts."""
+    columns = [*(row["metrics"] for row in result["rows"]), result["human"]]
+    heading = ["", *(row["plan"] for row in result["rows"]), "human"]
+    return [
+        heading,
+        *([label, *(_number(one[key], places) for one in columns)] for key, label, places in GENERATION_METRICS),
+    ]
+
+
+def generation_difference_cells(differences: dict[str, Any]) -> list[list[str]]:
+    """Of each metric a plan's difference to the reference, with interval and verdict."""
+    return [_cells(label, differences[key], places) for key, label, places in GENERATION_METRICS]
 
 
 def _cells(label: str, difference: dict[str, Any], places: int) -> list[str]:

@@ -13,10 +13,31 @@ from markupsafe import Markup
 from planlm.config import ReportConfig
 from planlm.errors import InputError
 from planlm.files import write_text
-from planlm.report.plots import SERIES, breakdown_figure, curves_figure, perplexity_figure, to_svg
+from planlm.report.actions import load_actions
+from planlm.report.commands import commands
+from planlm.report.generation import describe_generation, generation_cells, generation_difference_cells
+from planlm.report.plots import (
+    SERIES,
+    actions_figure,
+    breakdown_figure,
+    curves_figure,
+    perplexity_figure,
+    to_svg,
+)
 from planlm.report.results import SPLITS, Run, compare_runs, load_runs
-from planlm.report.tables import PLANNER_METRICS, ROW_HEADINGS, describe, format_cost, row_cells
+from planlm.report.tables import (
+    FORGETTING_HEADINGS,
+    PLANNER_METRICS,
+    ROW_HEADINGS,
+    describe,
+    forgetting_cells,
+    format_cost,
+    row_cells,
+)
 from planlm.selections import SELECTIONS
+
+SHOWN_ACTIONS = 24
+"""Of a corpus' actions that stand on the page at once, the most common; the others behind a click."""
 
 
 def write_report(config: ReportConfig) -> Path:
@@ -34,14 +55,30 @@ def write_report(config: ReportConfig) -> Path:
     out = Path(config.out)
     if out.is_dir():
         raise InputError(f"{out}: is a folder; expected the page's file name, such as {out / 'report.html'}")
-    page = render(load_runs(config.runs))
+    runs = load_runs(config.runs)
+    page = render(runs, load_actions(runs))
     out.parent.mkdir(parents=True, exist_ok=True)
     write_text(out, page.encode("utf-8", "backslashreplace").decode())  # JSON can hold halves of characters
     return out
 
 
-def render(runs: list[Run]) -> str:
-    """The page's text. Everything that comes from a run is escaped; only our own plots are not."""
+def render(runs: list[Run], actions: dict[str, list[dict[str, Any]] | None] | None = None) -> str:
+    """The page's text. Everything that comes from a run is escaped; only our own plots are not.
+
+    Args:
+        runs: to show.
+        actions: what `load_actions` gives.
+    """
+    corpora = [
+        {
+            "path": corpus,
+            "command": f"planlm actions {shlex.quote(corpus)}",
+            "actions": described,
+            "labels": {one["action"]: one["label"] for one in described or ()},
+            "map": described and _svg(actions_figure(described), f"actions-{number}"),
+        }
+        for number, (corpus, described) in enumerate((actions or {}).items())
+    ]
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
     template = environment.from_string(resources.files(__package__).joinpath("page.html").read_text(encoding="utf-8"))
     comparisons = [
@@ -57,9 +94,16 @@ def render(runs: list[Run]) -> str:
     return template.render(
         runs=[_describe_run(run, number) for number, run in enumerate(runs)],
         comparisons=comparisons,
+        corpora=corpora,
+        shown_actions=SHOWN_ACTIONS,
         curves=curves and _svg(curves, "curves"),
         headings=ROW_HEADINGS,
         describe=describe,
+        describe_generation=describe_generation,
+        forgetting_cells=forgetting_cells,
+        forgetting_headings=FORGETTING_HEADINGS,
+        generation_cells=generation_cells,
+        generation_difference_cells=generation_difference_cells,
         format_cost=format_cost,
         row_cells=row_cells,
         planner_metrics=PLANNER_METRICS,
@@ -86,6 +130,7 @@ def _describe_run(run: Run, number: int) -> dict[str, Any]:
             }
             for split, result in sorted(run.evaluation.items(), key=lambda item: SPLITS.index(item[0]))
         ],
+        "commands": commands(run),
         "evaluate_command": f"planlm evaluate {folder} --corpus {corpus}",
         "generate_command": f"planlm generate {folder} --prompt 'The town' --show-plan",
     }

@@ -226,6 +226,47 @@ def trade_figure(lines: Mapping[str, Sequence[dict[str, Any]]], *, x: str, y: st
     return figure
 
 
+def actions_figure(actions: Sequence[dict[str, Any]]) -> Figure:
+    """A map of the actions: similar ones near to each other, as large as they are common, the largest by name.
+
+    A line leads from each action to the one that most often follows it, itself left out; strong where that is frequent.
+
+    Args:
+        actions: of each `action`, `label`, `share`, `position` and `followed_by`.
+    """
+    at = {one["action"]: one["position"] for one in actions}
+    largest = max(one["share"] for one in actions) or 1.0
+    with mpl.rc_context(_STYLE):
+        figure = Figure(figsize=(8.4, 6.2), layout="constrained")
+        axes = figure.add_subplot()
+        for one in actions:
+            then = next((each for each in one["followed_by"] if each["action"] != one["action"]), None)
+            if then is not None:
+                ends = np.array([one["position"], at[then["action"]]]).T
+                axes.plot(*ends, color=MUTED, linewidth=0.9, alpha=min(0.9, 0.1 + then["share"]), zorder=1)
+        axes.scatter(
+            *np.array([one["position"] for one in actions]).T, s=[20 + 700 * one["share"] / largest for one in actions],
+            color=SERIES[0], alpha=0.55, linewidths=0, zorder=2,
+        )  # fmt: skip
+        axes.margins(0.1)
+        axes.set_xticks([])
+        axes.set_yticks([])
+        axes.spines[["left", "bottom"]].set_visible(False)
+        _name_largest(axes, actions)
+    return figure
+
+
+def _name_largest(axes: Axes, actions: Sequence[dict[str, Any]]) -> None:
+    """Names of actions, the most common first, as far as there is room: a letter takes some .012 by .035 of it."""
+    taken: list[tuple[float, float, float]] = []
+    for one in sorted(actions, key=lambda one: -one["share"]):
+        (x, y), text = one["position"], f"{one['action']} {one['label']}".strip()
+        wide = 0.006 * len(text)
+        if all(abs(x - other) > wide + width or abs(y - height) > 0.035 for other, height, width in taken):
+            axes.annotate(text, (x, y), ha="center", va="center", fontsize=8, color=INK, zorder=3)
+            taken.append((x, y, wide))
+
+
 def save_png(figure: Figure, path: str | Path) -> None:
     """Write a figure as PNG."""
     with mpl.rc_context(_STYLE), replacing(Path(path)) as file:

@@ -16,11 +16,13 @@ from planlm.evaluation.breakdown import POSITIONS, SplitScores, by_length, by_po
 from planlm.evaluation.significance import DocumentScores, compare_rows
 from planlm.files import read_json
 from planlm.flat_yaml import read_flat
+from planlm.report.generation import GENERATION_METRICS
 from planlm.report.shapes import misfit
 from planlm.report.tables import PLANNER_METRICS
 
 CONFIG, METRICS, PLANNER = "config.yaml", "metrics.jsonl", "planner_metrics.json"
 EVALUATION, GENERATION = "evaluation.json", "generation.json"
+GENERATION_EVALUATION = "generation_evaluation.json"
 SPLITS = ("test", "validation", "train")
 LOGGED = (
     "lm_loss",
@@ -39,6 +41,7 @@ LARGEST_NLL = 700.0
 
 _PLANNER = {"num_actions": int, "sentences": int, **{f"{key}?": float for key, _ in PLANNER_METRICS}}
 _BUCKETS = [{"bucket": str, "rows": [{"plan": str, "delta": float, "ci95": (None, [float])}]}]
+_FORGOTTEN = {"before": float, "after": float, "delta": float, "ci95": (None, [float]), "documents": int}
 _COST = {"parameters": {"*": int}, "selection": str, "seconds_per_1000_tokens": {"*": float}}
 _RESULT = {
     "split": str, "window": int, "stride": int, "tokens": int, "documents": int, "versus": str,
@@ -48,11 +51,19 @@ _RESULT = {
     ],
     "scores": {"tokens": [int], "nll": {"*": [float]}, "position_tokens?": [[int]], "position_nll?": {"*": [[float]]}},
     "planner?": (None, _PLANNER), "by_position?": _BUCKETS, "by_length?": _BUCKETS,
-    "cost?": _COST,
+    "cost?": _COST, "forgetting?": {"corpus": str, "split": str, **_FORGOTTEN, "trained_on": _FORGOTTEN},
 }  # fmt: skip
 _GENERATION = {
     "prompt": str, "text": str, "selection": str,
     "plan": [{"sentence": str, "forced": (None, int), "actions": [{"action": int, "probability": float}]}],
+}  # fmt: skip
+_METRICS = {key: (None, float) for key, _, _ in GENERATION_METRICS}
+_DIFFERENCE = {"delta": (None, float), "ci95": (None, [float]), "verdict": str}
+_DIFFERENCES = {key: _DIFFERENCE for key, _, _ in GENERATION_METRICS}
+_GENERATED = {
+    "prompts": int, "split": str, "max_new_tokens": int, "prompt_sentences": int, "temperature": float, "top_p": float,
+    "seed": int, "clusters": int, "features": str, "versus": str, "human": _METRICS,
+    "rows": [{"plan": str, "metrics": _METRICS, "differences": (None, _DIFFERENCES)}],
 }  # fmt: skip
 _LINE = {"step": int, **{f"{key}?": (None, float) for key in LOGGED}}
 """Shapes of what is read, as `misfit` takes them."""
@@ -73,6 +84,7 @@ class Run:
         planner: metrics of `planlm pretrain-planner`.
         evaluation: results of `planlm evaluate` by split.
         generation: a generated text with its plan.
+        generated: results of `planlm evaluate-generation` by split.
     """
 
     name: str
@@ -82,6 +94,7 @@ class Run:
     planner: dict[str, Any]
     evaluation: dict[str, dict[str, Any]]
     generation: dict[str, Any]
+    generated: dict[str, dict[str, Any]]
 
 
 def load_runs(paths: Sequence[str]) -> list[Run]:
@@ -156,7 +169,9 @@ def _scores(run: Run, split: str, plan: str) -> DocumentScores:
 def _load_run(name: str, folder: Path) -> Run:
     if not folder.is_dir():
         raise InputError(f"{folder}: no such run directory")
-    if not any((folder / file).exists() for file in (CONFIG, METRICS, PLANNER, EVALUATION, GENERATION)):
+    if not any(
+        (folder / file).exists() for file in (CONFIG, METRICS, PLANNER, EVALUATION, GENERATION, GENERATION_EVALUATION)
+    ):
         raise InputError(f"{folder}: holds no results; expected a run directory of planlm train or pretrain-planner")
     return Run(
         name=name,
@@ -166,6 +181,7 @@ def _load_run(name: str, folder: Path) -> Run:
         planner=_read_object(folder / PLANNER, _PLANNER | {"split": str}),
         evaluation=_read_evaluation(folder / EVALUATION),
         generation=_read_object(folder / GENERATION, _GENERATION),
+        generated=_read_object(folder / GENERATION_EVALUATION, {"*": _GENERATED}),
     )
 
 

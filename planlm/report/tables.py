@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 PLANNER_METRICS = (
@@ -22,6 +22,8 @@ PLANNER_METRICS = (
 """Keys of the planner's metrics with what they are called in front of readers."""
 
 ROW_HEADINGS = ("plan", "perplexity", "difference", "95 % interval", "verdict")
+
+FORGETTING_HEADINGS = ("text", "before", "after", "difference", "95 % interval", "documents")
 
 SHORT = {"no measurable difference": "not measurable", "no interval: fewer than 6 documents": "few documents"}
 """Verdicts that are too long for a column."""
@@ -118,18 +120,21 @@ def format_planner(planner: dict[str, Any]) -> str:
 
 def format_forgetting(found: dict[str, Any]) -> str:
     """What training has cost the LM with the plan off, as `planlm.evaluation.forgetting` measures it."""
-    cells = [("text", "before", "after", "difference", "95 % interval", "documents")]
+    title = (
+        "Forgetting: the LM's perplexity with the plan off, before training and after.\nDifferences: nats per token."
+    )
+    return f"{title}\n\n{align([FORGETTING_HEADINGS, *forgetting_cells(found)], left=(0,))}"
+
+
+def forgetting_cells(found: dict[str, Any]) -> Iterator[list[str]]:
+    """A row for the other corpus and one for the corpus that was trained on."""
     for name, row in (
         (f"{found['corpus']}, {found['split']}", found),
         ("of the corpus trained on", found["trained_on"]),
     ):
         before, after = (perplexity({"perplexity": math.exp(min(row[key], 700.0))}) for key in ("before", "after"))
         difference, interval, _ = difference_cells({**row, "verdict": ""})
-        cells.append((name, before, after, difference, interval, f"{row['documents']:,}"))
-    title = (
-        "Forgetting: the LM's perplexity with the plan off, before training and after.\nDifferences: nats per token."
-    )
-    return f"{title}\n\n{align(cells, left=(0,))}"
+        yield [name, before, after, difference, interval, f"{row['documents']:,}"]
 
 
 def _count(number: int, noun: str) -> str:

@@ -7,6 +7,7 @@ import pytest
 import yaml
 
 from planlm.evaluation.significance import DocumentScores, compare_rows
+from planlm.report.generation import GENERATION_METRICS
 
 PLANNER = {
     "accuracy@1": 0.278, "accuracy@5": 0.55, "accuracy@10": 0.692, "mrr": 0.4, "nll": 3.18,
@@ -75,3 +76,29 @@ def make_run(tmp_path):
         return folder
 
     return make
+
+
+@pytest.fixture
+def described():
+    """What `planlm actions` leaves in a corpus, of two actions."""
+    share = {"sentences": 10, "share": 0.5}
+    return {
+        "actions": [
+            {"action": 1, "label": "ships <i>", "terms": ["ship", "sea"], "examples": ["A <b>ship</b> sank."],
+             "followed_by": [{"action": 1, "share": 0.7}, {"action": 0, "share": 0.3}], "position": [0.0, 1.0],
+             **share},
+            {"action": 0, "label": "", "terms": [], "examples": [], "followed_by": [], "position": [0.5, 0.0], **share},
+        ]
+    }  # fmt: skip
+
+
+@pytest.fixture
+def generated():
+    """A result of `planlm evaluate-generation`, by split."""
+    metrics = {key: 0.25 for key, _, _ in GENERATION_METRICS}
+    differences = {key: {"delta": -0.125, "ci95": [-0.2, -0.1], "verdict": "better"} for key in metrics}
+    rows = [{"plan": "fixed", "metrics": metrics, "differences": None},
+            {"plan": "soft", "metrics": metrics | {"mauve": None}, "differences": differences}]  # fmt: skip
+    about = {"prompts": 100, "split": "test", "max_new_tokens": 128, "prompt_sentences": 3, "temperature": 1.0,
+             "top_p": 0.95, "seed": 0, "clusters": 10, "features": "MiniLM", "versus": "fixed"}  # fmt: skip
+    return {"test": about | {"rows": rows, "human": metrics}}

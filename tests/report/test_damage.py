@@ -56,14 +56,27 @@ def report(tmp_path):
     return make
 
 
-@pytest.mark.parametrize("file", ["evaluation.json", "generation.json", "planner_metrics.json"])
+FILES = [
+    "evaluation.json",
+    "generation.json",
+    "planner_metrics.json",
+    "generation_evaluation.json",
+    "corpus/actions.json",
+]
+
+
+@pytest.mark.parametrize("file", FILES)
 @pytest.mark.parametrize("new", [*WRONG, "del"], ids=repr)
-def test_any_value_of_a_json_file_may_be_wrong(make_run, report, planner, file, new, monkeypatch):
+def test_any_value_of_a_json_file_may_be_wrong(make_run, report, planner, generated, described, file, new, monkeypatch):
     # Plots take nearly all of the time, and are tried below.
     monkeypatch.setattr(page, "perplexity_figure", lambda result: None)
     monkeypatch.setattr(page, "curves_figure", lambda runs: None)
     monkeypatch.setattr(page, "to_svg", lambda figure, prefix: "")
-    run = make_run("run", lines=2, generation=GENERATION, planner_metrics=planner | {"split": "validation"})
+    files = {"planner_metrics": planner | {"split": "validation"}, "generation_evaluation": generated}
+    run = make_run("run", lines=2, generation=GENERATION, **files)
+    (run / "corpus").mkdir()
+    (run / "corpus" / "actions.json").write_text(json.dumps(described))
+    (run / "config.yaml").write_text(f"corpus: {run / 'corpus'}\nselection: soft\n")
     whole = json.loads((run / file).read_text())
     if file == "evaluation.json":  # two documents are enough
         for values in (whole["test"]["scores"]["tokens"], *whole["test"]["scores"]["nll"].values()):

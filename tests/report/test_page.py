@@ -2,13 +2,16 @@
 
 import json
 import re
+import shlex
 import subprocess
 import sys
+from html import unescape
 from html.parser import HTMLParser
 
 import pytest
 
-from planlm.config import ReportConfig
+from planlm import arguments
+from planlm.config import ReportConfig, TrainConfig
 from planlm.errors import InputError
 from planlm.report.page import write_report
 from planlm.report.results import compare_runs, load_runs
@@ -55,6 +58,11 @@ class Page(HTMLParser):
 
     def handle_data(self, data):
         self.text += data
+
+
+def seen(html):
+    """The text of a page, with cells apart."""
+    return " ".join(unescape(re.sub("<[^>]*>", " ", html)).split())
 
 
 @pytest.fixture
@@ -122,6 +130,67 @@ def test_text_from_a_run_is_escaped(report, make_run):
     assert evil in page.text
     assert "<b>" not in html
     assert "The castle <b>was</b> built" in page.text
+
+
+def test_actions_are_described_and_mapped(report, make_run, described, tmp_path):
+    (tmp_path / "corpus").mkdir()
+    runs = [make_run(name, config={"corpus": str(tmp_path / "corpus")}) for name in ("one", "two")]
+    _, page = report(*runs)
+    assert page.text.count("What the actions mean") == 1 and f"planlm actions {tmp_path / 'corpus'}" in page.text
+    (tmp_path / "corpus" / "actions.json").write_text(json.dumps(described))
+    html, page = report(*runs)
+    words = seen(html)
+    assert "1 ships <i> ship, sea" in words and "A <b>ship</b> sank." in words and "0 30%" in words
+    assert "<b>" not in html and "<i>" not in html and page.text.count("1 ships <i>") == 3  # map, table, what follows
+    _, page = report(make_run("three", config={"corpus": str(tmp_path / "elsewhere")}))
+    assert "What the actions mean" not in page.text
+
+
+def test_many_actions_are_behind_a_click(report, make_run, described, tmp_path):
+    one = described["actions"][0]
+    many = [one | {"action": number, "position": [number / 30, 0.0], "label": "x"} for number in range(30)]
+    (tmp_path / "actions.json").write_text(json.dumps({"actions": many}))
+    html, page = report(make_run("run", config={"corpus": str(tmp_path)}))
+    assert "6 more actions" in page.text and html.count("<details>") == 2  # the other is the configuration's
+    drawn = html[html.index("<svg", html.index("What the actions")) :]
+    assert 1 < drawn[: drawn.index("</svg>")].count("<text") < 30  # only those names that there is room for
+
+
+def test_metrics_of_generated_texts(report, make_run, generated):
+    html, _ = report(make_run("run", generation_evaluation=generated))
+    words = seen(html)
+    assert "Generated continuations, test split" in words and "Continuations of 100 documents" in words
+    assert "MAUVE 0.2500 – 0.2500" in words and "soft against fixed" in words and "−0.1250 [−0.2000, −0.1000]" in words
+
+
+def test_what_was_forgotten(report, make_run):
+    run = make_run("run")
+    stored = json.loads((run / "evaluation.json").read_text())
+    lost = {"before": 5.0, "after": 5.25, "delta": 0.25, "ci95": [0.125, 0.375], "documents": 60}
+    stored["test"]["forgetting"] = {"corpus": "wikitext", "split": "validation", **lost, "trained_on": lost}
+    (run / "evaluation.json").write_text(json.dumps(stored))
+    html, _ = report(run)
+    words = seen(html)
+    assert "Forgetting" in words and "wikitext, validation 148.41 190.57 +0.2500 [+0.1250, +0.3750] 60" in words
+
+
+def test_commands_repeat_what_was_made(report, make_run, planner, tmp_path):
+    corpus = tmp_path / "my corpus"
+    corpus.mkdir()
+    manifest = {"sources": [{"input": "a b.jsonl"}], "settings": {"actions": 8, "min_sentences": 2, "seed": 3}}
+    (corpus / "corpus.json").write_text(json.dumps(manifest | {"encoder": "E", "tokenizer": "T"}))
+    first = make_run("planner", evaluated=(), planner_metrics=planner | {"split": "validation"})
+    (first / "config.yaml").write_text(f"corpus: {corpus}\nout: {first}\nlayers: 1\nepochs: 4.0\nresume: true\n")
+    settings = {"corpus": str(corpus), "planner": str(first), "out": "run", "lr": 0.01, "compile": True}
+    _, page = report(make_run("run", config=settings))
+    prepare = f"planlm prepare 'a b.jsonl' --out '{corpus}' --actions 8 --encoder E --tokenizer T --seed 3"
+    assert prepare in page.text
+    assert f"planlm pretrain-planner --corpus '{corpus}' --out {first} --layers 1\n" in page.text
+    train = re.search(r"planlm train .*", page.text)[0]
+    words = shlex.split(train)[2:]
+    read = arguments.parse(TrainConfig, words, prog="planlm train", epilog="")
+    assert (read.corpus, read.planner, read.lr, read.compile) == (str(corpus), str(first), 0.01, True)
+    assert "--batch-size" not in words
 
 
 def test_several_runs_are_compared_under_the_plans_they_were_trained_with(report, make_run):
