@@ -15,7 +15,7 @@ from planlm.errors import InputError
 from planlm.evaluation.breakdown import SplitScores, by_length, by_position
 from planlm.evaluation.forgetting import Forgetting
 from planlm.evaluation.perplexity import MAX_WINDOW, SAMPLED, Sampling, score_documents
-from planlm.evaluation.planner_metrics import planner_metrics, window_predictions
+from planlm.evaluation.planner_metrics import followed, planner_metrics, window_predictions
 from planlm.evaluation.significance import DocumentScores, compare_rows
 from planlm.files import beside_result, read_json, write_json
 from planlm.model.configuration import WITHOUT_PLAN, PlanLMConfig
@@ -46,9 +46,9 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
 
     Returns:
         `run`, `split`, `window`, `stride`, `temperature` of the plans, `tokens`, `documents`, `versus`, `rows` (see
-        `compare_rows`), `by_position` and `by_length` (see those), `cost` (see `_cost`) and `planner` (see
-        `planner_metrics`; None for an LM without one), ready for JSON; with `--forgetting` also `forgetting` (see
-        `Forgetting.measure`).
+        `compare_rows`), `by_position` and `by_length` (see those), `cost` (see `_cost`), `planner` (see
+        `planner_metrics`; None for an LM without one) and `example` (see `followed`), ready for JSON; with
+        `--forgetting` also `forgetting` (see `Forgetting.measure`).
 
     Raises:
         InputError: anything wrong with the arguments, the model, the corpus, or their fit.
@@ -102,6 +102,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
             "by_length": by_length(scores, versus, **how),
             "cost": _cost(model, scores),
             "planner": _planner_metrics(model, corpus, dataset, window, config.batch_size) if is_planned else None,
+            **_example(model, dataset),
             **lost,
         }
         if (run / "model").is_dir():
@@ -120,6 +121,13 @@ def _planner_metrics(
     assert model.planner is not None
     predicted = None if model.planner_input is None else window_predictions(model, dataset, window, batch_size)
     return planner_metrics(model.planner, dataset, corpus.action_counts, predicted=predicted)
+
+
+def _example(model: PlanLMForCausalLM, dataset: datasets.Dataset) -> dict[str, Any]:
+    """See `followed`; nothing without a planner, or with one that reads the LM's states."""
+    if model.planner is None or model.planner_input is not None:
+        return {}
+    return {"example": followed(model.planner, dataset, model.config.plan_temperature)}
 
 
 def parse_plans(config: EvaluateConfig) -> list[str]:

@@ -28,6 +28,9 @@ _BINS = 15
 """Bins of the calibration error (Guo et al., On Calibration of Modern Neural Networks, 2017)."""
 
 
+EXAMPLE, EXPECTED, LONGEST = 12, 3, 400
+"""Sentences of the document that `followed` shows, actions of each, and characters."""
+
 Predicted = Iterator[tuple[Tensor, Tensor]]
 """Batches of planner states `[M, A]` of sentences, and the actions `[M, N]` from them on, negative for none."""
 
@@ -52,7 +55,8 @@ def planner_metrics(
 
     Returns:
         `accuracy@1`, `accuracy@5`, `accuracy@10`, `mrr` (mean reciprocal rank), `nll` (nats), `ece` (expected
-        calibration error of the most probable action, 15 bins), `sentences`, `num_actions`; baselines:
+        calibration error of the most probable action, 15 bins), `calibration` (see `calibration`), `sentences`,
+        `num_actions`; baselines:
         `unigram_nll` (training frequencies, one added to each count), `unigram_accuracy@1`, and
         `repeat_last_accuracy` (the previous sentence's action; the most frequent one for a document's first). With a
         longer horizon `ahead`, `accuracy@1`, `nll` and `sentences` of each step behind the first.
@@ -84,7 +88,8 @@ def planner_metrics(
         **{f"accuracy@{k}": (rank <= k).double().mean().item() for k in (1, 5, 10)},
         "mrr": (1 / rank).mean().item(),
         "nll": nll.mean().item(),
-        "ece": calibration_error(confidence, rank == 1),
+        "ece": calibration_error(bins := calibration(confidence, rank == 1)),
+        "calibration": bins,
         "unigram_nll": -unigram[actions].mean().item(),
         "unigram_accuracy@1": (actions == most_frequent).double().mean().item(),
         "repeat_last_accuracy": _repeat_last(dataset, most_frequent),
@@ -137,17 +142,72 @@ def _repeat_last(dataset: datasets.Dataset, most_frequent: int) -> float:
     return repeated / total
 
 
-def calibration_error(confidence: Tensor, correct: Tensor) -> float:
-    """Mean distance between confidence and accuracy over 15 equal bins of confidence, weighted by their size.
+def calibration(confidence: Tensor, correct: Tensor) -> list[dict[str, Any]]:
+    """Mean `confidence`, `accuracy` and number of `sentences` in each of 15 equal bins of confidence that has some.
 
     Args:
         confidence: probability of the predicted action, `[M]`, in (0, 1].
         correct: whether the prediction was right, `[M]` bool.
     """
     bins = (confidence.double() * _BINS).ceil().long().clamp(1, _BINS) - 1  # a bin holds its upper edge
-    gap = torch.zeros(_BINS, dtype=torch.float64)
-    gap.index_add_(0, bins, confidence.double() - correct.double())
-    return (gap.abs().sum() / len(confidence)).item()
+    count, sure, right = torch.zeros(3, _BINS, dtype=torch.float64)
+    count.index_add_(0, bins, torch.ones_like(confidence, dtype=torch.float64))
+    sure.index_add_(0, bins, confidence.double())
+    right.index_add_(0, bins, correct.double())
+    return [
+        {"confidence": c / n, "accuracy": r / n, "sentences": int(n)}
+        for n, c, r in zip(count.tolist(), sure.tolist(), right.tolist(), strict=True)
+        if n
+    ]
+
+
+def calibration_error(bins: list[dict[str, Any]]) -> float:
+    """Mean distance between confidence and accuracy of what `calibration` gives, weighted by sentences."""
+    gaps = (one["sentences"] * abs(one["confidence"] - one["accuracy"]) for one in bins)
+    return float(sum(gaps) / sum(one["sentences"] for one in bins))
+
+
+@torch.inference_mode()
+def followed(planner: Planner, dataset: datasets.Dataset, temperature: float) -> dict[str, Any]:
+    """A document of a split sentence by sentence, with what the planner expected of each before it was read.
+
+    Args:
+        planner: from embeddings.
+        dataset: a split of a prepared corpus.
+        temperature: of the distribution.
+
+    Returns:
+        `id` of the first document with at least `EXAMPLE` sentences, or else the first, and `sentences`, the first
+        `EXAMPLE`: `sentence`, its `action`, and `expected`, the most probable ones with their `probability`.
+    """
+    lengths = [len(actions) for actions in dataset.with_format("numpy", columns=["actions"])["actions"]]
+    number = next((at for at, length in enumerate(lengths) if length >= EXAMPLE), 0)
+    document = dataset.with_format(None)[number]
+    (batch,) = SentenceLoader(dataset.select([number]), batch_size=1, shuffle=False)
+    labelled = batch.actions >= 0
+    was_training = planner.training
+    planner.train(False)
+    hidden = planner(**batch.to(next(planner.parameters()).device).planner_inputs)[labelled][:EXAMPLE]
+    probabilities, likely = (
+        (planner.head(hidden).float() / temperature)
+        .softmax(dim=-1)
+        .topk(
+            min(EXPECTED, planner.head.weight.shape[0])  # type: ignore[arg-type, index]
+        )
+    )
+    planner.train(was_training)
+    spans = document["sentence_spans"][:EXAMPLE]
+    sentences = [
+        {
+            "sentence": document["text"][begin : min(end, begin + LONGEST)],
+            "action": action,
+            "expected": [{"action": a, "probability": round(p, 4)} for a, p in zip(actions, values, strict=True)],
+        }
+        for (begin, end), action, actions, values in zip(
+            spans, document["actions"], likely.tolist(), probabilities.tolist(), strict=False
+        )
+    ]
+    return {"id": document["id"], "sentences": sentences}
 
 
 def _rank_sentences(head: nn.Module, hidden: Tensor, actions: Tensor) -> Tensor:

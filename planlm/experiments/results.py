@@ -179,7 +179,11 @@ class _Backbone:
                 **{name: _mean(result.get(name) for result in trained) for name in COST},
                 "parameters_added": sum(size for part, size in first["cost"]["parameters"].items() if part != "lm"),
             },
-            "planner": {name: _mean(each.get(name) for each in planners) for name in (planners[0] if planners else {})},
+            "planner": {
+                name: _mean(each.get(name) for each in planners)
+                for name, value in (planners[0] if planners else {}).items()
+                if isinstance(value, int | float)
+            },
             "forgetting": forgetting,
             "read": {str(seed): record["began"] for seed, record in records.items()},
         }

@@ -20,6 +20,7 @@ from planlm.report.plots import (
     SERIES,
     actions_figure,
     breakdown_figure,
+    calibration_figure,
     curves_figure,
     perplexity_figure,
     to_svg,
@@ -81,6 +82,7 @@ def render(runs: list[Run], actions: dict[str, list[dict[str, Any]] | None] | No
     ]
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
     template = environment.from_string(resources.files(__package__).joinpath("page.html").read_text(encoding="utf-8"))
+    labels = {corpus["path"]: corpus["labels"] for corpus in corpora}
     comparisons = [
         {
             "result": result,
@@ -92,7 +94,7 @@ def render(runs: list[Run], actions: dict[str, list[dict[str, Any]] | None] | No
     ]
     curves = curves_figure({run.name: run.metrics for run in runs})
     return template.render(
-        runs=[_describe_run(run, number) for number, run in enumerate(runs)],
+        runs=[_describe_run(run, number, labels) for number, run in enumerate(runs)],
         comparisons=comparisons,
         corpora=corpora,
         shown_actions=SHOWN_ACTIONS,
@@ -114,8 +116,13 @@ def _svg(figure: Any, prefix: str) -> Markup:
     return Markup(to_svg(figure, prefix))  # matplotlib escapes what it is given
 
 
-def _describe_run(run: Run, number: int) -> dict[str, Any]:
-    """What the template shows of a run."""
+def _calibration(planner: dict[str, Any] | None, prefix: str) -> Markup | None:
+    bins = (planner or {}).get("calibration")
+    return _svg(calibration_figure(bins), prefix) if bins else None
+
+
+def _describe_run(run: Run, number: int, labels: dict[str, dict[int, str]]) -> dict[str, Any]:
+    """What the template shows of a run; `labels` of actions by corpus."""
     folder = shlex.quote(str(run.path))
     corpus = shlex.quote(str(run.config.get("corpus", "CORPUS")))
     return vars(run) | {
@@ -127,10 +134,13 @@ def _describe_run(run: Run, number: int) -> dict[str, Any]:
                 "result": result,
                 "plot": _svg(perplexity_figure(result), f"run{number + 1}-{split}"),
                 "breakdown": (figure := breakdown_figure(result)) and _svg(figure, f"parts{number + 1}-{split}"),
+                "calibration": _calibration(result.get("planner"), f"sure{number + 1}-{split}"),
             }
             for split, result in sorted(run.evaluation.items(), key=lambda item: SPLITS.index(item[0]))
         ],
+        "calibration": _calibration(run.planner, f"sure{number + 1}"),
         "commands": commands(run),
+        "labels": labels.get(str(run.config.get("corpus")), {}),
         "evaluate_command": f"planlm evaluate {folder} --corpus {corpus}",
         "generate_command": f"planlm generate {folder} --prompt 'The town' --show-plan",
     }

@@ -167,6 +167,29 @@ def curves_figure(runs: dict[str, Sequence[dict[str, Any]]]) -> Figure | None:
     return figure
 
 
+def calibration_figure(bins: Sequence[dict[str, Any]]) -> Figure:
+    """How often the planner's first choice is right, by how sure it was; areas by sentences.
+
+    Args:
+        bins: `confidence`, `accuracy` and `sentences` of each.
+    """
+    most = max((one["sentences"] for one in bins), default=1) or 1
+    with mpl.rc_context(_STYLE):
+        figure = Figure(figsize=(8.4, 3.6), layout="constrained")
+        axes = figure.add_subplot()
+        axes.plot([0, 1], [0, 1], color=MUTED, linewidth=1, linestyle=(0, (2, 3)))
+        sure, right = ([one[key] for one in bins] for key in ("confidence", "accuracy"))
+        axes.plot(sure, right, color=SERIES[0], linewidth=1.2)
+        axes.scatter(sure, right, s=[12 + 160 * one["sentences"] / most for one in bins], color=SERIES[0], alpha=0.6)
+        axes.set_xlim(0, 1)
+        axes.set_ylim(0, 1)
+        axes.set_xlabel("probability of the most probable action")
+        axes.set_ylabel("share that is right")
+        axes.set_title("Calibration of the planner; dotted: as sure as it is right", pad=10)
+        axes.grid(linewidth=0.8)
+    return figure
+
+
 def lines_figure(lines: dict[str, Sequence[dict[str, Any]]], *, x: str, y: str, title: str) -> Figure:
     """Lines through points with error bars.
 

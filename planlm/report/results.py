@@ -39,7 +39,10 @@ LOGGED = (
 LARGEST_NLL = 700.0
 """Nats per token; float64 ends at a perplexity of exp(709)."""
 
-_PLANNER = {"num_actions": int, "sentences": int, **{f"{key}?": float for key, _ in PLANNER_METRICS}}
+_PLANNER: dict[str, Any] = {"num_actions": int, "sentences": int, **{f"{key}?": float for key, _ in PLANNER_METRICS}}
+_PLANNER["calibration?"] = [{"confidence": float, "accuracy": float, "sentences": int}]
+_EXPECTED = [{"action": int, "probability": float}]
+_EXAMPLE = {"id": str, "sentences": [{"sentence": str, "action": int, "expected": _EXPECTED}]}
 _BUCKETS = [{"bucket": str, "rows": [{"plan": str, "delta": float, "ci95": (None, [float])}]}]
 _FORGOTTEN = {"before": float, "after": float, "delta": float, "ci95": (None, [float]), "documents": int}
 _COST = {"parameters": {"*": int}, "selection": str, "seconds_per_1000_tokens": {"*": float}}
@@ -51,7 +54,8 @@ _RESULT = {
     ],
     "scores": {"tokens": [int], "nll": {"*": [float]}, "position_tokens?": [[int]], "position_nll?": {"*": [[float]]}},
     "planner?": (None, _PLANNER), "by_position?": _BUCKETS, "by_length?": _BUCKETS,
-    "cost?": _COST, "forgetting?": {"corpus": str, "split": str, **_FORGOTTEN, "trained_on": _FORGOTTEN},
+    "cost?": _COST, "example?": _EXAMPLE,
+    "forgetting?": {"corpus": str, "split": str, **_FORGOTTEN, "trained_on": _FORGOTTEN},
 }  # fmt: skip
 _GENERATION = {
     "prompt": str, "text": str, "selection": str,

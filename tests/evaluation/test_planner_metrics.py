@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from planlm.evaluation.planner_metrics import calibration_error, planner_metrics
+from planlm.evaluation.planner_metrics import calibration, calibration_error, followed, planner_metrics
 from planlm.model import Planner
 
 
@@ -86,7 +86,10 @@ def test_batches_and_chunks_change_nothing_and_the_mode_is_kept(make_corpus, mon
     one = planner_metrics(planner, dataset, corpus.action_counts, batch_size=1)
     assert planner.training
     monkeypatch.setattr("planlm.evaluation.planner_metrics._LOGITS", 20)
-    assert planner_metrics(planner, dataset, corpus.action_counts, batch_size=8) == pytest.approx(one, rel=1e-6)
+    other = planner_metrics(planner, dataset, corpus.action_counts, batch_size=8)
+    for mine, its in zip(one.pop("calibration"), other.pop("calibration"), strict=True):
+        assert its == pytest.approx(mine, rel=1e-6)
+    assert other == pytest.approx(one, rel=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -100,5 +103,31 @@ def test_batches_and_chunks_change_nothing_and_the_mode_is_kept(make_corpus, mon
     ],
 )
 def test_calibration_error(confidence, correct, expected):
-    value = calibration_error(torch.tensor(confidence, dtype=torch.float64), torch.tensor(correct))
-    assert value == pytest.approx(expected, abs=1e-7)
+    bins = calibration(torch.tensor(confidence, dtype=torch.float64), torch.tensor(correct))
+    assert calibration_error(bins) == pytest.approx(expected, abs=1e-7)
+    assert sum(one["sentences"] for one in bins) == len(confidence)
+
+
+def test_calibration_says_how_sure_and_how_right():
+    bins = calibration(torch.tensor([0.90, 0.92, 0.03]), torch.tensor([True, False, True]))
+    assert bins == [
+        {"confidence": pytest.approx(0.03), "accuracy": 1.0, "sentences": 1},
+        {"confidence": pytest.approx(0.91), "accuracy": 0.5, "sentences": 2},
+    ]
+
+
+def test_a_document_is_followed_sentence_by_sentence(corpus, monkeypatch):
+    """The first that is long enough, with the distribution at the temperature."""
+    monkeypatch.setattr("planlm.evaluation.planner_metrics.EXAMPLE", 2)
+    logits = torch.tensor([[0.0, 3.0, 0.0, 0.0, 2.0, 0.0, 1.0]]).repeat(3, 1)
+    found = followed(Oracle([logits]), corpus.split("test").select([0]), temperature=2.0)
+    document = corpus.split("test")[0]
+    assert found["id"] == document["id"]
+    assert [one["sentence"] for one in found["sentences"]] == ["The cat sat on the mat.", "It was warm there."]
+    assert [one["action"] for one in found["sentences"]] == list(document["actions"][:2])
+    expected = [(each["action"], each["probability"]) for each in found["sentences"][0]["expected"]]
+    assert [action for action, _ in expected] == [1, 4, 6]
+    normalizer = sum(math.exp(value / 2) for value in logits[0].tolist())
+    assert [value for _, value in expected] == pytest.approx(
+        [math.exp(value / 2) / normalizer for value in (3, 2, 1)], abs=1e-4
+    )

@@ -174,6 +174,22 @@ def test_what_was_forgotten(report, make_run):
     assert "Forgetting" in words and "wikitext, validation 148.41 190.57 +0.2500 [+0.1250, +0.3750] 60" in words
 
 
+def test_a_document_is_shown_beside_what_the_planner_expected(report, make_run, described, tmp_path):
+    (tmp_path / "actions.json").write_text(json.dumps(described))
+    run = make_run("run", config={"corpus": str(tmp_path)})
+    stored = json.loads((run / "evaluation.json").read_text())
+    expected = [{"action": 1, "probability": 0.75}, {"action": 0, "probability": 0.25}]
+    sentences = [{"sentence": "It <u>sank</u>.", "action": 1, "expected": expected}]
+    stored["test"]["example"] = {"id": "document 7", "sentences": sentences}
+    stored["test"]["planner"]["calibration"] = [{"confidence": 0.5, "accuracy": 0.25, "sentences": 8}]
+    (run / "evaluation.json").write_text(json.dumps(stored))
+    html, _ = report(run)
+    assert "document 7" in seen(html) and "<u>" not in html and "Calibration of the planner" in html
+    row = html[html.index("It &lt;u&gt;") :]
+    assert seen(row[: row.index("</tr>")]) == "It <u>sank</u>. 1 ships <i> 1 ships <i> 75% 0 25%"
+    assert "<strong>1 ships &lt;i&gt;</strong>" in row[: row.index("</tr>")]
+
+
 def test_commands_repeat_what_was_made(report, make_run, planner, tmp_path):
     corpus = tmp_path / "my corpus"
     corpus.mkdir()
