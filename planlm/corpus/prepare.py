@@ -12,6 +12,7 @@ import dataclasses
 import importlib.metadata
 import os
 import shutil
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from transformers import PreTrainedTokenizerFast
 from planlm.config import PrepareConfig
 from planlm.corpus.actions import label_actions
 from planlm.corpus.codebook import SAMPLE_PER_ACTION, SENTENCES_PER_ACTION, fit_codebook
+from planlm.corpus.inputs import find_inputs, in_memory
 from planlm.corpus.readers import Fields
 from planlm.corpus.shards import EncodedShards, encode_shards
 from planlm.corpus.sources import Documents
@@ -56,10 +58,14 @@ ASSEMBLY = ("actions", "validation_fraction", "test_fraction", "kmeans_iteration
 PACKAGES = ("planlm", "torch", "transformers", "sentence-transformers", "datasets", "faiss-cpu", "syntok", "pyarrow")
 
 
-def prepare(config: PrepareConfig) -> PreparedCorpus:
+def prepare(config: PrepareConfig, texts: Iterable[str | Mapping[str, Any]] | None = None) -> PreparedCorpus:
     """Prepare a corpus, or go on with one that was interrupted; a finished one of the same kind is returned as it is.
 
     The same settings and sources give the same bytes. Under torchrun the processes share the shards.
+
+    Args:
+        config: the command's.
+        texts: see `planlm.prepare`; in place of the files of `config.inputs`, which is their name then.
 
     Raises:
         InputError: faulty input or settings, or an `out` that holds something else.
@@ -71,7 +77,8 @@ def prepare(config: PrepareConfig) -> PreparedCorpus:
             "they must leave some documents for training"
         )
     # What can be refused at once comes before the tokenizer, which may have to be converted, and before all reading.
-    documents = Documents(config.inputs, Fields(config.text_field, config.id_field), config.max_documents)
+    inputs = find_inputs(config.inputs) if texts is None else [in_memory(config.inputs[0], texts)]
+    documents = Documents(inputs, Fields(config.text_field, config.id_field), config.max_documents)
     out = Path(config.out)
     _check_place(out)
     # The corpus names its encoder and tokenizer to later commands, which may run in another folder.

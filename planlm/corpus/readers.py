@@ -13,7 +13,7 @@ import lzma
 import math
 import os
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -52,7 +52,7 @@ class Fields:
 
 
 def read_part(part: Part, fields: Fields) -> Iterator[Document]:
-    """Documents of a file or data set, one at a time.
+    """Documents of a file, a data set or rows in memory, one at a time.
 
     A .txt file is one document; of a .raw file, which is WikiText's, every article is one; of .jsonl, .ndjson and
     .parquet files every row, of a .json file every element of its one array, or every row;
@@ -62,6 +62,9 @@ def read_part(part: Part, fields: Fields) -> Iterator[Document]:
         InputError: it is damaged, not UTF-8, not what its suffix says, or lacks the text field; the message names file
             and line.
     """
+    if part.rows is not None:
+        yield from _read_rows(part.rows, part, fields)
+        return
     if part.path.startswith(HUB):
         yield from _read_hub(part, fields)
         return
@@ -225,6 +228,17 @@ def _read_parquet(part: Part, fields: Fields) -> Iterator[Document]:
                     raise InputError(f"{where}: cannot be read ({error})") from None
                 shown = row if fields.text in have else dict.fromkeys(have)
                 yield _document(shown, fields, f"{part.name}:{number}", where)
+
+
+def _read_rows(rows: Iterable[Any], part: Part, fields: Fields) -> Iterator[Document]:
+    """Texts, or mappings with text and id. Of a Dataset the two columns are read, whatever its format."""
+    import datasets
+
+    if isinstance(rows, datasets.Dataset) and fields.text in rows.column_names:
+        rows = rows.with_format(None, columns=[name for name in (fields.text, fields.id) if name in rows.column_names])
+    for number, row in enumerate(rows, 1):
+        found = dict(row) if isinstance(row, Mapping) else {fields.text: row}
+        yield _document(found, fields, f"{part.name}:{number}", f"{part.path}, row {number}")
 
 
 def _read_hub(part: Part, fields: Fields) -> Iterator[Document]:

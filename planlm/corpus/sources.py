@@ -11,7 +11,7 @@ from hashlib import blake2b
 import numpy as np
 import xxhash
 
-from planlm.corpus.inputs import Input, find_inputs
+from planlm.corpus.inputs import Input
 from planlm.corpus.readers import Document, Fields, read_part
 from planlm.errors import InputError
 from planlm.progress import Progress
@@ -38,7 +38,7 @@ class Documents:
     """The documents of some inputs, in order, one at a time; every iteration reads them anew.
 
     Args:
-        inputs: files, folders, `hf:name[:config][@split]`.
+        inputs: of `find_inputs`, or `in_memory`.
         fields: which fields hold text and id.
         max_documents: stop after so many.
 
@@ -46,12 +46,12 @@ class Documents:
         hashes: of id and text of every document, uint64 [documents], from `scan`.
 
     Raises:
-        InputError: as `find_inputs`; while reading as `read_part`, for an input without documents, and where a document
+        InputError: while reading, as `read_part`, for an input without documents, and where a document
             is not the one that `scan` saw.
     """
 
-    def __init__(self, inputs: Sequence[str], fields: Fields, max_documents: int | None = None) -> None:
-        self.inputs = find_inputs(list(inputs))
+    def __init__(self, inputs: Sequence[Input], fields: Fields, max_documents: int | None = None) -> None:
+        self.inputs = inputs
         self._fields, self._max_documents = fields, max_documents
         self.hashes: np.ndarray | None = None
         self._empty: dict[str, list[str]] = {}

@@ -16,6 +16,7 @@ import pyarrow.parquet as pq
 import pytest
 import zstandard
 
+from planlm.corpus.inputs import find_inputs
 from planlm.corpus.readers import Document, Fields
 from planlm.corpus.sources import Documents, Source
 from planlm.errors import InputError
@@ -27,11 +28,11 @@ EXPECTED = [("a", ROWS[0]["text"]), ("7", ROWS[1]["text"]), ("{name}:3", ROWS[2]
 
 
 def read(*inputs: object, fields: Fields = FIELDS) -> list[Document]:
-    return list(Documents([str(name) for name in inputs], fields))
+    return list(Documents(find_inputs([str(name) for name in inputs]), fields))
 
 
 def scan(inputs: list[str], fields: Fields, max_documents: int | None = None) -> list[Source]:
-    return Documents(inputs, fields, max_documents).scan()
+    return Documents(find_inputs(inputs), fields, max_documents).scan()
 
 
 def pairs(documents: list[Document]) -> list[tuple[str, str]]:
@@ -102,7 +103,7 @@ def test_what_is_left_aside_is_named_and_counted(tmp_path: Path) -> None:
     for name in ("a.txt", ".hidden/x.txt", ".y.txt", "notes.md", "b/data.csv", "empty.jsonl", "b/blank.txt"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text("" if name in ("empty.jsonl", "b/blank.txt") else "Text.")
-    documents = Documents([str(tmp_path)], FIELDS)
+    documents = Documents(find_inputs([str(tmp_path)]), FIELDS)
     (source,) = documents.scan()
     assert (source.documents, source.skipped) == (1, 6)
     (line,) = documents.left_aside()
@@ -148,7 +149,7 @@ def test_pipes_are_refused_at_once(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe.jsonl")
     for name in (tmp_path / "pipe.jsonl", tmp_path, "/dev/zero", "/dev/stdin"):
         with pytest.raises(InputError, match="no regular file"):
-            Documents([str(name)], FIELDS)
+            Documents(find_inputs([str(name)]), FIELDS)
 
 
 @pytest.mark.parametrize("name", ["", "x" * 5000, "a\0b", "none.txt", "none/none.txt", "~nobody/x"])
@@ -178,7 +179,7 @@ def changed(lines: list[bytes], name: str) -> bytes | None:
 def test_a_source_that_changes_between_readings_is_refused(change: str, where: str, tmp_path: Path) -> None:
     path = tmp_path / "d.jsonl"
     path.write_bytes(LINES)
-    documents = Documents([str(path)], FIELDS)
+    documents = Documents(find_inputs([str(path)]), FIELDS)
     documents.scan()
     assert len(list(documents)) == 3
     content = changed(LINES.splitlines(keepends=True), change)
@@ -200,7 +201,7 @@ def test_ids_are_unique_however_inputs_are_spelled(tmp_path: Path, monkeypatch: 
         assert [document.id for document in read(*inputs)] == both
     ids = [document.id for document in read("a/part-0.jsonl", "x/a/part-0.jsonl", "b")]
     assert len(set(ids)) == 3 and ids[1] == "x/a/part-0.jsonl:1"
-    assert len(Documents(["a", "b", "x/a"], FIELDS).scan()) == 3
+    assert len(Documents(find_inputs(["a", "b", "x/a"]), FIELDS).scan()) == 3
     for twice in (("a", "./a"), ("a", "a/part-0.jsonl"), ("b", f"{tmp_path}/b/")):
         with pytest.raises(InputError, match="name it once"):
             read(*twice)
