@@ -195,14 +195,15 @@ def _trade(rows: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
 
 
 def _compared(backbone: dict[str, Any]) -> list[str]:
-    """Rows whose gain is drawn by sentence and length: the first of those that are compared, or of all."""
+    """Rows whose gain is drawn by sentence and length: the first of those compared, or of all, but for the reference."""
     rows = backbone["rows"]
     sides = [side for each in backbone["compare"] for side in (each["row"], each["versus"])] or list(rows)
     labels = []
     for side in sides:
         row, _, plan = side.partition("/")
-        if found := rows.get(row):
-            labels.append(_label(found, plan or next(iter(found["plans"]))))
+        plan = plan or next(iter(rows[row]["plans"])) if row in rows else ""
+        if row in rows and not rows[row]["plans"].get(plan, {}).get("is_reference"):
+            labels.append(_label(rows[row], plan))
     return list(dict.fromkeys(labels))[:MOST_LINES]
 
 

@@ -47,6 +47,9 @@ CURVES = (
 _OUTLIER = 4.0
 """A single row this many times farther from the reference than the next is drawn at the edge, for the others' sake."""
 
+_LEGEND = 100
+"""Characters in a line of a figure's legend, with some six for each line's sample."""
+
 _LARGEST = 1e12
 """Perplexity of a model that has diverged beyond drawing."""
 
@@ -134,7 +137,8 @@ def breakdown_figure(result: dict[str, Any]) -> Figure | None:
             axes.set_xlabel(title)
             axes.grid(axis="y", linewidth=0.8)
         panels[0].set_ylabel(f"nats per token against {result['versus']}")
-        figure.legend(*panels[0].get_legend_handles_labels(), loc="outside upper left", ncols=4, frameon=False)
+        columns = max(1, min(4, _LEGEND // (max(map(len, plans)) + 6)))
+        figure.legend(*panels[0].get_legend_handles_labels(), loc="outside upper left", ncols=columns, frameon=False)
     return figure
 
 
