@@ -195,7 +195,7 @@ def _trade(rows: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
 
 
 def _compared(backbone: dict[str, Any]) -> list[str]:
-    """Rows whose gain is drawn by sentence and length: the first of those compared, or of all, but for the reference."""
+    """Rows whose gain is drawn by sentence and length: the first of those compared, or of all, but the reference."""
     rows = backbone["rows"]
     sides = [side for each in backbone["compare"] for side in (each["row"], each["versus"])] or list(rows)
     labels = []
