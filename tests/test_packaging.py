@@ -54,7 +54,7 @@ def archives(tmp_path_factory: pytest.TempPathFactory) -> Path:
     if Version(pytest.importorskip("setuptools").__version__) < Version("77"):
         pytest.skip("setuptools is older than the project asks for")
     folder = tmp_path_factory.mktemp("archives")
-    for name in ("planlm", "kernels", "csrc", "tests", "docs", "benchmarks", "dev", "experiments"):
+    for name in ("planlm", "kernels", "csrc", "tests", "docs", "benchmarks", "dev", "examples", "experiments"):
         shutil.copytree(ROOT / name, folder / "tree" / name, ignore=shutil.ignore_patterns("__pycache__"))
     for path in ROOT.iterdir():
         if path.is_file() and not path.name.startswith("."):

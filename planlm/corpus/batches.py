@@ -235,7 +235,7 @@ class _Loader(ABC, Generic[Batch]):
             # Counted before the batch is handed out: a state stored after its step must not repeat it.
             self._next += 1
             own = items[self.share[0] :: self.share[1]]
-            yield self._collate(own) if len(own) else self._collate(items[:1]).unscored()
+            yield self.collate(own) if len(own) else self.collate(items[:1]).unscored()
         self._next = 0
 
     def _order(self, random: np.random.Generator) -> np.ndarray:
@@ -251,7 +251,7 @@ class _Loader(ABC, Generic[Batch]):
         self.epoch, self._next = state["epoch"], state["batch"]
 
     @abstractmethod
-    def _collate(self, items: np.ndarray) -> Batch:
+    def collate(self, items: np.ndarray) -> Batch:
         """The batch of these items."""
 
 
@@ -316,7 +316,8 @@ class PlanLoader(_Loader[PlanBatch]):
             self._members, self._first = fill(self._packs, self.windows.length, random)
         return super()._order(random)
 
-    def _collate(self, items: np.ndarray) -> PlanBatch:
+    def collate(self, items: np.ndarray) -> PlanBatch:
+        """The batch of these sequences: windows by their numbers in `windows`, unless they are packed."""
         members = [self._members[self._first[item] : self._first[item + 1]] for item in items]
         shown = self.windows.document[np.concatenate(members)]
         if self._per_window:
@@ -428,7 +429,8 @@ class SentenceLoader(_Loader[SentenceBatch]):
         self._documents = _Documents(dataset, ("actions", "embeddings"))
         self._own_embeddings = own_embeddings
 
-    def _collate(self, items: np.ndarray) -> SentenceBatch:
+    def collate(self, items: np.ndarray) -> SentenceBatch:
+        """The batch of these documents, by their numbers in the split."""
         contents = [self._documents[int(document)] for document in items]
         layout = Layout(np.array([len(content["actions"]) for content in contents]))
         cu_seqlens, longest = layout.offsets()
