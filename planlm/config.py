@@ -303,6 +303,9 @@ class TrainConfig(LoopConfig):
     checkpoint_activations: bool = option(
         False, "keep only each layer's input for the backward pass and compute the rest again: less memory, more time"
     )
+    dry_run: bool = option(
+        False, "only say what the run would cost (shapes, steps, time, memory), from a few steps; writes nothing"
+    )
     shard: bool = option(False, "under torchrun: divide weights and moments among the processes (FSDP2)")
 
 

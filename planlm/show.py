@@ -42,8 +42,30 @@ def planner(result: dict[str, Any], settings: config.PlannerConfig) -> str:
 
 
 def training(result: dict[str, Any], settings: config.TrainConfig) -> str:
-    """Where the model is and what the last step looked like."""
+    """Where the model is and what the last step looked like; of a dry run its table."""
+    if settings.dry_run:
+        return _dry_run(result)
     return _pairs({key.replace("_", " "): value for key, value in result.items()})
+
+
+def _dry_run(result: dict[str, Any]) -> str:
+    """What a run would cost."""
+    windows, sentences = (" × ".join(map(str, result[name])) for name in ("windows", "sentences"))
+    memory = result["memory"]
+    return _pairs(
+        {
+            "a batch: windows × tokens": windows,
+            "segments (sentences as windows show them)": result["segments"],
+            "the planner's rows × sentences × dimensions": sentences,
+            **{f"weights trained: {name}": size for name, size in result["trained"].items()},
+            "weights not trained": result["not_trained"],
+            "steps": result["steps"],
+            "tokens predicted": result["tokens"],
+            "seconds a step": result["seconds_per_step"],
+            "hours in all": result["seconds"] / 3600,
+            "peak memory, GB": "unknown" if memory is None else memory / 1e9,
+        }
+    )
 
 
 def evaluation(result: dict[str, Any], settings: config.EvaluateConfig) -> str:

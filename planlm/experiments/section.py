@@ -11,7 +11,10 @@ from planlm.config import CommandConfig
 from planlm.errors import InputError
 from planlm.settings import as_kind, kind_of
 
-OURS = {"corpus", "out", "json", "resume", "seed", "lm", "planner", "run", "split", "plans", "versus", "file", "jobs"}
+OURS = {
+    "corpus", "out", "json", "resume", "seed", "lm", "planner", "run", "split", "plans", "versus", "file", "jobs",
+    "dry_run",
+}  # fmt: skip
 """Options that the experiment sets itself."""
 
 

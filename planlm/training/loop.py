@@ -137,7 +137,7 @@ def fit(task: Task, run: Run, config: LoopConfig) -> None:
             for step in range(first, task.steps):
                 if task.validation.is_over:
                     break
-                _join(task, step, is_first=step == first)
+                join(task, step, is_first=step == first)
                 with throughput.waiting():
                     window = [next(batches) for _ in range(task.accumulate)]
                 figures, skipped = update(task, optimizer, step, window, config)
@@ -166,7 +166,7 @@ def fit(task: Task, run: Run, config: LoopConfig) -> None:
     _take_best(task, run)
 
 
-def _join(task: Task, step: int, is_first: bool) -> None:
+def join(task: Task, step: int, is_first: bool) -> None:
     """Have those groups train whose step has come."""
     if is_first or any(step == group.start for group in task.groups):
         for group in task.groups:

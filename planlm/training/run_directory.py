@@ -22,7 +22,7 @@ from planlm.flat_yaml import read_flat
 
 FREE_TO_CHANGE = {
     "out", "resume", "json", "shard", "log_every", "checkpoint_every", "keep_checkpoints", "tensorboard",
-    "corpus", "lm", "planner", "rehearsal",
+    "corpus", "lm", "planner", "rehearsal", "dry_run",
 }  # fmt: skip
 """Settings that may differ when a run is resumed: they leave weights and losses as they are.
 

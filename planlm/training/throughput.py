@@ -62,13 +62,18 @@ class Throughput:
             "seconds": round(now - self._started, 2),
             "seconds_left": round(each * (self._steps - self._done)),
         }
-        memory = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else process_memory("VmHWM")
+        memory = peak_memory()
         if memory is not None:
             found["memory"] = memory
         if self._flops is not None:
             found["utilisation"] = round(self._work / seconds / self._rate, 4)
         self._begin()
         return found
+
+
+def peak_memory() -> int | None:
+    """Bytes that this process had at most: of the GPU's memory, or else of the machine's, where the system says."""
+    return torch.cuda.max_memory_allocated() if torch.cuda.is_available() else process_memory("VmHWM")
 
 
 def summary(loss: float, metrics: dict[str, float]) -> str:

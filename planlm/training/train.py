@@ -24,6 +24,7 @@ from planlm.model.planner import Planner
 from planlm.precision import compute_dtype, device, matrix_product_rate
 from planlm.pretrained.tokenizer import load_tokenizer, tokenizer_fingerprint
 from planlm.selections import SELECTIONS
+from planlm.training.dry_run import dry_run
 from planlm.training.flops import lm_flops
 from planlm.training.forgetting import Guards, WithRehearsal, base_model
 from planlm.training.graphs import has_graphs
@@ -41,7 +42,8 @@ def train(config: TrainConfig) -> dict[str, Any]:
     """Train a joint model on a prepared corpus and write `model/` into the run directory.
 
     Returns:
-        The run directory, the model's folder, and the metrics of the last logged step.
+        The run directory, the model's folder, and the metrics of the last logged step; with `--dry-run` what `dry_run`
+        gives.
 
     Raises:
         InputError: contradicting settings, a corpus of another tokenizer, a planner of another corpus, an unsupported
@@ -87,6 +89,8 @@ def train(config: TrainConfig) -> dict[str, Any]:
         validation=validation(config, model, held_out, objective.losses),
         keeps_gradients=graphs,
     )
+    if config.dry_run:
+        return dry_run(task, config)
     with Run(config, identity) as run:
         fit(task, run, config)
         return _finish(parallel, run, config) | task.validation.best
