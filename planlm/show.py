@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from planlm import config
+from planlm.labels import show_action
 from planlm.report.generation import format_generation
 from planlm.report.tables import (
     align,
@@ -67,10 +68,15 @@ def generation(result: dict[str, Any], settings: config.GenerateConfig) -> str:
 
 
 def _planned_sentence(sentence: dict[str, Any]) -> str:
-    actions = [f"{action['action']} ({action['probability']:.1%})" for action in sentence["actions"]]
+    actions = [f"{_named(action)} {action['probability']:.1%}" for action in sentence["actions"]]
     likely = "  ".join(actions) or "(this selection asks no planner)"
-    forced = "" if sentence["forced"] is None else f"{sentence['forced']}, as asked; the planner's: "
+    forced = "" if sentence["forced"] is None else f"{_named(sentence)}, as asked; the planner's: "
     return f"plan {forced}{likely}\n{textwrap.indent(textwrap.fill(sentence['sentence'], 78), '  ')}"
+
+
+def _named(what: dict[str, Any]) -> str:
+    """`12 (birth and family)`, or `12` without a label."""
+    return show_action(what["action"], {what["action"]: what["label"]} if what["label"] else None)
 
 
 def actions(result: Any, settings: config.ActionsConfig) -> str:
