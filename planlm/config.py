@@ -379,8 +379,12 @@ class GenerateConfig(CommandConfig):
     temperature: float = option(0.8, "sampling temperature; 0: greedy", limit=SAMPLING)
     top_p: float = option(0.95, "nucleus of the sampling distribution", limit=FRACTION_NOT_ZERO)
     plan: str | None = option(
-        None, "actions to follow for the next sentences, e.g. 12,7,130; afterwards the planner decides"
+        None,
+        "actions to follow for the next sentences, by number or label, * where the planner chooses: 12,*,birth and "
+        "family; afterwards the planner decides",
     )
+    ban: str | None = option(None, "actions never to choose, by number or label: 12,birth and family")
+    favour: str | None = option(None, "actions to choose more often, with the nats to add to their logits: 12:2.0,7:1")
     selection: str | None = option(
         None, "selection to generate with; default: the one trained with", choices=tuple(SELECTIONS)
     )

@@ -53,6 +53,7 @@ class PlanInputs(Movable):
         oracle_weight: of the oracle action in the mixture, 0 to 1; a number or `[S]`.
         shuffled_rows: int64 `[S, 2]`, as `segment_rows`, of the other document's sentence whose plan each segment gets
             under `shuffled`.
+        action_bias: float32 `[K]`, nats added to the planner's logits, -inf for an action that is never to be chosen.
         want_oracle_nll: run the planner for its cross-entropy even where the selection does not ask it.
         sentence_states: `[R, n, d]`, at each position the mean of the LM's states over the sentence before, 0 where
             there is none; for a planner that reads them, by default from the windows themselves. Then each window has
@@ -74,6 +75,7 @@ class PlanInputs(Movable):
     oracle_weight: float | Tensor = 0.0
     shuffled_rows: Tensor | None = None
     want_oracle_nll: bool = False
+    action_bias: Tensor | None = None
     sentence_states: Tensor | None = None
     actions_ahead: Tensor | None = None
     segment_bounds: Tensor | None = None

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from planlm import config
+from planlm.labels import show_action
 from planlm.report.generation import format_generation
 from planlm.report.tables import (
     align,
@@ -89,25 +90,34 @@ def generation(result: dict[str, Any], settings: config.GenerateConfig) -> str:
 
 
 def _planned_sentence(sentence: dict[str, Any]) -> str:
-    actions = [f"{action['action']} ({action['probability']:.1%})" for action in sentence["actions"]]
+    actions = [f"{_named(action)} {action['probability']:.1%}" for action in sentence["actions"]]
     likely = "  ".join(actions) or "(this selection asks no planner)"
-    forced = "" if sentence["forced"] is None else f"{sentence['forced']}, as asked; the planner's: "
+    forced = "" if sentence["forced"] is None else f"{_named(sentence)}, as asked; the planner's: "
     return f"plan {forced}{likely}\n{textwrap.indent(textwrap.fill(sentence['sentence'], 78), '  ')}"
+
+
+def _named(what: dict[str, Any]) -> str:
+    """`12 (birth and family)`, or `12` without a label."""
+    return show_action(what["action"], {what["action"]: what["label"]} if what["label"] else None)
 
 
 def actions(result: Any, settings: config.ActionsConfig) -> str:
     """Each action: its number and label, size, terms, sentences, places, and what follows it."""
-    return "\n\n".join("\n".join(_described(one)) for one in result)
+    labels = {one.action: one.label for one in result}
+    return "\n\n".join("\n".join(_described(one, labels)) for one in result)
 
 
-def _described(one: Any) -> Iterator[str]:
-    yield f"action {one.action}{f' ({one.label})' * bool(one.label)}: {one.sentences:,} sentences ({one.share:.2%})"
+def _described(one: Any, labels: Mapping[int, str]) -> Iterator[str]:
+    def named(action: int) -> str:
+        return show_action(action, {action: labels.get(action, "")})
+
+    yield f"action {named(one.action)}: {one.sentences:,} sentences ({one.share:.2%})"
     yield f"  terms: {', '.join(one.terms)}"
     yield f"  in the fifths of a document: {' '.join(f'{share:.0%}' for share in one.places)}"
     if one.followed_by:
-        yield f"  followed by: {', '.join(f'{then.action} ({then.share:.0%})' for then in one.followed_by)}"
+        yield f"  followed by: {', '.join(f'{named(then.action)} {then.share:.0%}' for then in one.followed_by)}"
     yield from (f"  - {_short(example)}" for example in one.examples)
-    yield from (f"  ~ {_short(example.text)} [or {example.other}]" for example in one.borderline)
+    yield from (f"  ~ {_short(example.text)} [or {named(example.other)}]" for example in one.borderline)
 
 
 def _short(sentence: str) -> str:

@@ -64,7 +64,7 @@ def renamed(labels: Sequence[str], names: Sequence[str]) -> list[str]:
             raise InputError(f'--name {name!r}: expected ACTION=LABEL, such as 12="birth and family"')
         if int(action) >= len(found):
             raise InputError(f"--name {name!r}: there are the actions 0 to {len(found) - 1}")
-        if not label or not _is_label(label) or "," in label or label == "*" or label.isdigit():
+        if not label or not _is_label(label) or label == "*" or label.isdigit():
             raise InputError(
                 f"--name {name!r}: a label has 1 to {LONGEST} characters, no comma, and is neither a number nor *"
             )
@@ -93,4 +93,4 @@ def label_run(run: Path, labels: Sequence[str], fingerprint: str) -> None:
 
 
 def _is_label(label: object) -> bool:
-    return isinstance(label, str) and len(label) <= LONGEST and (label.isprintable() or not label)
+    return isinstance(label, str) and len(label) <= LONGEST and label.isprintable() and "," not in label

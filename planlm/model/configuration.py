@@ -41,6 +41,13 @@ _RULES: dict[str, Rule] = {
     "plan_top_k": OPTIONAL_COUNT,
     "gumbel_scale": ("a number of at least 0", lambda value: _is_number(value, Real) and 0 <= value < math.inf),
     "attention_window": ("null or a whole number of at least 1", lambda value: value is None or COUNT[1](value)),
+    "action_labels": (
+        "null or a list of texts without commas",
+        lambda value: (
+            value is None
+            or (isinstance(value, list) and all(isinstance(label, str) and "," not in label for label in value))
+        ),
+    ),
     "encoder": TEXT,
     "codebook_fingerprint": TEXT,
     "tokenizer_fingerprint": TEXT,
@@ -110,6 +117,7 @@ class PlanLMConfig(PretrainedConfig):
         codebook_per_layer: whether each conditioned layer has a codebook of its own.
         gate: whether each conditioned channel has a zero-initialised gate [g].
         selection, plan_temperature, plan_top_k, gumbel_scale: how the plan is formed unless a call says otherwise.
+        action_labels: what users call the actions, in order, empty for one without; no commas, which separate actions.
         attention_window: tokens that each layer of the LM attends to, a position's own included; None: all.
         codebook_fingerprint: of the codebook that training started from; see `planner.codebook_fingerprint`.
         encoder: sentence encoder, by hub name or folder, that `generate()` embeds finished sentences with; `./...`
@@ -149,6 +157,7 @@ class PlanLMConfig(PretrainedConfig):
     plan_top_k: int | None = None
     gumbel_scale: float = 1.0
     attention_window: int | None = None
+    action_labels: list[str] | None = None
     encoder: str = ""
     codebook_fingerprint: str = ""
     tokenizer_fingerprint: str = ""
@@ -166,6 +175,8 @@ class PlanLMConfig(PretrainedConfig):
             raise InputError(f"selection {self.selection!r}: plan_top_k is missing")
         if self.plan_top_k is not None and self.plan_top_k > self.num_actions:
             raise InputError(f"plan_top_k {self.plan_top_k}: more than the {self.num_actions} actions")
+        if self.action_labels is not None and len(self.action_labels) != self.num_actions:
+            raise InputError(f"action_labels: {len(self.action_labels)} labels for {self.num_actions} actions")
 
     @property
     def planner_shape(self) -> dict[str, Any]:

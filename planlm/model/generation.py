@@ -15,6 +15,7 @@ from planlm.errors import InputError
 from planlm.files import appending, beside_result, write_text
 from planlm.model.loading import load_model
 from planlm.model.modeling import PlanLMForCausalLM
+from planlm.model.steering import find_plan, find_steering
 from planlm.model.tracking import SentenceTracker
 from planlm.selections import SELECTIONS
 from planlm.text.alignment import prompt_ids
@@ -33,9 +34,11 @@ def generate(config: GenerateConfig) -> dict[str, Any]:
     """Continue `config.prompt`.
 
     Returns:
-        `prompt`, `text` (the continuation), `selection`, and `plan`: for each sentence continued or begun its text, the
-        most probable actions of the plan it was written with, their probabilities (none where the selection does not
-        ask the planner), and the action forced on it, if any. `--audit` appends one line per sentence to a file; a run
+        `prompt`, `text` (the continuation), `selection`, `ban` and `favour` (nats by action), and `plan`: for each
+        sentence continued or begun its text, the action forced on it, else the most probable one, with its label; the
+        most probable actions of the plan it was written with and their probabilities, `ban` and `favour` included (none
+        where the selection does not ask the planner); and the action forced on it, if any.
+        `--audit` appends one line per sentence to a file; a run
         directory keeps the newest result in `generation.json`, for its report.
 
     Raises:
@@ -44,7 +47,6 @@ def generate(config: GenerateConfig) -> dict[str, Any]:
     if config.audit and not Path(config.audit).parent.is_dir():
         raise InputError(f"--audit {config.audit}: no such folder; make it first")
     model = load_model(config.run)
-    forced = _parse_plan(config.plan, model.config.num_actions)
     selection = config.selection or model.config.selection
     if SELECTIONS[selection].needs_oracle:
         raise InputError(f"--selection {selection} needs the text that is yet to be written; choose soft or hard")
@@ -52,6 +54,8 @@ def generate(config: GenerateConfig) -> dict[str, Any]:
         raise InputError(f"--selection {selection} needs the plans of another document; choose soft")
     if SELECTIONS[selection].needs_top_k and model.config.plan_top_k is None:
         raise InputError(f"--selection {selection}: {config.run} was not trained with --top-k; choose soft")
+    steering = find_steering(config, model, selection)
+    forced = find_plan(config.plan, model, selection, steering.ban, "--plan")
     tokenizer = model.tokenizer
     input_ids = torch.tensor([prompt_ids(tokenizer, config.prompt)], dtype=torch.long, device=model.device)
     if input_ids.shape[1] == 0:
@@ -62,7 +66,7 @@ def generate(config: GenerateConfig) -> dict[str, Any]:
             f"--max-new-tokens {config.max_new_tokens}: with the prompt's {length} tokens more than the context of "
             f"{context}; shorten one of the two"
         )
-    tracker = SentenceTracker(tokenizer, model.encoder, forced)
+    tracker = SentenceTracker(tokenizer, model.encoder, forced, steering.bias(model.config.num_actions))
     torch.manual_seed(config.seed)
     sampling = {"do_sample": True, "temperature": config.temperature, "top_p": config.top_p, "top_k": 0}
     with torch.no_grad(), _usable_settings(config.run, model):
@@ -81,6 +85,8 @@ def generate(config: GenerateConfig) -> dict[str, Any]:
         "prompt": config.prompt,
         "text": tokenizer.decode(ids[length:], skip_special_tokens=True),
         "selection": selection,
+        "ban": steering.ban,
+        "favour": {str(action): nats for action, nats in steering.favour.items()},
         "plan": [] if selection == "none" else _describe(model, tracker, ids, length),
     }
     _keep(config, result)
@@ -115,18 +121,9 @@ def _keep(config: GenerateConfig, result: dict[str, Any]) -> None:
             file.writelines(json.dumps(sentence, ensure_ascii=False) + "\n" for sentence in result["plan"])
 
 
-def _parse_plan(text: str | None, num_actions: int) -> list[int]:
-    if text is None:
-        return []
-    try:
-        actions = [int(part) for part in text.split(",")]
-    except ValueError:
-        actions = [-1]
-    if not all(0 <= action < num_actions for action in actions):
-        raise InputError(
-            f"--plan {text!r}: expected actions from 0 to {num_actions - 1} with commas between, e.g. 12,7"
-        )
-    return actions
+def _label(model: PlanLMForCausalLM, action: int | None) -> str | None:
+    labels = model.config.action_labels
+    return None if labels is None or action is None else labels[action] or None
 
 
 def _describe(
@@ -144,8 +141,17 @@ def _describe(
             probabilities = (logits.float() / model.config.plan_temperature).softmax(dim=-1)
             values, likely = probabilities.topk(min(TOP_ACTIONS, len(probabilities)))
             actions = [
-                {"action": action, "probability": round(value, 4)}
+                {"action": action, "label": _label(model, action), "probability": round(value, 4)}
                 for action, value in zip(likely.tolist(), values.tolist(), strict=True)
             ]
-        described.append({"sentence": sentence, "actions": actions, "forced": None if forced < 0 else forced})
+        action = forced if forced >= 0 else actions[0]["action"] if actions else None
+        described.append(
+            {
+                "sentence": sentence,
+                "action": action,
+                "label": _label(model, action),
+                "actions": actions,
+                "forced": None if forced < 0 else forced,
+            }
+        )
     return described

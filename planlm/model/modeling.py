@@ -285,6 +285,7 @@ class PlanLMForCausalLM(ModelFolder, GenerationMixin):
         if facts.asks_planner or inputs.want_oracle_nll:
             states = self.planner_states(inputs, rows)
             logits = self.planner.head(states).float()
+            logits = logits if inputs.action_bias is None else logits + inputs.action_bias
         shown = logits
         if logits is not None and facts.needs_others:
             logits, shown = logits.chunk(2)

@@ -80,12 +80,19 @@ class SentenceTracker:
     Args:
         tokenizer: the LM's tokenizer.
         encoder: sentence encoder.
-        forced_actions: actions for the sentence that each prompt leaves open and those after it.
+        forced_actions: actions for the sentence that each prompt leaves open and those after it, -1 for the planner's.
+        action_bias: `[K]`, see `PlanInputs`.
     """
 
-    def __init__(self, tokenizer: Any, encoder: SentenceEncoder, forced_actions: list[int] | None = None) -> None:
+    def __init__(
+        self,
+        tokenizer: Any,
+        encoder: SentenceEncoder,
+        forced_actions: list[int] | None = None,
+        action_bias: Tensor | None = None,
+    ) -> None:
         self.tokenizer, self.encoder = tokenizer, encoder
-        self.forced_actions = forced_actions or []
+        self.forced_actions, self.action_bias = forced_actions or [], action_bias
         self._prompts: list[_Prompt] = []
         self._asked: list[Sentence] = []  # for each segment of the inputs given last, the sentence before it
         self._read: list[Sentence] = []  # those whose states the inputs given last brought
@@ -165,6 +172,7 @@ class SentenceTracker:
             actions=actions,
             oracle_weight=0.0 if actions is None else (actions >= 0).float(),
             sentence_states=None if read is None else self._states(followed, read),
+            action_bias=None if self.action_bias is None else self.action_bias.to(device),
         )
         self._given = None if torch.is_grad_enabled() else (segments, read is not None, self._asked, found)
         return found

@@ -11,6 +11,7 @@ import torch
 
 from planlm.config import TrainConfig
 from planlm.corpus.batches import PlanLoader
+from planlm.corpus.labels import read_labels
 from planlm.corpus.store import PreparedCorpus
 from planlm.distribution import on_rank_zero, rank, world_size
 from planlm.errors import InputError
@@ -251,6 +252,7 @@ def _model(config: TrainConfig, corpus: PreparedCorpus, lm: str, planner: Planne
         planner_input=config.planner_input,
         planner_lm_layers=config.planner_lm_layers,
         encoder=corpus.manifest.encoder,
+        action_labels=read_labels(corpus.path, corpus.manifest.num_actions),
         lora=(config.lora_rank, config.lora_alpha) if config.lm_mode == "lora" else None,
     ).to(device())
     model.loss_kernel = loss_kernel

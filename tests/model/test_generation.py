@@ -212,8 +212,16 @@ def test_the_plan_that_is_reported_is_the_plan_that_was_used(
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"plan": "1,x"}, "--plan '1,x': expected actions from 0 to 6"),
-        ({"plan": "7"}, "expected actions from 0 to 6"),
+        ({"plan": "1,x"}, "--plan 'x': expected an action from 0 to 6; this model's have no labels"),
+        ({"plan": "7"}, "--plan 7: expected an action from 0 to 6"),
+        ({"plan": "3", "ban": "2,3"}, "--plan: action 3 is banned by --ban"),
+        ({"plan": "3", "selection": "none"}, "--plan: nothing is planned under selection none"),
+        ({"ban": "0,1,2,3,4,5,6"}, "--ban names every action"),
+        ({"ban": "3", "selection": "fixed"}, "--ban: selection fixed asks no planner"),
+        ({"favour": "3:1", "selection": "uniform"}, "--favour: selection uniform asks no planner"),
+        ({"favour": "3"}, "--favour '3': expected an action, a colon and nats"),
+        ({"favour": "3:inf"}, "--favour '3:inf': expected an action"),
+        ({"favour": "3:1", "ban": "3"}, "--ban and --favour both name the action 3"),
         ({"prompt": ""}, "--prompt is empty"),
         ({"selection": "oracle"}, "--selection oracle needs the text"),
         ({"selection": "shuffled"}, "--selection shuffled needs the plans of another document; choose soft"),

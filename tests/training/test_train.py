@@ -12,10 +12,11 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from planlm.config import EvaluateConfig, PlannerConfig, TrainConfig
 from planlm.corpus.batches import PlanLoader
+from planlm.corpus.labels import read_labels
 from planlm.corpus.store import PreparedCorpus
 from planlm.errors import InputError
 from planlm.evaluation.evaluate import evaluate
@@ -157,6 +158,13 @@ def test_what_is_logged_alone_costs_nothing_between_log_lines(planted: dict[str,
     assert between.keys() == logged.keys() - {"planner_loss", "planner_accuracy", "planner_entropy"}
     assert all(between[name] == logged[name] for name in between)
     assert 0 <= logged["planner_accuracy"] <= 1 and logged["planner_entropy"] > 0
+
+
+def test_the_model_has_the_labels_of_its_corpus(planted: dict[str, str], tmp_path: Path) -> None:
+    train(settings(planted, tmp_path / "run", steps=1))
+    corpus = PreparedCorpus.load(planted["corpus"])
+    labels = read_labels(corpus.path, corpus.manifest.num_actions)
+    assert labels and AutoConfig.from_pretrained(tmp_path / "run" / "model").action_labels == labels
 
 
 def test_frozen_lm_is_untouched_and_full_is_not(
