@@ -70,19 +70,22 @@ def render(runs: list[Run], actions: dict[str, list[dict[str, Any]] | None] | No
         runs: to show.
         actions: what `load_actions` gives.
     """
+    labels = {
+        corpus: {one["action"]: one["label"] for one in described or ()}
+        for corpus, described in (actions or {}).items()
+    }
     corpora = [
         {
             "path": corpus,
             "command": f"planlm actions {shlex.quote(corpus)}",
             "actions": described,
-            "labels": {one["action"]: one["label"] for one in described or ()},
+            "labels": labels[corpus],
             "map": described and _svg(actions_figure(described), f"actions-{number}"),
         }
         for number, (corpus, described) in enumerate((actions or {}).items())
     ]
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
     template = environment.from_string(resources.files(__package__).joinpath("page.html").read_text(encoding="utf-8"))
-    labels = {corpus["path"]: corpus["labels"] for corpus in corpora}
     comparisons = [
         {
             "result": result,
