@@ -5,12 +5,15 @@ The file belongs to no fingerprint: naming an action changes nothing that is tra
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import xxhash
+
 from planlm.errors import InputError
-from planlm.files import read_json, write_json
+from planlm.files import read_json, write_json, write_text
 
 LABELS = "action_labels.json"
 
@@ -30,20 +33,29 @@ def read_labels(corpus: Path, num_actions: int) -> list[str] | None:
     """The labels of a prepared corpus, in the order of its actions; None where it has none.
 
     Raises:
-        InputError: the file is not what `write_labels` writes.
+        InputError: the file is not, byte for byte, what `write_labels` writes.
     """
     path = corpus / LABELS
     if not path.exists():
         return None
     labels = read_json(path).get("labels")
-    if not isinstance(labels, list) or len(labels) != num_actions or not all(map(_is_label, labels)):
-        raise InputError(f"{path}: expected {num_actions} labels; delete it, and planlm actions makes it again")
+    sound = isinstance(labels, list) and len(labels) == num_actions and all(map(_is_label, labels))
+    if not sound or path.read_bytes() != _text(labels).encode():
+        raise InputError(
+            f"{path}: not the {num_actions} labels that planlm actions --name writes; delete it, and it is made again"
+        )
     return labels
 
 
 def write_labels(corpus: Path, labels: Sequence[str]) -> None:
     """Keep one label for each action."""
-    write_json(corpus / LABELS, {"labels": list(labels)}, within=corpus)
+    write_text(corpus / LABELS, _text(labels), within=corpus)
+
+
+def _text(labels: Sequence[str]) -> str:
+    """The labels with a checksum, as in a corpus' other files."""
+    content = {"labels": list(labels), "checksum": xxhash.xxh3_128_hexdigest("\n".join(labels).encode())}
+    return json.dumps(content, indent=1, ensure_ascii=False) + "\n"
 
 
 def renamed(labels: Sequence[str], names: Sequence[str]) -> list[str]:

@@ -16,7 +16,8 @@ import torch
 from safetensors.torch import save_file
 
 from planlm.config import ActionsConfig, PrepareConfig
-from planlm.corpus.actions import describe_actions
+from planlm.corpus.actions import describe_actions, label_actions
+from planlm.corpus.labels import LABELS, read_labels
 from planlm.corpus.prepare import prepare
 from planlm.corpus.store import CODEBOOK, PreparedCorpus, write_manifest
 from planlm.corpus.writing import read_arrow, write_arrow
@@ -48,7 +49,7 @@ def path(settings: Settings, sixty: str) -> Path:
 
 def test_a_flipped_byte_is_found_in_every_file(path: Path) -> None:
     generator = random.Random(0)
-    files = [file for file in path.rglob("*") if file.is_file()]
+    files = [file for file in path.rglob("*") if file.is_file() and file.name != LABELS]  # see below
     assert len(files) >= 12
     for file in files:
         sound = file.read_bytes()
@@ -69,6 +70,25 @@ def test_a_flipped_byte_is_found_in_every_file(path: Path) -> None:
             read_all(path)
         file.write_bytes(sound)
     read_all(path)
+
+
+def test_a_flipped_byte_is_found_in_the_labels(path: Path) -> None:
+    """They are no part of what is trained on: read where they are shown, and made again where they are gone."""
+    labels = read_labels(path, 4)
+    sound = (path / LABELS).read_bytes()
+    for position in range(len(sound)):
+        flip(path / LABELS, position)
+        with pytest.raises(InputError, match=LABELS) as caught:
+            read_labels(path, 4)
+        assert "\n" not in str(caught.value)
+        (path / LABELS).write_bytes(sound)
+    for other in (sound[:-1], sound + b"\0", b""):
+        (path / LABELS).write_bytes(other)
+        with pytest.raises(InputError, match=LABELS):
+            read_labels(path, 4)
+    (path / LABELS).unlink()
+    label_actions(PreparedCorpus.load(path))
+    assert read_labels(path, 4) == labels
 
 
 def test_a_file_is_verified_once_while_it_stays(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
