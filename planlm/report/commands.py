@@ -59,9 +59,10 @@ def _flags(config: type[CommandConfig], options: Mapping[str, Any]) -> Iterator[
         value = options.get(field.name)
         if field.metadata.get("positional") or field.name in ("json", "resume") or value is None:
             continue
-        flag = f"--{field.name.replace('_', '-')}"
+        name = field.name.replace("_", "-")
+        flag = f"--{name}"
         if isinstance(field.default, bool):
             if value != field.default:
-                yield flag if value else f"--no-{field.name.replace('_', '-')}"
+                yield flag if value else "--" + f"no-{name}"
         elif field.default is MISSING or str(value) != str(field.default):
             yield from (flag, str(value))
