@@ -38,7 +38,7 @@ def read_labels(corpus: Path, num_actions: int) -> list[str] | None:
     path = corpus / LABELS
     if not path.exists():
         return None
-    labels = read_json(path).get("labels")
+    labels: Any = read_json(path).get("labels")
     sound = isinstance(labels, list) and len(labels) == num_actions and all(map(_is_label, labels))
     if not sound or path.read_bytes() != _text(labels).encode():
         raise InputError(
