@@ -17,7 +17,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from planlm.config import ActionsConfig
-from planlm.corpus.labels import label_of, label_run, read_labels, renamed, write_labels
+from planlm.corpus.labels import TERMS, label_of, label_run, read_labels, renamed, write_labels
 from planlm.corpus.store import PreparedCorpus
 from planlm.corpus.writing import joined
 from planlm.errors import InputError
@@ -115,7 +115,7 @@ def describe_actions(config: ActionsConfig) -> list[ActionDescription]:
     wanted = list(range(num_actions)) if config.action is None else [config.action]
     reading = _Reading(corpus, wanted, config.examples * (1 if config.action is None else EXAMPLES_OF_ONE))
     reading.read()
-    terms = _distinctive(reading.words, max(config.terms, 3))
+    terms = _distinctive(reading.words, max(config.terms, TERMS))
     labels = renamed(kept or [label_of(words) for words in terms], config.name or ())
     if labels != kept:
         write_labels(corpus.path, labels)
@@ -136,7 +136,7 @@ def label_actions(corpus: PreparedCorpus) -> None:
     if read_labels(corpus.path, corpus.manifest.num_actions) is None:
         reading = _Reading(corpus, [], 0)
         reading.read(LABELLED_FROM)
-        write_labels(corpus.path, [label_of(words) for words in _distinctive(reading.words, 3)])
+        write_labels(corpus.path, [label_of(words) for words in _distinctive(reading.words, TERMS)])
 
 
 def on_a_map(codebook: NDArray) -> list[list[float]]:

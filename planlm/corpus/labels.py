@@ -14,19 +14,20 @@ import xxhash
 
 from planlm.errors import InputError
 from planlm.files import read_json, write_json, write_text
+from planlm.labels import find_action
 
 LABELS = "action_labels.json"
 
 LONGEST = 60
 """Characters of a label."""
 
-_TERMS = 3
+TERMS = 3
 """Of a label that nobody has given."""
 
 
 def label_of(terms: Sequence[str]) -> str:
     """A label made of the most distinctive terms; empty where there are none."""
-    return " ".join(terms[:_TERMS])[:LONGEST]
+    return " ".join(terms[:TERMS])[:LONGEST]
 
 
 def read_labels(corpus: Path, num_actions: int) -> list[str] | None:
@@ -63,7 +64,7 @@ def renamed(labels: Sequence[str], names: Sequence[str]) -> list[str]:
 
     Args:
         labels: one for each action.
-        names: `ACTION=LABEL` each.
+        names: `ACTION=LABEL` each, the action by number or by its label so far.
 
     Raises:
         InputError: not of that form, no such action, or a label that could be taken for something else in a plan.
@@ -72,15 +73,13 @@ def renamed(labels: Sequence[str], names: Sequence[str]) -> list[str]:
     for name in names:
         action, equals, label = name.partition("=")
         label = " ".join(label.split())
-        if not equals or not (action.strip().isascii() and action.strip().isdigit()):
+        if not equals:
             raise InputError(f'--name {name!r}: expected ACTION=LABEL, such as 12="birth and family"')
-        if int(action) >= len(found):
-            raise InputError(f"--name {name!r}: there are the actions 0 to {len(found) - 1}")
         if not label or not _is_label(label) or label == "*" or label.isdigit():
             raise InputError(
                 f"--name {name!r}: a label has 1 to {LONGEST} characters, no comma, and is neither a number nor *"
             )
-        found[int(action)] = label
+        found[find_action(action, len(found), found, "--name")] = label
     return found
 
 

@@ -180,31 +180,26 @@ def followed(planner: Planner, dataset: datasets.Dataset, temperature: float) ->
         `id` of the first document with at least `EXAMPLE` sentences, or else the first, and `sentences`, the first
         `EXAMPLE`: `sentence`, its `action`, and `expected`, the most probable ones with their `probability`.
     """
-    lengths = [len(actions) for actions in dataset.with_format("numpy", columns=["actions"])["actions"]]
-    number = next((at for at, length in enumerate(lengths) if length >= EXAMPLE), 0)
+    every = dataset.with_format("numpy", columns=["actions"])["actions"]
+    number = next((at for at, actions in enumerate(every) if len(actions) >= EXAMPLE), 0)
     document = dataset.with_format(None)[number]
     (batch,) = SentenceLoader(dataset.select([number]), batch_size=1, shuffle=False)
     labelled = batch.actions >= 0
     was_training = planner.training
     planner.train(False)
     hidden = planner(**batch.to(next(planner.parameters()).device).planner_inputs)[labelled][:EXAMPLE]
-    probabilities, likely = (
-        (planner.head(hidden).float() / temperature)
-        .softmax(dim=-1)
-        .topk(
-            min(EXPECTED, planner.head.weight.shape[0])  # type: ignore[arg-type, index]
-        )
-    )
+    probabilities = (planner.head(hidden).float() / temperature).softmax(dim=-1)
+    values, likely = probabilities.topk(min(EXPECTED, probabilities.shape[1]))
     planner.train(was_training)
     spans = document["sentence_spans"][:EXAMPLE]
     sentences = [
         {
             "sentence": document["text"][begin : min(end, begin + LONGEST)],
             "action": action,
-            "expected": [{"action": a, "probability": round(p, 4)} for a, p in zip(actions, values, strict=True)],
+            "expected": [{"action": a, "probability": round(p, 4)} for a, p in zip(actions, given, strict=True)],
         }
-        for (begin, end), action, actions, values in zip(
-            spans, document["actions"], likely.tolist(), probabilities.tolist(), strict=False
+        for (begin, end), action, actions, given in zip(
+            spans, document["actions"], likely.tolist(), values.tolist(), strict=False
         )
     ]
     return {"id": document["id"], "sentences": sentences}
