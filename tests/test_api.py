@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import inspect
 import json
 from collections.abc import Callable, Iterator
@@ -155,3 +156,15 @@ def test_settings_are_checked_as_flags_are() -> None:
         planlm.train(corpus="corpus", out="run", setps=3)  # type: ignore[call-arg]
     with pytest.raises(InputError, match=r"^missing"):
         planlm.train(corpus="missing", out="run")
+
+
+def test_functions_run_what_the_commands_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same function of the same settings: what a command does stands in two tables."""
+    import planlm.cli
+
+    for name in ("pretrain-planner", "train", "evaluate", "generate"):
+        command, function = planlm.cli.COMMANDS[name], getattr(planlm, name.replace("-", "_"))
+        module, attribute = command.run.split(":")
+        monkeypatch.setattr(importlib.import_module(module), attribute, lambda settings: settings)
+        needed = {one.name: "x" for one in dataclasses.fields(command.config) if one.default is dataclasses.MISSING}
+        assert function(**needed) == command.config(**needed)
