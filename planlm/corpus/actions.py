@@ -190,7 +190,7 @@ class _Reading:
         """Read the documents, or `most` of them, evenly spread."""
         documents = self._corpus.split("train")
         if most is not None and most < len(documents):
-            documents = documents.select(range(0, len(documents), len(documents) // most)[:most])
+            documents = documents.select([number * len(documents) // most for number in range(most)])
         documents = documents.with_format("arrow", columns=["text", "sentence_spans", "embeddings", "actions"])
         with Progress("Reading sentences", len(documents), "documents") as progress:
             for table in documents.iter(100):

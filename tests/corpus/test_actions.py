@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
+import datasets
 import pytest
 
 from planlm import show
@@ -107,6 +108,16 @@ def test_labels_are_made_in_preparation_and_kept(corpus: str) -> None:
     assert changed[0].label == "At sea" and read_labels(Path(corpus), 2) == ["At sea", "Baking"]
     label_actions(PreparedCorpus.load(corpus))
     assert read_labels(Path(corpus), 2) == ["At sea", "Baking"]
+
+
+def test_labels_are_made_of_documents_from_everywhere(corpus: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    prepared, chosen = PreparedCorpus.load(corpus), []
+    monkeypatch.setattr(datasets.Dataset, "select", lambda self, rows: chosen.extend(rows) or self)
+    documents = len(prepared.split("train"))
+    monkeypatch.setattr("planlm.corpus.actions.LABELLED_FROM", documents * 2 // 3)
+    (prepared.path / LABELS).unlink()
+    label_actions(prepared)
+    assert len(set(chosen)) == documents * 2 // 3 and documents - max(chosen) <= 2
 
 
 def test_naming_changes_no_fingerprint(corpus: str) -> None:
