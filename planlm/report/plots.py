@@ -272,7 +272,8 @@ def actions_figure(actions: Sequence[dict[str, Any]]) -> Figure:
                 ends = np.array([one["position"], at[then["action"]]]).T
                 axes.plot(*ends, color=MUTED, linewidth=0.9, alpha=min(0.9, 0.1 + then["share"]), zorder=1)
         across, up = np.array([one["position"] for one in actions]).T
-        sizes = [20 + 700 * one["share"] / largest for one in actions]
+        widest = min(700, 30_000 / len(actions))  # points squared, so that many leave room between them
+        sizes = [10 + widest * one["share"] / largest for one in actions]
         axes.scatter(across, up, s=sizes, color=SERIES[0], alpha=0.55, linewidths=0, zorder=2)
         axes.margins(0.1)
         axes.set_xticks([])
