@@ -1,4 +1,4 @@
-"""From dataclasses to flags and configuration files, and back: every field of planlm/config.py is both."""
+"""From dataclasses to flags and configuration files, and back: every field of planlm/config/ is both."""
 
 from __future__ import annotations
 

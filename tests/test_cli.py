@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import json
 import os
@@ -57,7 +58,7 @@ def test_help_names_every_setting_with_its_default(name: str, capsys: pytest.Cap
     assert cli.main([name, "--help"]) == 0
     shown = capsys.readouterr().out
     words = " ".join(shown.split())
-    for field in config.fields(cli.COMMANDS[name].config):
+    for field in dataclasses.fields(cli.COMMANDS[name].config):
         flag = field.name.upper().rstrip("S") if field.metadata["positional"] else "--" + field.name.replace("_", "-")
         assert flag in shown
         if isinstance(field.default, int | float) and not isinstance(field.default, bool):
