@@ -93,7 +93,7 @@ def has_graphs(config: TrainConfig, device: torch.device, num_ranks: int) -> boo
     if config.graph == "always" and device.type != "cuda":
         raise InputError(f"--graph always: needs CUDA, and this is {device.type}; leave it out")
     wrong = {
-        "several processes": num_ranks > 1,
+        "--shard": config.shard and num_ranks > 1,
         "--compile": config.compile,
         "--checkpoint-activations": config.checkpoint_activations,
         "--loss-kernel liger": config.loss_kernel == "liger",
@@ -101,7 +101,9 @@ def has_graphs(config: TrainConfig, device: torch.device, num_ranks: int) -> boo
     found = [name for name, is_there in wrong.items() if is_there]
     if config.graph == "always" and found:
         raise InputError(f"--graph always: cannot capture a step with {', '.join(found)}; leave one of them out")
-    return config.graph != "never" and device.type == "cuda" and not found
+    # Those of several processes have not run on GPUs yet: who asks for them gets them.
+    is_asked = config.graph == "always" or (config.graph == "auto" and num_ranks == 1)
+    return is_asked and device.type == "cuda" and not found
 
 
 def _shape(value: Any) -> Hashable:

@@ -73,6 +73,7 @@ class Objective:
                 more = [num_labels, num_segments, *([weight] if isinstance(weight, Tensor) else [])]
                 trains = tuple(parameter.requires_grad for parameter in self.model.parameters())
                 sums += self.graphs(batch, more, trains)
+        self.parallel.average()
         lm_nll, planner_nll, right, entropy = all_reduce(sums).double()
         lm_loss, count = lm_nll / num_labels.clamp(min=1), num_segments.clamp(min=1)
         figures = {"tokens": num_labels, "lm_loss": lm_loss, "oracle_ratio": ratio, **found}

@@ -75,7 +75,7 @@ def train(config: TrainConfig) -> dict[str, Any]:
     dtype = compute_dtype(config.precision, model.device)
     # In one process, and between CPUs, gathering costs nothing that rounding all of a layer's weights would be worth.
     gathered = dtype if model.device.type == "cuda" else torch.float32
-    parallel = Parallel(model, lm_layers(model.lm) if config.shard else None, gathered)
+    parallel = Parallel(model, lm_layers(model.lm) if config.shard else None, gathered, graphs)
     guards = Guards(parallel, config, base) if config.kl > 0 or rehearsal is not None else None
     objective = Objective(parallel, config, steps, guards, graphs)
     task = Task(

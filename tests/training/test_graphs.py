@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -33,7 +36,7 @@ CUDA = torch.device("cuda", 0)
     [
         ({"compile": True}, 1, "a step with --compile; leave"),
         ({"checkpoint_activations": True, "loss_kernel": "liger"}, 1, "--checkpoint-activations, --loss-kernel liger;"),
-        ({}, 2, "a step with several processes; leave"),
+        ({"shard": True}, 2, "a step with --shard; leave"),
     ],
 )
 def test_what_cannot_be_captured_is_refused(changes: dict[str, Any], ranks: int, message: str) -> None:
@@ -47,6 +50,7 @@ def test_what_cannot_be_captured_is_refused(changes: dict[str, Any], ranks: int,
 def test_graphs_are_made_where_they_can_be() -> None:
     asked = {graph: TrainConfig(corpus="nowhere", out="nowhere", graph=graph) for graph in ("auto", "always", "never")}
     assert [has_graphs(asked[graph], CUDA, 1) for graph in asked] == [True, True, False]
+    assert [has_graphs(asked[graph], CUDA, 2) for graph in asked] == [False, True, False]
     assert not has_graphs(asked["auto"], torch.device("cpu"), 1)
 
 
@@ -161,3 +165,49 @@ def test_steps_are_those_without_graphs(
     torch.testing.assert_close(torch.tensor(replayed), torch.tensor(plain), rtol=1e-5, atol=1e-6)
     for name, value in wanted.items():
         torch.testing.assert_close(weights[name], value, rtol=1e-4, atol=1e-4)
+
+
+RECORDED = """
+import sys
+from planlm.cli import main
+from planlm.corpus.batches import PlanLoader
+from planlm.kernels import checks, use_backend
+from planlm.model import loss, masks
+from planlm.training import graphs, train
+from tests.training.tape import Captures
+
+capture = Captures()
+train.matrix_product_rate = lambda *_: 1e9
+train.has_graphs = lambda config, *_: config.graph == "always"
+graphs._Captures = lambda: capture
+PlanLoader.alike = property(lambda self: True, lambda self, alike: None)
+checks._readable = masks._may_ask = lambda asked: False
+loss._check_labels = lambda labels, vocabulary: None
+with use_backend("reference"):
+    status = main(sys.argv[1:])
+assert capture.replayed > capture.captured > 0 or "never" in sys.argv
+sys.exit(status)
+"""
+
+
+def test_two_ranks_with_graphs_train_as_two_without(planted: dict[str, str], tmp_path: Path) -> None:
+    """Gradients of two micro-batches and a guard are averaged behind the graphs, those of the planner once it joins."""
+    (tmp_path / "recorded.py").write_text(RECORDED)
+    settings = {
+        "--corpus": planted["corpus"], "--lm": planted["lm"], "--window": 16, "--batch-size": 4, "--steps": 10,
+        "--accumulate": 2, "--log-every": 1, "--unfreeze-planner-at": 0.5, "--lm-mode": "full", "--kl": 0.1,
+        "--precision": "fp32", "--conditioned-layers": 2, "--oracle-mix": 0.5,
+    }  # fmt: skip
+    given = [str(part) for pair in settings.items() for part in pair]
+    found = []
+    for graph in ("never", "always"):
+        launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+        done = subprocess.run(
+            [*launch, tmp_path / "recorded.py", "train", *given, "--out", tmp_path / graph, "--graph", graph],
+            capture_output=True, text=True, timeout=300,
+            env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2])},
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr[-3000:]
+        found.append(load_file(tmp_path / graph / "model/model.safetensors"))
+    for name, wanted in found[0].items():
+        torch.testing.assert_close(found[1][name], wanted, rtol=1e-4, atol=1e-4)
