@@ -22,6 +22,7 @@ from planlm.config import GenerateConfig
 from planlm.errors import InputError
 from planlm.files import appending, beside_result, checksum, write_text
 from planlm.labels import show_action
+from planlm.model.described import action_of, describe
 from planlm.model.kept import KeptTexts
 from planlm.model.loading import load_model
 from planlm.model.modeling import PlanLMForCausalLM
@@ -34,9 +35,6 @@ from planlm.model.tracking import SentenceTracker, TrackedText
 from planlm.progress import Progress
 from planlm.selections import SELECTIONS
 from planlm.terminal import note
-
-TOP_ACTIONS = 3
-"""Most probable actions reported for each sentence."""
 
 _USUAL = {
     "bos_token_id", "eos_token_id", "pad_token_id", "transformers_version", "_from_model_config", "output_attentions",
@@ -205,7 +203,7 @@ def _batch(call: _Call, prompts: list[Prompt], step: Callable[[int], None]) -> l
     made = [
         {
             "text": tokenizer.decode(new, skip_special_tokens=True),
-            "plan": [] if call.selection == "none" else _describe(call, tracker, row.ids, new, number, len(rows)),
+            "plan": [] if call.selection == "none" else describe(model, tracker, row.ids, new, (number, len(rows))),
         }
         for number, (row, new) in enumerate(zip(rows, texts, strict=True))
     ]
@@ -318,67 +316,12 @@ def _keep(config: GenerateConfig, result: dict[str, Any]) -> None:
             file.writelines(json.dumps(sentence, ensure_ascii=False) + "\n" for sentence in result["plan"])
 
 
-def _label(model: PlanLMForCausalLM, action: int | None) -> str | None:
-    labels = model.config.action_labels
-    return None if labels is None or action is None else labels[action] or None
-
-
-def _action(tracker: SentenceTracker, place: tuple[int, int], logits: Tensor | None) -> int | None:
-    """The action of a sentence: forced, drawn, or the most probable; None where no planner was asked."""
-    forced, drawn = tracker.forced(*place), tracker.drawn(*place, logits)
-    likely = -1 if logits is None else int(logits.argmax())
-    return next((action for action in (forced, drawn, likely) if action >= 0), None)
-
-
 def _streamer(call: _Call, tracker: SentenceTracker, prompt: Prompt) -> SentenceStreamer:
     """What shows a text on stderr, each sentence behind its action and that one's label."""
 
     def head(text: TrackedText) -> str:
         first = len(tracker.track(prompt.ids).sentences)
-        action = _action(tracker, (text.segments[-1] - first, 0), text.finished[-1].logits)
+        action = action_of(tracker, (text.segments[-1] - first, 0), text.finished[-1].logits)
         return "" if action is None else show_action(action, call.model.config.action_labels)
 
     return SentenceStreamer(tracker, head, sys.stderr)
-
-
-def _describe(
-    call: _Call, tracker: SentenceTracker, prompt: list[int], new: list[int], number: int, count: int
-) -> list[dict[str, Any]]:
-    """The sentence that the prompt left open and those after it, with the planner's distribution that each followed.
-
-    Args:
-        call: for the labels and the temperature.
-        tracker: of the batch.
-        prompt: tokens.
-        new: those behind it.
-        number: of the text in the batch.
-        count: texts of the batch.
-    """
-    model, ids = call.model, [*prompt, *new]
-    text = tracker.track(ids, number, count)
-    first = len(tracker.track(prompt, number, count).sentences)
-    described = []
-    for at, sentence in enumerate([*text.sentences, tracker.decode(ids[text.open_start :]).strip()]):
-        if at < first or not sentence:
-            continue
-        place, logits = (at - first, number), text.finished[at].logits
-        forced, drawn, actions = tracker.forced(*place), tracker.drawn(*place, logits), []
-        if logits is not None:
-            probabilities = (logits.float() / model.config.plan_temperature).softmax(dim=-1)
-            values, likely = probabilities.topk(min(TOP_ACTIONS, len(probabilities)))
-            actions = [
-                {"action": action, "label": _label(model, action), "probability": round(value, 4)}
-                for action, value in zip(likely.tolist(), values.tolist(), strict=True)
-            ]
-        action = _action(tracker, place, logits)
-        described.append(
-            {
-                "sentence": sentence,
-                "action": action,
-                "label": _label(model, action),
-                "actions": actions,
-                "forced": None if forced < 0 else forced,
-                "drawn": None if drawn < 0 else drawn,
-            }
-        )
-    return described
