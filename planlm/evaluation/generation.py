@@ -62,7 +62,9 @@ def evaluate_generation(config: EvaluateGenerationConfig) -> dict[str, Any]:
     corpus = PreparedCorpus.load(config.corpus)
     dataset = corpus.split(config.split)
     earlier = read_json(run / RESULTS) if (run / RESULTS).exists() else {}
-    model, _ = load_evaluated(run, plans, corpus)
+    model, is_planned = load_evaluated(run, plans, corpus)
+    if config.steer and not is_planned:
+        raise InputError(f"--steer: {run} plans nothing; leave it out")
     check_fit(model, config, corpus)
     prompts = find_prompts(dataset, config, model.lm.config.max_position_embeddings)
     settings = corpus.manifest.settings

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,7 +15,6 @@ from numpy.typing import NDArray
 
 from planlm.config import EvaluateGenerationConfig
 from planlm.corpus.store import PreparedCorpus
-from planlm.errors import InputError
 from planlm.evaluation.generation_statistics import Following, compare_following
 from planlm.evaluation.generation_texts import Prompt
 from planlm.model.modeling import PlanLMForCausalLM
@@ -49,15 +47,10 @@ class Steering:
         prompts: Sequence[Prompt],
         config: EvaluateGenerationConfig,
     ) -> Steering:
-        """Actions drawn by the corpus's frequencies; a document's are a function of it and the seed.
-
-        Raises:
-            InputError: the model plans nothing.
-        """
-        trained = SELECTIONS[model.config.selection]
-        selection = "soft" if trained.needs_oracle or trained.needs_others else model.config.selection
-        if model.planner is None or not model.plans(selection):
-            raise InputError(f"--steer: {Path(config.run)} plans nothing under selection {selection}; leave it out")
+        """Actions drawn by the corpus's frequencies; a document's are a function of it and the seed."""
+        selection = model.config.selection
+        if selection == "none" or SELECTIONS[selection].needs_oracle or SELECTIONS[selection].needs_others:
+            selection = "soft"
         counts = corpus.action_counts.double().numpy()
         frequencies = counts / counts.sum()
         asked = {
