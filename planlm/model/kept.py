@@ -33,7 +33,7 @@ class KeptTexts:
         made_with: dict[str, Any],
         read: Callable[[Any], tuple[int, Any]],
         within: Path | None = None,
-        guard: Callable[[Path], AbstractContextManager[None]] = nullcontext,
+        guard: Callable[[Path], AbstractContextManager[Any]] = nullcontext,
     ) -> None:
         self._path, self._within, self._guard, self._is_kept = path, within, guard, False
         self.done: dict[int, Any] = {}
