@@ -14,6 +14,7 @@ import contextlib
 import dataclasses
 import errno
 import fcntl
+import hashlib
 import json
 import os
 import re
@@ -192,6 +193,14 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise InputError(f"{path}: expected a JSON object, got {type(content).__name__}; delete it and make it again")
     return content
+
+
+def checksum(path: Path) -> str:
+    """XXH3 of a file's contents, 128 bits in hexadecimal: finds damage, at 4 GB/s a core."""
+    import xxhash
+
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, xxhash.xxh3_128).hexdigest()  # type: ignore[arg-type]
 
 
 def to_json(value: Any) -> str:

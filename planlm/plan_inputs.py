@@ -54,6 +54,8 @@ class PlanInputs(Movable):
         shuffled_rows: int64 `[S, 2]`, as `segment_rows`, of the other document's sentence whose plan each segment gets
             under `shuffled`.
         action_bias: float32 `[K]`, nats added to the planner's logits, -inf for an action that is never to be chosen.
+        action_noise: float32 `[S, K]`; where `actions` has none and `oracle_weight` is 1, the action is drawn: the one
+            with the largest sum of this and the planner's logit.
         want_oracle_nll: run the planner for its cross-entropy even where the selection does not ask it.
         sentence_states: `[R, n, d]`, at each position the mean of the LM's states over the sentence before, 0 where
             there is none; for a planner that reads them, by default from the windows themselves. Then each window has
@@ -76,6 +78,7 @@ class PlanInputs(Movable):
     shuffled_rows: Tensor | None = None
     want_oracle_nll: bool = False
     action_bias: Tensor | None = None
+    action_noise: Tensor | None = None
     sentence_states: Tensor | None = None
     actions_ahead: Tensor | None = None
     segment_bounds: Tensor | None = None

@@ -84,16 +84,35 @@ def generation_evaluation(result: dict[str, Any], settings: config.EvaluateGener
 
 
 def generation(result: dict[str, Any], settings: config.GenerateConfig) -> str:
-    """Prompt and continuation; with `--show-plan` each sentence and what the planner expected of it."""
-    plan = [_planned_sentence(sentence) for sentence in result["plan"]] if settings.show_plan else []
-    return "\n\n".join([result["prompt"] + result["text"], *plan])
+    """Prompt and continuations, with `--show-plan` each sentence's plan; of a file all, or where they are."""
+    if "out" in result:
+        return f"{result['prompts']:,} results in {result['out']}"
+    if "results" in result:
+        texts = [_generated(one, settings) for one in result["results"]]
+        names = [one.get("id", number) for number, one in enumerate(result["results"], 1)]
+        return "\n\n".join(f"== {name}\n{text}" for name, text in zip(names, texts, strict=True))
+    return _generated(result, settings)
+
+
+def _generated(result: dict[str, Any], settings: config.GenerateConfig) -> str:
+    parts = []
+    for number, one in enumerate(result.get("candidates", [result]), 1):
+        if "score" in one:
+            score = "no token" if one["score"] is None else f"{one['score']:.3f} nats a token"
+            parts.append(f"-- {number}: {score}")
+        parts.append(result["prompt"] + one["text"])
+        parts += [_planned_sentence(sentence) for sentence in one["plan"]] if settings.show_plan else []
+    return "\n\n".join(parts)
 
 
 def _planned_sentence(sentence: dict[str, Any]) -> str:
     actions = [f"{_named(action)} {action['probability']:.1%}" for action in sentence["actions"]]
     likely = "  ".join(actions) or "(this selection asks no planner)"
-    forced = "" if sentence["forced"] is None else f"{_named(sentence)}, as asked; the planner's: "
-    return f"plan {forced}{likely}\n{textwrap.indent(textwrap.fill(sentence['sentence'], 78), '  ')}"
+    how = next(
+        (word for kind, word in (("forced", "as asked"), ("drawn", "drawn")) if sentence.get(kind) is not None), None
+    )
+    decided = "" if how is None else f"{_named(sentence)}, {how}; the planner's: "
+    return f"plan {decided}{likely}\n{textwrap.indent(textwrap.fill(sentence['sentence'], 78), '  ')}"
 
 
 def _named(what: dict[str, Any]) -> str:

@@ -88,6 +88,25 @@ def test_pipeline(
     assert printed.count(prompt) == 2 and len(printed) > 2 * len(prompt) + 4
 
 
+def test_batch_and_stream(
+    run: Callable[..., None], planted: dict[str, str], tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    corpus = PreparedCorpus.load(planted["corpus"])
+    model = PlanLMForCausalLM.from_lm(planted["lm"], corpus.codebook, encoder=corpus.manifest.encoder)
+    model.save_pretrained(tmp_path / "run" / "model")
+    monkeypatch.setattr("planlm.model.loading.SentenceEncoder", lambda name: HashEncoder(32))  # an untrained LM's words
+    run("batch.py", str(tmp_path / "run"), str(tmp_path / "out.jsonl"))
+    rows = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    assert [row["id"] for row in rows] == ["harbour", "school", "mill"]
+    assert [row["plan"][0]["forced"] for row in rows if row["plan"]] == [None, 0, 1][: len(rows)]
+    printed = capsys.readouterr().out
+    assert printed.count("actions: ") == 3 and printed.count("nats a token: ") == 3
+    torch.manual_seed(0)
+    run("stream.py", str(tmp_path / "run" / "model"), "Rain rain1 rain2.")
+    printed = capsys.readouterr().out
+    assert printed.startswith("Rain rain1 rain2.") and "behind 'Rain rain1 rain2.': action " in printed
+
+
 def test_peft_lora(run: Callable[..., None], planted: dict[str, str], tmp_path: Path) -> None:
     run("peft_lora.py", planted["corpus"], planted["lm"], str(tmp_path / "out"))
     stored = load_file(tmp_path / "out" / "adapter_model.safetensors")

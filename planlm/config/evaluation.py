@@ -58,6 +58,11 @@ class EvaluateGenerationConfig(CommandConfig):
     split: str = option("test", "split whose documents are continued", choices=("train", "validation", "test"))
     plans: str = option("none,soft", "comma-separated selections, each one row")
     versus: str = option("none", "row that differences and intervals refer to")
+    steer: bool = option(
+        False,
+        "also ask for an action of each sentence, drawn by the corpus's frequencies, and measure how many sentences "
+        "carry it, beside texts that were not asked",
+    )
     prompts: int = option(100, "documents continued: the first ones that are long enough", limit=BATCH)
     prompt_sentences: int = option(3, "sentences of a document that are the prompt", limit=count(10_000))
     max_new_tokens: int = option(128, "tokens of every continuation, and of the true one (the papers')", limit=BATCH)

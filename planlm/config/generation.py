@@ -6,15 +6,24 @@ from dataclasses import dataclass
 
 from planlm.config.base import CommandConfig, option, required
 from planlm.selections import SELECTIONS
-from planlm.settings import BATCH, FRACTION_NOT_ZERO, SAMPLING, SEED
+from planlm.settings import BATCH, FRACTION_NOT_ZERO, SAMPLING, SEED, count
 
 
 @dataclass(frozen=True, kw_only=True)
 class GenerateConfig(CommandConfig):
-    """Continue a text, planning each sentence."""
+    """Continue a text, or every text of a file, planning each sentence."""
 
     run: str = required("run directory of train, or a model folder", positional=True)
-    prompt: str = required("text to continue")
+    prompt: str | None = option(None, "text to continue")
+    prompts: str | None = option(
+        None,
+        "file of texts to continue, in place of --prompt: .txt, one a line, or .jsonl, objects with prompt and, where "
+        "wanted, plan and id",
+    )
+    out: str | None = option(
+        None, "JSON-lines file for the results of --prompts, one for each in their order; default: printed"
+    )
+    batch_size: int = option(32, "texts generated at once; no text depends on it", limit=BATCH)
     max_new_tokens: int = option(128, "tokens to generate", limit=BATCH)
     temperature: float = option(0.8, "sampling temperature; 0: greedy", limit=SAMPLING)
     top_p: float = option(0.95, "nucleus of the sampling distribution", limit=FRACTION_NOT_ZERO)
@@ -25,9 +34,18 @@ class GenerateConfig(CommandConfig):
     )
     ban: str | None = option(None, "actions never to choose, by number or label: 12,birth and family")
     favour: str | None = option(None, "actions to choose more often, with the nats to add to their logits: 12:2.0,7:1")
+    num_plans: int | None = option(
+        None,
+        "so many continuations, each sentence's action drawn from the planner's distribution; the best is the one that "
+        "the model finds most probable by the token; default: one, with no action drawn",
+        limit=count(10_000),
+    )
     selection: str | None = option(
         None, "selection to generate with; default: the one trained with", choices=tuple(SELECTIONS)
     )
     show_plan: bool = option(False, "print each sentence with its most probable actions")
-    audit: str | None = option(None, "JSON-lines file: one object per sentence with its plan")
+    stream: bool = option(
+        False, "print the text on stderr while it is written, each sentence on a line behind its action"
+    )
+    audit: str | None = option(None, "JSON-lines file for --prompt: one object per sentence with its plan")
     seed: int = option(0, "seed of the sampling", limit=SEED)

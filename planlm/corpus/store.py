@@ -29,9 +29,9 @@ from safetensors.torch import save
 from torch import Tensor
 
 from planlm.corpus.verify import verify_folder, verify_split
-from planlm.corpus.writing import checksum, joined, sizes, write_arrow
+from planlm.corpus.writing import joined, sizes, write_arrow
 from planlm.errors import InputError
-from planlm.files import replacing, write_json, write_text
+from planlm.files import checksum, replacing, write_json, write_text
 
 FORMAT_VERSION = 2
 SPLITS = ("train", "validation", "test")

@@ -21,7 +21,8 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from planlm.corpus.writing import checksum, joined, read_arrow, sizes
+from planlm.corpus.writing import joined, read_arrow, sizes
+from planlm.files import checksum
 from planlm.progress import Progress
 
 if TYPE_CHECKING:

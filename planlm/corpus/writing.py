@@ -95,9 +95,3 @@ def read_arrow(path: Path, columns: list[str] | None = None) -> pa.Table:
     with pa.memory_map(str(path)) as source:
         table = pa.ipc.open_stream(source).read_all()
     return table if columns is None else table.select(columns)
-
-
-def checksum(path: Path) -> str:
-    """XXH3 of a file's contents, 128 bits in hexadecimal: finds damage, at 4 GB/s a core."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, xxhash.xxh3_128).hexdigest()  # type: ignore[arg-type]

@@ -17,21 +17,26 @@ from planlm.errors import InputError
 from planlm.evaluation import generation_metrics as measure
 from planlm.evaluation.evaluate import check_fit, load_evaluated
 from planlm.evaluation.generation_statistics import Continuations, make_rows, values
+from planlm.evaluation.generation_steering import STEERED, Steering
 from planlm.evaluation.generation_texts import (
-    KeptTexts,
     Prompt,
     continue_prompts,
     find_prompts,
+    keep_texts,
     texts_folder,
     weights_checksum,
 )
 from planlm.files import beside_result, read_json, write_json
 from planlm.model.modeling import PlanLMForCausalLM
+from planlm.model.tracking import SentenceTracker
 from planlm.progress import Progress
 from planlm.selections import SELECTIONS
 from planlm.text.encoder import SentenceEncoder
 
 RESULTS = "generation_evaluation.json"
+
+Wanted = tuple[str, dict[int, list[int]] | None]
+"""What texts are generated with: a selection and, by document, the actions to follow, if any are asked for."""
 
 
 def evaluate_generation(config: EvaluateGenerationConfig) -> dict[str, Any]:
@@ -45,8 +50,8 @@ def evaluate_generation(config: EvaluateGenerationConfig) -> dict[str, Any]:
 
     Returns:
         The settings, `features` and `clusters` of MAUVE, `rows` (of each plan its `metrics` and, by metric, its
-        `differences` to `versus`: `delta`, `ci95`, `verdict`) and `human`, the true continuations' own metrics; ready
-        for JSON. A metric that is not defined is null.
+        `differences` to `versus`: `delta`, `ci95`, `verdict`) and `human`, the true continuations' own metrics; with
+        `--steer` also `steering`, see `compare_following`. Ready for JSON; a metric that is not defined is null.
 
     Raises:
         InputError: anything wrong with the arguments, the model, the corpus, or their fit.
@@ -57,7 +62,9 @@ def evaluate_generation(config: EvaluateGenerationConfig) -> dict[str, Any]:
     corpus = PreparedCorpus.load(config.corpus)
     dataset = corpus.split(config.split)
     earlier = read_json(run / RESULTS) if (run / RESULTS).exists() else {}
-    model, _ = load_evaluated(run, plans, corpus)
+    model, is_planned = load_evaluated(run, plans, corpus)
+    if config.steer and not is_planned:
+        raise InputError(f"--steer: {run} plans nothing; leave it out")
     check_fit(model, config, corpus)
     prompts = find_prompts(dataset, config, model.lm.config.max_position_embeddings)
     settings = corpus.manifest.settings
@@ -67,7 +74,11 @@ def evaluate_generation(config: EvaluateGenerationConfig) -> dict[str, Any]:
         raise InputError(f"{encoder.name}: embeds in {encoder.dim} dimensions, the corpus in {dim}; prepare it again")
     model.encoder = encoder
     ids = dataset["id"]
-    texts = _generate(model, prompts, plans, config, corpus.fingerprint, [ids[prompt.document] for prompt in prompts])
+    wanted: dict[str, Wanted] = {plan: (plan, None) for plan in plans}
+    steering = Steering.draw(model, corpus, prompts, config) if config.steer else None
+    if steering is not None:
+        wanted |= {steering.selection: (steering.selection, None), STEERED: (steering.selection, steering.asked)}
+    texts = _generate(model, prompts, wanted, config, corpus.fingerprint, [ids[prompt.document] for prompt in prompts])
     critic = measure.BigramCritic.fit(
         corpus.split("train").select_columns(["actions"]).with_format("arrow").iter(1000), corpus.manifest.num_actions
     )
@@ -75,13 +86,17 @@ def evaluate_generation(config: EvaluateGenerationConfig) -> dict[str, Any]:
     codebook = corpus.codebook.numpy()
     scored = {
         name: _score(tokens, true, prompts, (model.tokenizer, encoder, codebook, critic))
-        for name, tokens in [*texts.items(), ("", true)]
+        for name, tokens in [*((plan, texts[plan]) for plan in plans), ("", true)]
     }
     human = scored.pop("")
     result = _describe(config, scored, human, encoder.name)
+    kept = {plan: {k: v.tolist() for k, v in one.per_prompt.items()} for plan, one in scored.items()}
+    if steering is not None:
+        tracker = SentenceTracker(model.tokenizer, encoder)
+        result["steering"], followed = steering.measure(texts, prompts, tracker, codebook, config)
+        kept |= followed
     if (run / "model").is_dir():
         with beside_result(run / RESULTS):
-            kept = {plan: {k: v.tolist() for k, v in one.per_prompt.items()} for plan, one in scored.items()}
             documents = [prompt.document for prompt in prompts]
             content = earlier | {config.split: result | {"documents": documents, "scores": kept}}
             write_json(run / RESULTS, content, within=run)
@@ -105,17 +120,17 @@ def _parse(config: EvaluateGenerationConfig) -> list[str]:
 def _generate(
     model: PlanLMForCausalLM,
     prompts: list[Prompt],
-    plans: list[str],
+    wanted: dict[str, Wanted],
     config: EvaluateGenerationConfig,
     corpus: str,
     names: list[str],
 ) -> dict[str, list[list[int]]]:
-    """New tokens of every prompt by plan; in a run directory those that are on disk already are not made again.
+    """New tokens of every prompt by name; in a run directory those that are on disk already are not made again.
 
     Args:
         model: with its encoder.
         prompts: what to continue.
-        plans: under which.
+        wanted: by name, what to generate with.
         config: the command's.
         corpus: its fingerprint.
         names: of the prompts' documents.
@@ -123,22 +138,20 @@ def _generate(
     run, named = Path(config.run), dict(zip([prompt.document for prompt in prompts], names, strict=True))
     decisive = ("split", "prompt_sentences", "max_new_tokens", "temperature", "top_p", "seed")
     made_with: dict[str, Any] = {name: getattr(config, name) for name in decisive} | {"corpus": corpus}
-    total = len(plans) * len(prompts) * config.max_new_tokens
+    total = len(wanted) * len(prompts) * config.max_new_tokens
     with texts_folder(run) as folder, Progress("generate", total=total, unit="tokens") as progress:
         if folder is not None:
             made_with["model"] = weights_checksum(run)
-        kept = (
-            {plan: KeptTexts(folder / f"{plan}.jsonl", made_with, run) for plan in plans} if folder is not None else {}
-        )
-        done = {plan: kept[plan].tokens if kept else {} for plan in plans}
-        left = {plan: [prompt for prompt in prompts if prompt.document not in done[plan]] for plan in plans}
+        kept = {} if folder is None else {name: keep_texts(folder / f"{name}.jsonl", made_with, run) for name in wanted}
+        done = {name: kept[name].done if kept else {} for name in wanted}
+        left = {name: [prompt for prompt in prompts if prompt.document not in done[name]] for name in wanted}
         progress.start_at(total - config.max_new_tokens * sum(map(len, left.values())))
-        for plan in plans:
-            for batch in continue_prompts(model, left[plan], plan, config, progress.advance):
+        for name, (selection, asked) in wanted.items():
+            for batch in continue_prompts(model, left[name], selection, config, progress.advance, asked):
                 if kept:
-                    kept[plan].add([_line(model.tokenizer, named, prompt, new) for prompt, new in batch])
-                done[plan] |= {prompt.document: new for prompt, new in batch}
-    return {plan: [tokens[prompt.document] for prompt in prompts] for plan, tokens in done.items()}
+                    kept[name].add([_line(model.tokenizer, named, prompt, new) for prompt, new in batch])
+                done[name] |= {prompt.document: new for prompt, new in batch}
+    return {name: [tokens[prompt.document] for prompt in prompts] for name, tokens in done.items()}
 
 
 def _line(tokenizer: Any, named: dict[int, str], prompt: Prompt, new: list[int]) -> dict[str, Any]:

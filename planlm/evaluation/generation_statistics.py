@@ -5,6 +5,7 @@ Legend: n prompts, R draws of prompts, A dimensions of an embedding.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -53,6 +54,77 @@ class Continuations:
     per_prompt: dict[str, NDArray[np.float64]]
     latent: tuple[NDArray[np.float64], NDArray[np.float64]]
     features: NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class Following:
+    """How n continuations follow the actions asked for, float64 `[n]` each.
+
+    Attributes:
+        hits: complete sentences whose nearest centroid is that of the action asked for.
+        ranks: sum over complete sentences of that centroid's rank.
+        complete: complete sentences.
+    """
+
+    hits: NDArray[np.float64]
+    ranks: NDArray[np.float64]
+    complete: NDArray[np.float64]
+
+    @classmethod
+    def of_ranks(cls, ranks: list[list[int]]) -> Following:
+        """From the rank in each complete sentence of each text."""
+        sums = [(sum(rank == 1 for rank in own), sum(own), len(own)) for own in ranks]
+        return cls(*np.array(sums, dtype=np.float64).T)
+
+    def mean(self, of: str, drawn: NDArray[np.int64]) -> NDArray[np.float64]:
+        """Mean over the sentences of each draw of prompts `[R, n]`, `[R]`; `of` is `hits` or `ranks`."""
+        total: NDArray[np.float64] = getattr(self, of)[drawn].sum(axis=1)
+        return total / np.maximum(self.complete[drawn].sum(axis=1), 1)
+
+
+def compare_following(
+    steered: Following, unsteered: Following, frequencies: NDArray[np.float64], *, resamples: int, seed: int
+) -> dict[str, Any]:
+    """How much better texts follow the actions asked for than texts of the same prompts that do not know them.
+
+    Args:
+        steered: texts under the actions.
+        unsteered: texts without.
+        frequencies: by which the actions were drawn, `[K]`.
+        resamples: draws of the bootstrap over prompts.
+        seed: of the draws.
+
+    Returns:
+        `sentences` of both texts, and `hits` (share of complete sentences that carry their action) and `ranks` (mean
+        rank of its centroid), each with `steered` and `unsteered` (`value`, `ci95`), `difference` (`value`, `ci95`,
+        `verdict`) and `chance`: of a sentence as frequent as in the corpus, and of centroids in any order.
+    """
+    counts = {"steered": int(steered.complete.sum()), "unsteered": int(unsteered.complete.sum())}
+    chance = {"hits": float(np.square(frequencies).sum()), "ranks": (len(frequencies) + 1) / 2}
+    found: dict[str, Any] = {"sentences": counts}
+    for of, by_chance in chance.items():
+        statistics = {
+            "steered": lambda drawn, of=of: steered.mean(of, drawn),
+            "unsteered": lambda drawn, of=of: unsteered.mean(of, drawn),
+            "difference": lambda drawn, of=of: steered.mean(of, drawn) - unsteered.mean(of, drawn),
+        }
+        found[of] = {name: _with_interval(one, len(steered.hits), resamples, seed) for name, one in statistics.items()}
+        found[of]["chance"] = by_chance
+        delta, interval = found[of]["difference"].values()
+        sign = -1 if of == "hits" else 1  # more hits and lower ranks are better
+        turned = (
+            None if interval is None else (min(sign * end for end in interval), max(sign * end for end in interval))
+        )
+        found[of]["difference"]["verdict"] = verdict(sign * delta, turned)
+    return found
+
+
+def _with_interval(
+    statistic: Callable[[NDArray[np.int64]], NDArray[np.float64]], num_prompts: int, resamples: int, seed: int
+) -> dict[str, Any]:
+    interval = bootstrap_interval(statistic, num_prompts, resamples=resamples, seed=seed)
+    value = float(statistic(np.arange(num_prompts)[None])[0])
+    return {"value": value, "ci95": None if interval is None else list(interval)}
 
 
 def make_rows(

@@ -1,30 +1,23 @@
-"""Continuations of held-out documents, in batches, with random numbers that belong to the prompt.
+"""Continuations of held-out documents, in batches.
 
-A sampled token is the arg-max of `log p + G` with standard Gumbel noise G (the Gumbel-max trick: an exact draw from p).
-The noise of a token is a function of seed, document and position, so that a text does not depend on the batch it is
-written in, and texts under several plans share their noise: they differ by the plan alone.
-
-Sizes: B texts, W columns of a batch's prompts, V vocabulary.
+Their noise belongs to the document (`planlm.model.sampling`): plans share it, and texts differ by the plan alone.
 """
 
 from __future__ import annotations
 
 import contextlib
-import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
-from torch import Tensor, nn
-from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
-from transformers.generation.logits_process import TemperatureLogitsWarper, TopPLogitsWarper
+from transformers import GenerationConfig
 
-from planlm.corpus.writing import checksum
 from planlm.errors import InputError
-from planlm.files import appending, belonging, beside_result, locked, write_text
+from planlm.files import belonging, beside_result, checksum, locked
+from planlm.model.kept import KeptTexts
+from planlm.model.sampling import SharedGumbel, left_padded, sampled
 from planlm.model.tracking import SentenceTracker
 from planlm.terminal import note
 
@@ -90,35 +83,6 @@ def find_prompts(dataset: datasets.Dataset, config: EvaluateGenerationConfig, co
     return prompts
 
 
-class SharedGumbel(LogitsProcessor):
-    """Adds to the logits of each text the noise of its document and position.
-
-    Args:
-        seed: of all noise.
-        documents: numbers of the B texts' documents.
-        width: columns W of their prompts.
-        step: called with the number of texts at every token.
-    """
-
-    def __init__(self, seed: int, documents: Sequence[int], width: int, step: Callable[[int], None]) -> None:
-        self.seed, self.documents, self.width, self.step = seed, documents, width, step
-
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        """Scores `[B, V]` with noise, float32."""
-        position = input_ids.shape[1] - self.width
-        self.step(len(scores))
-        noise = [gumbel(self.seed, document, position, scores.shape[1]) for document in self.documents]
-        return scores.float() + torch.from_numpy(np.stack(noise)).to(scores.device)
-
-
-def gumbel(seed: int, document: int, position: int, size: int) -> np.ndarray:
-    """Standard Gumbel noise for the tokens of a vocabulary, float32 [size]."""
-    # Of float64: in float32 an exponential variate of 0, whose noise is infinite, would come up now and then.
-    variates = np.random.default_rng((seed, document, position)).standard_exponential(size)
-    noise: np.ndarray = -np.log(variates, out=variates)
-    return noise.astype(np.float32)
-
-
 @torch.no_grad()
 def continue_prompts(
     model: PlanLMForCausalLM,
@@ -126,6 +90,7 @@ def continue_prompts(
     selection: str,
     config: EvaluateGenerationConfig,
     step: Callable[[int], None],
+    asked: dict[int, list[int]] | None = None,
 ) -> Iterator[list[tuple[Prompt, list[int]]]]:
     """Continue prompts by exactly `config.max_new_tokens` tokens each, a batch at a time.
 
@@ -138,6 +103,7 @@ def continue_prompts(
         selection: docs/method.md's name of the plan.
         config: length, sampling, seed and batch size.
         step: called with the number of texts at every token.
+        asked: by document, the actions to follow.
 
     Yields:
         Prompts of a batch, each with its new tokens.
@@ -152,22 +118,16 @@ def continue_prompts(
     order = sorted(prompts, key=lambda prompt: (len(prompt.ids), prompt.document))
     for start in range(0, len(order), config.batch_size):
         batch = order[start : start + config.batch_size]
-        width = max(len(prompt.ids) for prompt in batch)
-        ids = [nn.functional.pad(torch.tensor(p.ids), (width - len(p.ids), 0), value=padding) for p in batch]
-        mask = [nn.functional.pad(torch.ones(len(p.ids)), (width - len(p.ids), 0)) for p in batch]
-        processors = LogitsProcessorList()
-        if config.temperature not in (0, 1):
-            processors.append(TemperatureLogitsWarper(config.temperature))
-        if config.temperature > 0:
-            if config.top_p < 1:
-                processors.append(TopPLogitsWarper(config.top_p))
-            processors.append(SharedGumbel(config.seed, [p.document for p in batch], width, step))
+        ids, mask = left_padded([prompt.ids for prompt in batch], padding, where)
+        width = ids.shape[1]
+        noise = SharedGumbel(config.seed, [prompt.document for prompt in batch], width, step)
+        plans = None if asked is None else [asked[prompt.document] for prompt in batch]
         found = model.generate(
-            torch.stack(ids).to(where),
-            attention_mask=torch.stack(mask).long().to(where),
-            tracker=None if selection == "none" else SentenceTracker(tokenizer, model.encoder),
+            ids,
+            attention_mask=mask,
+            tracker=None if selection == "none" else SentenceTracker(tokenizer, model.encoder, plans),
             selection=selection,
-            logits_processor=processors,
+            logits_processor=sampled(model.generation_config, config.temperature, config.top_p, noise),
             do_sample=False,
             use_cache=True,
         )
@@ -199,50 +159,13 @@ def texts_folder(run: Path) -> Iterator[Path | None]:
         yield kept
 
 
-class KeptTexts:
-    """Finished texts of one plan on disk: a line that says what they were made with, then a line for each.
+def keep_texts(path: Path, made_with: dict[str, Any], run: Path) -> KeptTexts:
+    """A plan's finished texts in a run, their tokens by document; what cannot be written costs a warning."""
 
-    Args:
-        path: the file; one that was made with something else, or is damaged at its beginning, is begun anew.
-        made_with: all that decides a text, ready for JSON.
-        within: the run directory.
+    def read(line: Any) -> tuple[int, list[int]]:
+        return int(line["document"]), [int(token) for token in line["tokens"]]
 
-    Attributes:
-        tokens: of each finished text, by its document's number.
-    """
-
-    def __init__(self, path: Path, made_with: dict[str, Any], within: Path) -> None:
-        self._path, self._within, self._is_kept = path, within, False
-        self.tokens: dict[int, list[int]] = {}
-        with beside_result(path):
-            lines = self._read(made_with)
-            write_text(path, "".join(line + "\n" for line in lines), within)
-            self._is_kept = True
-
-    def _read(self, made_with: dict[str, Any]) -> list[str]:
-        """Sound lines of the file, up to the first that is not, as the last of a killed process may be."""
-        first = json.dumps({"made_with": made_with}, ensure_ascii=False)
-        path = belonging(self._path, self._within)
-        lines = path.read_text(encoding="utf-8", errors="replace").split("\n") if path.is_file() else [first]
-        if lines[0] != first:
-            note(f"{self._path}: made with another model or other settings; begun anew")
-            return [first]
-        for number, line in enumerate(lines[1:], 1):
-            try:
-                text = json.loads(line)
-                self.tokens[int(text["document"])] = [int(token) for token in text["tokens"]]
-            except (ValueError, TypeError, LookupError):
-                return lines[:number]
-        return lines
-
-    def add(self, texts: Sequence[dict[str, Any]]) -> None:
-        """Write texts, each with `document` and `tokens`; after a failure, which is said, no more are written."""
-        self.tokens |= {text["document"]: text["tokens"] for text in texts}
-        if self._is_kept:
-            self._is_kept = False
-            with beside_result(self._path), appending(self._path, self._within) as file:
-                file.writelines(json.dumps(text, ensure_ascii=False) + "\n" for text in texts)
-                self._is_kept = True
+    return KeptTexts(path, made_with, read, run, beside_result)
 
 
 def weights_checksum(run: Path) -> str:

@@ -1,27 +1,40 @@
-"""Continue a prompt with a joint model and say which plan each sentence followed."""
+"""Continue prompts with a joint model and say which plan each sentence followed.
+
+Sizes: B texts, W columns of their tokens, K actions.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Iterator
+import math
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from planlm.config import GenerateConfig
 from planlm.errors import InputError
-from planlm.files import appending, beside_result, write_text
+from planlm.files import appending, beside_result, checksum, write_text
+from planlm.labels import show_action
+from planlm.model.described import action_of, describe
+from planlm.model.kept import KeptTexts
 from planlm.model.loading import load_model
 from planlm.model.modeling import PlanLMForCausalLM
-from planlm.model.steering import find_plan, find_steering
-from planlm.model.tracking import SentenceTracker
+from planlm.model.prompts import Prompt, find_prompts
+from planlm.model.sampling import SharedGumbel, gumbel, left_padded, sampled
+from planlm.model.steering import Steering, find_steering
+from planlm.model.streaming import SentenceStreamer
+from planlm.model.text import Text
+from planlm.model.tracking import SentenceTracker, TrackedText
+from planlm.progress import Progress
 from planlm.selections import SELECTIONS
-from planlm.text.alignment import prompt_ids
-
-TOP_ACTIONS = 3
-"""Most probable actions reported for each sentence."""
+from planlm.terminal import note
 
 _USUAL = {
     "bos_token_id", "eos_token_id", "pad_token_id", "transformers_version", "_from_model_config", "output_attentions",
@@ -29,24 +42,79 @@ _USUAL = {
 }  # fmt: skip
 """Settings that every model comes with, and that are sound once it is loaded."""
 
+_READ_PADDING = {
+    "bad_words_ids", "encoder_no_repeat_ngram_size", "encoder_repetition_penalty", "min_length", "no_repeat_ngram_size",
+    "repetition_penalty", "sequence_bias",
+}  # fmt: skip
+"""Settings under which transformers takes padding for text: with one, only prompts of one length share a batch."""
+
+
+@dataclass(frozen=True)
+class _Call:
+    """What all texts of a call share."""
+
+    config: GenerateConfig
+    model: PlanLMForCausalLM
+    selection: str
+    steering: Steering
+
+    @property
+    def samples(self) -> int:
+        """Continuations of each prompt."""
+        return self.config.num_plans or 1
+
 
 def generate(config: GenerateConfig) -> dict[str, Any]:
-    """Continue `config.prompt`.
+    """Continue `config.prompt`, or the prompts of a file.
 
     Returns:
         `prompt`, `text` (the continuation), `selection`, `ban` and `favour` (nats by action), and `plan`: for each
-        sentence continued or begun its text, the action forced on it, else the most probable one, with its label; the
-        most probable actions of the plan it was written with and their probabilities, `ban` and `favour` included (none
-        where the selection does not ask the planner); and the action forced on it, if any.
-        `--audit` appends one line per sentence to a file; a run
-        directory keeps the newest result in `generation.json`, for its report.
+        sentence continued or begun its text, the action forced on it or drawn for it, else the most probable one, with
+        its label; the most probable actions of the plan it was written with and their probabilities, `ban` and `favour`
+        included (none where the selection does not ask the planner); and the actions forced and drawn, if any. With
+        `num_plans` also `candidates`, best first, each with `text`, `plan` and `score`, the mean log-probability of its
+        tokens (nats; None without any); `text` and `plan` are the first one's.
+
+        Of a file `results`, one of these for each prompt, with its `id` if it has one; or, with `out`, `out` and the
+        number of `prompts`, and the results stand in that file.
+
+        `--audit` appends one line per sentence to a file; a run directory keeps the newest result of `prompt` in
+        `generation.json`, for its report.
 
     Raises:
-        InputError: no model, an empty prompt for an LM without a start token, or an action that does not exist.
+        InputError: contradicting options, no model, a prompt that cannot be continued, or no such action.
     """
-    if config.audit and not Path(config.audit).parent.is_dir():
-        raise InputError(f"--audit {config.audit}: no such folder; make it first")
+    _check(config)
     model = load_model(config.run)
+    selection = _selection(config, model)
+    call = _Call(config, model, selection, find_steering(config, model, selection))
+    prompts = find_prompts(config, model, selection, call.steering.ban)
+    if config.prompts is not None and config.out is not None:
+        return _to_file(call, prompts, Path(config.out))
+    results = dict(pair for batch in _continued(call, prompts) for pair in batch)
+    if config.prompts is not None:
+        return {"results": [results[prompt.number] for prompt in prompts]}
+    _keep(config, results[0])
+    return results[0]
+
+
+def _check(config: GenerateConfig) -> None:
+    """Refuse options that contradict each other, and files that could not be written."""
+    if (config.prompt is None) == (config.prompts is None):
+        raise InputError("expected either --prompt TEXT or --prompts FILE")
+    if config.prompts is None and config.out is not None:
+        raise InputError(f"--out {config.out}: is for --prompts FILE; the result of --prompt is printed")
+    if config.prompts is not None and config.audit is not None:
+        raise InputError(f"--audit {config.audit}: is for --prompt; results of --prompts have every sentence's plan")
+    if config.stream and (config.prompts is not None or config.num_plans is not None):
+        raise InputError("--stream: shows one text as it is written; leave --prompts and --num-plans out")
+    for option, file in (("--audit", config.audit), ("--out", config.out)):
+        if file and not Path(file).parent.is_dir():
+            raise InputError(f"{option} {file}: no such folder; make it first")
+
+
+def _selection(config: GenerateConfig, model: PlanLMForCausalLM) -> str:
+    """What is generated with, which this model and a text that is yet to be written can have."""
     selection = config.selection or model.config.selection
     if SELECTIONS[selection].needs_oracle:
         raise InputError(f"--selection {selection} needs the text that is yet to be written; choose soft or hard")
@@ -54,43 +122,123 @@ def generate(config: GenerateConfig) -> dict[str, Any]:
         raise InputError(f"--selection {selection} needs the plans of another document; choose soft")
     if SELECTIONS[selection].needs_top_k and model.config.plan_top_k is None:
         raise InputError(f"--selection {selection}: {config.run} was not trained with --top-k; choose soft")
-    steering = find_steering(config, model, selection)
-    forced = find_plan(config.plan, model, selection, steering.ban, "--plan")
-    tokenizer = model.tokenizer
-    input_ids = torch.tensor([prompt_ids(tokenizer, config.prompt)], dtype=torch.long, device=model.device)
-    if input_ids.shape[1] == 0:
-        raise InputError("--prompt is empty, and this LM has no start token; give at least a word")
-    context, length = model.lm.config.max_position_embeddings, input_ids.shape[1]
-    if length + config.max_new_tokens > context:
+    if config.num_plans is not None and not SELECTIONS[selection].asks_planner:
+        raise InputError(f"--num-plans: selection {selection} asks no planner; choose soft or hard")
+    beams = model.generation_config.num_beams or 1
+    if beams > 1 and config.temperature > 0 and (config.prompts is not None or config.num_plans is not None):
         raise InputError(
-            f"--max-new-tokens {config.max_new_tokens}: with the prompt's {length} tokens more than the context of "
-            f"{context}; shorten one of the two"
+            f"{config.run}: samples of num_beams {beams} of its generation_config.json depend on what else is in the "
+            "batch; set --temperature 0, or delete num_beams"
         )
-    tracker = SentenceTracker(tokenizer, model.encoder, forced, steering.bias(model.config.num_actions))
-    torch.manual_seed(config.seed)
-    sampling = {"do_sample": True, "temperature": config.temperature, "top_p": config.top_p, "top_k": 0}
-    with torch.no_grad(), _usable_settings(config.run, model):
-        ids = model.generate(
-            input_ids,
-            attention_mask=torch.ones_like(input_ids),
-            tracker=tracker,
-            selection=selection,
-            tokenizer=tokenizer,  # for stop strings of the model's generation settings
-            max_new_tokens=config.max_new_tokens,
-            return_dict_in_generate=False,
-            pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
-            **(sampling if config.temperature > 0 else {"do_sample": False}),
-        )[0].tolist()
-    result = {
-        "prompt": config.prompt,
-        "text": tokenizer.decode(ids[length:], skip_special_tokens=True),
-        "selection": selection,
-        "ban": steering.ban,
-        "favour": {str(action): nats for action, nats in steering.favour.items()},
-        "plan": [] if selection == "none" else _describe(model, tracker, ids, length),
+    return selection
+
+
+def _to_file(call: _Call, prompts: list[Prompt], out: Path) -> dict[str, Any]:
+    """Write results to `out` once all are there; until then they are kept beside it as they are finished."""
+    config, run = call.config, Path(call.config.run)
+    model = run / "model" if (run / "model").is_dir() else run
+    decisive = ("max_new_tokens", "temperature", "top_p", "plan", "ban", "favour", "num_plans", "selection", "seed")
+    made_with = {name: getattr(config, name) for name in decisive} | {
+        "prompts": checksum(Path(str(config.prompts))),
+        "model": " ".join(checksum(file) for file in sorted([*model.glob("*.json"), *model.glob("*.safetensors")])),
     }
-    _keep(config, result)
-    return result
+    unfinished = out.with_name(f"{out.name}.unfinished")
+    kept = KeptTexts(unfinished, made_with, lambda line: (int(line["number"]), line["result"]))
+    if kept.done:
+        note(f"generate: {len(kept.done):,} of {len(prompts):,} results are in {unfinished}")
+    for batch in _continued(call, [prompt for prompt in prompts if prompt.number not in kept.done]):
+        kept.add([{"number": number, "result": result} for number, result in batch])
+        kept.done |= dict(batch)
+    lines = [json.dumps(kept.done[prompt.number], ensure_ascii=False) + "\n" for prompt in prompts]
+    write_text(out, "".join(lines))
+    unfinished.unlink()
+    return {"out": str(out), "prompts": len(prompts)}
+
+
+def _continued(call: _Call, prompts: list[Prompt]) -> Iterator[list[tuple[int, dict[str, Any]]]]:
+    """The prompts' numbers and results, a batch at a time, those of like length together."""
+    config, own = call.config, call.model.generation_config.to_diff_dict()
+    texts, tokens = call.samples * len(prompts), config.max_new_tokens
+    alike = (lambda prompt: len(prompt.ids)) if _READ_PADDING & own.keys() else (lambda prompt: 0)
+    size, finished = max(1, config.batch_size // call.samples), 0
+    show = contextlib.nullcontext() if config.stream else Progress("generate", texts * tokens, "tokens")
+    with show as progress:
+        step = progress.advance if progress is not None else lambda count: None
+        for _, group in groupby(sorted(prompts, key=lambda prompt: (len(prompt.ids), prompt.number)), key=alike):
+            some = list(group)
+            for batch in (some[start : start + size] for start in range(0, len(some), size)):
+                yield [(one.number, result) for one, result in zip(batch, _batch(call, batch, step), strict=True)]
+                finished += len(batch) * call.samples * tokens
+                if progress is not None:  # a text may end before its last token, and greedy ones tell no step
+                    progress.advance(finished - progress.count)
+
+
+@torch.no_grad()
+def _batch(call: _Call, prompts: list[Prompt], step: Callable[[int], None]) -> list[dict[str, Any]]:
+    """Results of prompts that are continued together; `step` is called with the number of texts at every token."""
+    config, model, tokenizer = call.config, call.model, call.model.tokenizer
+    rows = [prompt for prompt in prompts for _ in range(call.samples)]
+    padding = next((id for id in (tokenizer.pad_token_id, tokenizer.eos_token_id) if id is not None), 0)
+    ids, mask = left_padded([row.ids for row in rows], padding, model.device)
+    noise = SharedGumbel(config.seed, [prompt.number for prompt in prompts], ids.shape[1], step, call.samples)
+    tracker = _tracker(call, rows)
+    torch.manual_seed(config.seed)  # for what samples of beams are drawn by
+    with _usable_settings(config.run, model):
+        found = model.generate(
+            ids,
+            attention_mask=mask,
+            tracker=tracker,
+            selection=call.selection,
+            tokenizer=tokenizer,  # for stop strings of the model's generation settings
+            streamer=_streamer(call, tracker, rows[0]) if config.stream else None,
+            max_new_tokens=config.max_new_tokens,
+            num_return_sequences=1,
+            return_dict_in_generate=False,
+            pad_token_id=padding,
+            **_sampling(config, model, noise),
+        )
+    ends = model.generation_config.eos_token_id
+    no_text = {padding, *(ends if isinstance(ends, list) else [ends])}
+    texts = [_without_end(new, no_text) for new in found[:, ids.shape[1] :].tolist()]
+    made = [
+        {
+            "text": tokenizer.decode(new, skip_special_tokens=True),
+            "plan": [] if call.selection == "none" else describe(model, tracker, row.ids, new, (number, len(rows))),
+        }
+        for number, (row, new) in enumerate(zip(rows, texts, strict=True))
+    ]
+    if config.num_plans is not None:
+        scores = _scores(call, tracker, [row.ids for row in rows], texts)
+        made = [one | {"score": score} for one, score in zip(made, scores, strict=True)]
+    each = [made[start : start + call.samples] for start in range(0, len(made), call.samples)]
+    return [_result(call, prompt, own) for prompt, own in zip(prompts, each, strict=True)]
+
+
+def _tracker(call: _Call, rows: Sequence[Prompt]) -> SentenceTracker:
+    """What follows the texts of a batch, one for each of `rows`, and has their plans."""
+    config, settings = call.config, call.model.config
+
+    def draw(row: int, sentence: int) -> Tensor:
+        key = (config.seed, rows[row].number, sentence, row % call.samples, 1)
+        return settings.plan_temperature * torch.from_numpy(gumbel(key, settings.num_actions))
+
+    return SentenceTracker(
+        call.model.tokenizer,
+        call.model.encoder,
+        [row.plan for row in rows],
+        call.steering.bias(settings.num_actions),
+        None if config.num_plans is None else draw,
+    )
+
+
+def _sampling(config: GenerateConfig, model: PlanLMForCausalLM, noise: SharedGumbel) -> dict[str, Any]:
+    """Keywords of `generate()` for temperature and top-p; beams are drawn from as transformers does."""
+    if config.temperature == 0:
+        return {"do_sample": False}
+    if (model.generation_config.num_beams or 1) > 1:
+        return {"do_sample": True, "temperature": config.temperature, "top_p": config.top_p, "top_k": 0}
+    processors = sampled(model.generation_config, config.temperature, config.top_p, noise)
+    return {"do_sample": False, "top_k": 0, "logits_processor": processors}
 
 
 @contextlib.contextmanager
@@ -109,6 +257,53 @@ def _usable_settings(run: str, model: PlanLMForCausalLM) -> Iterator[None]:
         ) from error
 
 
+def _without_end(tokens: list[int], no_text: set[int]) -> list[int]:
+    """A text's tokens without its end token, and the padding that others of its batch made necessary."""
+    end = len(tokens)
+    while end and tokens[end - 1] in no_text:
+        end -= 1
+    return tokens[:end]
+
+
+def _scores(
+    call: _Call, tracker: SentenceTracker, prompts: Sequence[list[int]], texts: Sequence[list[int]]
+) -> list[float | None]:
+    """Mean log-probability (nats) of each text's tokens behind its prompt, under the plan that it was written with."""
+    device = call.model.device
+    ids, mask = left_padded([[*prompt, *text] for prompt, text in zip(prompts, texts, strict=True)], 0, device)
+    labels = torch.full_like(ids, -100)
+    for row, text in enumerate(texts):
+        if text:
+            labels[row, -len(text) - 1 : -1] = ids[row, -len(text) :]
+    nll = call.model(
+        ids,
+        attention_mask=mask,
+        position_ids=(mask.cumsum(dim=1) - 1).clamp(min=0),
+        plan=Text(ids, mask.bool(), tracker),
+        selection=call.selection,
+        shift_labels=labels,
+    ).token_nll
+    sums = nll.double().sum(dim=1).tolist()
+    return [-total / len(text) if text else None for total, text in zip(sums, texts, strict=True)]
+
+
+def _result(call: _Call, prompt: Prompt, made: list[dict[str, Any]]) -> dict[str, Any]:
+    """The result of a prompt, from its continuations."""
+    ranked = made
+    if call.config.num_plans is not None:
+        ranked = sorted(made, key=lambda one: math.inf if one["score"] is None else -one["score"])
+    result = {
+        "prompt": prompt.text,
+        "text": ranked[0]["text"],
+        "selection": call.selection,
+        "ban": call.steering.ban,
+        "favour": {str(action): nats for action, nats in call.steering.favour.items()},
+        "plan": ranked[0]["plan"],
+    }
+    named = {} if prompt.id is None else {"id": prompt.id}
+    return named | result | ({} if call.config.num_plans is None else {"candidates": ranked})
+
+
 def _keep(config: GenerateConfig, result: dict[str, Any]) -> None:
     """Write `generation.json` into a run directory, and the audit trail."""
     run = Path(config.run)
@@ -121,37 +316,12 @@ def _keep(config: GenerateConfig, result: dict[str, Any]) -> None:
             file.writelines(json.dumps(sentence, ensure_ascii=False) + "\n" for sentence in result["plan"])
 
 
-def _label(model: PlanLMForCausalLM, action: int | None) -> str | None:
-    labels = model.config.action_labels
-    return None if labels is None or action is None else labels[action] or None
+def _streamer(call: _Call, tracker: SentenceTracker, prompt: Prompt) -> SentenceStreamer:
+    """What shows a text on stderr, each sentence behind its action and that one's label."""
 
+    def head(text: TrackedText) -> str:
+        first = len(tracker.track(prompt.ids).sentences)
+        action = action_of(tracker, (text.segments[-1] - first, 0), text.finished[-1].logits)
+        return "" if action is None else show_action(action, call.model.config.action_labels)
 
-def _describe(
-    model: PlanLMForCausalLM, tracker: SentenceTracker, ids: list[int], prompt_length: int
-) -> list[dict[str, Any]]:
-    """The sentence that the prompt left open and those after it, with the planner's distribution that each followed."""
-    text = tracker.track(ids)
-    first = len(tracker.track(ids[:prompt_length]).sentences)
-    described = []
-    for number, sentence in enumerate([*text.sentences, tracker.decode(ids[text.open_start :]).strip()]):
-        if number < first or not sentence:
-            continue
-        actions, forced = [], tracker.forced(number - first)
-        if (logits := text.finished[number].logits) is not None:
-            probabilities = (logits.float() / model.config.plan_temperature).softmax(dim=-1)
-            values, likely = probabilities.topk(min(TOP_ACTIONS, len(probabilities)))
-            actions = [
-                {"action": action, "label": _label(model, action), "probability": round(value, 4)}
-                for action, value in zip(likely.tolist(), values.tolist(), strict=True)
-            ]
-        action = forced if forced >= 0 else actions[0]["action"] if actions else None
-        described.append(
-            {
-                "sentence": sentence,
-                "action": action,
-                "label": _label(model, action),
-                "actions": actions,
-                "forced": None if forced < 0 else forced,
-            }
-        )
-    return described
+    return SentenceStreamer(tracker, head, sys.stderr)

@@ -296,6 +296,8 @@ class PlanLMForCausalLM(ModelFolder, GenerationMixin):
             noise = self.config.gumbel_scale * -torch.empty_like(logits).exponential_().log()
         if facts.needs_oracle and oracle is not None:
             oracle = oracle.clamp_min(0)  # segments that only fill a batch have to have some action
+        if logits is not None and oracle is not None and inputs.action_noise is not None:
+            oracle = oracle.where(oracle >= 0, (logits + inputs.action_noise).argmax(dim=-1))
         projection, plans = self.adapter(
             shown,
             inputs,

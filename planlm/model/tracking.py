@@ -13,9 +13,9 @@ from __future__ import annotations
 
 import copy
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -26,6 +26,9 @@ from planlm.plan_inputs import PlanInputs
 from planlm.text.alignment import tokenize
 from planlm.text.encoder import SentenceEncoder
 from planlm.text.sentences import ends_sentence, may_end_sentence, split_sentences
+
+ActionNoise = Callable[[int, int], Tensor]
+"""From the number of a prompt, and of a sentence behind its open one, to noise `[K]` as `PlanInputs` has it."""
 
 ReadStates = Callable[[list[list[int]]], list[Tensor]]
 """From the tokens of texts to the LM's states that the planner reads, `[T, d]` of each."""
@@ -80,19 +83,23 @@ class SentenceTracker:
     Args:
         tokenizer: the LM's tokenizer.
         encoder: sentence encoder.
-        forced_actions: actions for the sentence that each prompt leaves open and those after it, -1 for the planner's.
+        forced_actions: actions for the sentence that each prompt leaves open and those after it, -1 for the planner's;
+            or a list of these for each prompt in turn.
         action_bias: `[K]`, see `PlanInputs`.
+        action_noise: where it is given, the actions that are not forced are drawn by it.
     """
 
     def __init__(
         self,
         tokenizer: Any,
         encoder: SentenceEncoder,
-        forced_actions: list[int] | None = None,
+        forced_actions: Sequence[int] | Sequence[Sequence[int]] | None = None,
         action_bias: Tensor | None = None,
+        action_noise: ActionNoise | None = None,
     ) -> None:
         self.tokenizer, self.encoder = tokenizer, encoder
-        self.forced_actions, self.action_bias = forced_actions or [], action_bias
+        self.forced_actions = _by_prompt(forced_actions or [])
+        self.action_bias, self.action_noise = action_bias, action_noise
         self._prompts: list[_Prompt] = []
         self._asked: list[Sentence] = []  # for each segment of the inputs given last, the sentence before it
         self._read: list[Sentence] = []  # those whose states the inputs given last brought
@@ -107,11 +114,19 @@ class SentenceTracker:
 
     def start(self, input_ids: Tensor, real: Tensor | None = None, positions: Tensor | None = None) -> None:
         """Take these texts, given as in `inputs`, for prompts; what was followed before is forgotten."""
-        self._prompts = [_Prompt(self, ids) for _, _, ids in _texts(input_ids, real, positions)]
+        self._prompts = []
+        for _, _, ids in _texts(input_ids, real, positions):
+            self._prompts.append(_Prompt(self, ids, len(self._prompts)))
 
-    def track(self, ids: list[int]) -> TrackedText:
-        """Sentences of the token prefix `ids`, which continues a prompt that was seen or else is one."""
-        return self._prompt(ids, 0, 1).follow(ids)
+    def track(self, ids: list[int], number: int = 0, count: int = 1) -> TrackedText:
+        """Sentences of the token prefix `ids`, which continues a prompt that was seen or else is one.
+
+        Args:
+            ids: the text's tokens.
+            number: of the text among those of a batch.
+            count: so many it has.
+        """
+        return self._prompt(ids, number, count).follow(ids)
 
     def inputs(
         self,
@@ -141,7 +156,8 @@ class SentenceTracker:
         first_column = 0 if length is None else width - length
         segments = torch.full(input_ids.shape, -1, dtype=torch.long)
         segment_rows: list[tuple[int, int]] = []
-        forced, self._asked = [], []
+        places: list[tuple[int, int]] = []  # of each segment, the prompt, and the sentence behind its open one
+        self._asked = []
         followed: list[tuple[list[int], TrackedText]] = []
         texts = _texts(input_ids, real, positions)
         for number, (row, columns, tokens) in enumerate(texts):
@@ -154,7 +170,7 @@ class SentenceTracker:
             first, last = int(shown[0]), int(shown[-1])
             segments[row, columns[columns >= first_column]] = shown - first + len(segment_rows)
             segment_rows += [(number, sentence) for sentence in range(first, last + 1)]
-            forced += [self.forced(sentence - prompt.open_sentence) for sentence in range(first, last + 1)]
+            places += [(prompt.number, sentence - prompt.open_sentence) for sentence in range(first, last + 1)]
             self._asked += text.finished[first : last + 1]
         device, segments = input_ids.device, segments[:, first_column:]
         if (given := self._as_before(segments, read is not None, device)) is not None:
@@ -164,18 +180,32 @@ class SentenceTracker:
             torch.from_numpy(np.stack([sentence.embedding for sentence in text.finished])).float()
             for _, text in followed
         ]
-        actions = torch.tensor(forced, dtype=torch.long, device=device) if self.forced_actions else None
         found = PlanInputs(
             segment_ids=segments.to(device),
             segment_rows=torch.tensor(segment_rows, dtype=torch.long, device=device).reshape(-1, 2),
             sentence_embeddings=nn.utils.rnn.pad_sequence(embeddings, batch_first=True).to(device),
-            actions=actions,
-            oracle_weight=0.0 if actions is None else (actions >= 0).float(),
             sentence_states=None if read is None else self._states(followed, read),
             action_bias=None if self.action_bias is None else self.action_bias.to(device),
+            **self._decided(places, device),
         )
         self._given = None if torch.is_grad_enabled() else (segments, read is not None, self._asked, found)
         return found
+
+    def _decided(self, places: list[tuple[int, int]], device: torch.device) -> dict[str, Any]:
+        """Fields of `PlanInputs` for the actions that are forced or drawn, as oracles of weight 1."""
+        if self.action_noise is None and not any(self.forced_actions):
+            return {}
+        forced = [self.forced(number, prompt) for prompt, number in places]
+        draws = [self.action_noise is not None and number >= 0 for _, number in places]
+        weight = [float(action >= 0 or drawn) for action, drawn in zip(forced, draws, strict=True)]
+        decided = {
+            "actions": torch.tensor(forced, dtype=torch.long, device=device),
+            "oracle_weight": torch.tensor(weight, device=device),
+        }
+        if self.action_noise is not None:
+            noise = [self.action_noise(prompt, max(number, 0)) for prompt, number in places]
+            decided["action_noise"] = torch.stack(noise).to(device)
+        return decided
 
     def _as_before(self, segments: Tensor, reads: bool, device: torch.device) -> PlanInputs | None:
         """The inputs given last, if they serve: for positions of the same sentences."""
@@ -234,16 +264,23 @@ class SentenceTracker:
             one.state = None if one.state is None else one.state.detach()
         self._read = []
 
-    def forced(self, number: int) -> int:
-        """Action forced on the `number`-th sentence behind the one that its prompt leaves open, or -1."""
-        return self.forced_actions[number] if 0 <= number < len(self.forced_actions) else -1
+    def forced(self, number: int, prompt: int = 0) -> int:
+        """Action forced on the `number`-th sentence behind the one that the prompt leaves open, or -1."""
+        actions = self.forced_actions[prompt % len(self.forced_actions)]
+        return actions[number] if 0 <= number < len(actions) else -1
+
+    def drawn(self, number: int, prompt: int, logits: Tensor | None) -> int:
+        """Action drawn for that sentence, of which the planner said `logits` `[K]`, or -1."""
+        if self.action_noise is None or logits is None or self.forced(number, prompt) >= 0:
+            return -1
+        return int((logits + self.action_noise(prompt, number).to(logits.device)).argmax())
 
     def _prompt(self, tokens: list[int], number: int, count: int) -> _Prompt:
         """The prompt of the text `number` of `count`; texts of one prompt, as beams are, stand side by side."""
         at = number * len(self._prompts) // count
         found = next((prompt for prompt in (*self._prompts[at:], *self._prompts[:at]) if prompt.leads_to(tokens)), None)
         if found is None:
-            found = _Prompt(self, tokens)
+            found = _Prompt(self, tokens, len(self._prompts))
             self._prompts.append(found)
         return found
 
@@ -259,8 +296,8 @@ class _Prompt:
     In flat lists, since chains of thousands of objects can be neither copied nor pickled.
     """
 
-    def __init__(self, tracker: SentenceTracker, tokens: list[int]) -> None:
-        self._tracker, self._tokens = tracker, tokens
+    def __init__(self, tracker: SentenceTracker, tokens: list[int], number: int) -> None:
+        self._tracker, self._tokens, self.number = tracker, tokens, number
         self._sentences = [Sentence(-1, "", np.zeros(tracker.encoder.dim, np.float32))]  # stands before the first one
         self._segments, sentences, open_start = _cut(tracker, tokens)
         for sentence, embedding in zip(sentences, tracker.encoder.encode(sentences), strict=True):
@@ -304,6 +341,13 @@ class _Prompt:
             return last, count, begin
         self._sentences.append(Sentence(last, text.strip(), self._tracker.encoder.encode([text.strip()])[0]))
         return len(self._sentences) - 1, count + 1, end
+
+
+def _by_prompt(actions: Sequence[int] | Sequence[Sequence[int]]) -> list[list[int]]:
+    """Forced actions as a list for each prompt in turn, one list for all where they are not."""
+    if all(isinstance(one, int) for one in actions):
+        return [list(cast(Sequence[int], actions))]
+    return [list(one) for one in cast(Sequence[Sequence[int]], actions)]
 
 
 def _cut(tracker: SentenceTracker, tokens: list[int]) -> tuple[list[int], list[str], int]:

@@ -35,6 +35,11 @@ def format_generation(result: dict[str, Any]) -> str:
             cells = generation_difference_cells(differences)
             parts.append(f"{row['plan']} against {result['versus']}, with paired 95 % intervals over prompts:")
             parts += [align(cells, left=(0, 3)), "\n".join(_in_words(row["plan"], differences))]
+    if "steering" in result:
+        parts += [
+            textwrap.fill(describe_steering(result["steering"]), 80),
+            align(steering_cells(result["steering"]), left=(0,)),
+        ]
     return "\n\n".join(parts)
 
 
@@ -64,12 +69,39 @@ def generation_difference_cells(differences: dict[str, Any]) -> list[list[str]]:
     return [_cells(label, differences[key], places) for key, label, places in GENERATION_METRICS]
 
 
+def describe_steering(steering: dict[str, Any]) -> str:
+    """What the table of `--steer` is about."""
+    return (
+        "Steering: an action was asked for of each sentence, drawn by the corpus's frequencies. Of complete sentences, "
+        "the share that carry theirs, and the mean rank of its centroid (1: the nearest): texts that were generated "
+        f"under the actions, texts that were not (both with selection {steering['selection']}), and chance. 95 % "
+        "intervals over prompts, those of the difference paired."
+    )
+
+
+def steering_cells(steering: dict[str, Any]) -> list[list[str]]:
+    """A heading, and rows for both texts, their difference, and chance."""
+    rows = [["", "carry it", "95 %", "mean rank", "95 %", "sentences"]]
+    for name in ("steered", "unsteered", "difference"):
+        row, sign = [name], "+" if name == "difference" else ""
+        for of, places in (("hits", 3), ("ranks", 1)):
+            row += [_number(steering[of][name]["value"], places, sign), _ends(steering[of][name]["ci95"], places, sign)]
+        rows.append([*row, f"{steering['sentences'][name]:,}" if name in steering["sentences"] else "–"])
+    return [
+        *rows,
+        ["chance", _number(steering["hits"]["chance"], 3), "–", _number(steering["ranks"]["chance"], 1), "–", "–"],
+    ]
+
+
+def _ends(interval: list[float] | None, places: int, sign: str) -> str:
+    return "–" if interval is None else f"[{', '.join(_number(end, places, sign=sign) for end in interval)}]"
+
+
 def _cells(label: str, difference: dict[str, Any], places: int) -> list[str]:
-    interval = difference["ci95"]
     return [
         label,
         _number(difference["delta"], places, sign="+"),
-        "–" if interval is None else f"[{', '.join(_number(end, places, sign='+') for end in interval)}]",
+        _ends(difference["ci95"], places, "+"),
         SHORT.get(difference["verdict"], difference["verdict"]),
     ]
 

@@ -15,7 +15,13 @@ from planlm.errors import InputError
 from planlm.files import write_text
 from planlm.report.actions import load_actions
 from planlm.report.commands import commands
-from planlm.report.generation import describe_generation, generation_cells, generation_difference_cells
+from planlm.report.generation import (
+    describe_generation,
+    describe_steering,
+    generation_cells,
+    generation_difference_cells,
+    steering_cells,
+)
 from planlm.report.plots import (
     SERIES,
     actions_figure,
@@ -105,12 +111,14 @@ def render(runs: list[Run], actions: dict[str, list[dict[str, Any]] | None] | No
         headings=ROW_HEADINGS,
         describe=describe,
         describe_generation=describe_generation,
+        describe_steering=describe_steering,
         forgetting_cells=forgetting_cells,
         forgetting_headings=FORGETTING_HEADINGS,
         generation_cells=generation_cells,
         generation_difference_cells=generation_difference_cells,
         format_cost=format_cost,
         row_cells=row_cells,
+        steering_cells=steering_cells,
         planner_metrics=PLANNER_METRICS,
     )
 

@@ -64,10 +64,15 @@ _GENERATION = {
 _METRICS = {key: (None, float) for key, _, _ in GENERATION_METRICS}
 _DIFFERENCE = {"delta": (None, float), "ci95": (None, [float]), "verdict": str}
 _DIFFERENCES = {key: _DIFFERENCE for key, _, _ in GENERATION_METRICS}
+_VALUE = {"value": float, "ci95": (None, [float])}
+_FOLLOWING = {"steered": _VALUE, "unsteered": _VALUE, "difference": _VALUE, "chance": float}
+_STEERING = {
+    "selection": str, "sentences": {"steered": int, "unsteered": int}, "hits": _FOLLOWING, "ranks": _FOLLOWING,
+}  # fmt: skip
 _GENERATED = {
     "prompts": int, "split": str, "max_new_tokens": int, "prompt_sentences": int, "temperature": float, "top_p": float,
     "seed": int, "clusters": int, "features": str, "versus": str, "human": _METRICS,
-    "rows": [{"plan": str, "metrics": _METRICS, "differences": (None, _DIFFERENCES)}],
+    "rows": [{"plan": str, "metrics": _METRICS, "differences": (None, _DIFFERENCES)}], "steering?": _STEERING,
 }  # fmt: skip
 _LINE = {"step": int, **{f"{key}?": (None, float) for key in LOGGED}}
 """Shapes of what is read, as `misfit` takes them."""

@@ -8,15 +8,18 @@ import sys
 import numpy as np
 import pytest
 import torch
-from scipy.stats import chisquare
 
 import planlm.evaluation.generation as generation
 from planlm.config import EvaluateGenerationConfig
 from planlm.errors import InputError
-from planlm.evaluation.generation_statistics import METRICS
-from planlm.evaluation.generation_texts import SharedGumbel, continue_prompts, find_prompts, gumbel
+from planlm.evaluation.generation_statistics import METRICS, Following, compare_following
+from planlm.evaluation.generation_steering import follow
+from planlm.evaluation.generation_texts import continue_prompts, find_prompts
 from planlm.files import locked
 from planlm.model.loading import load_model
+from planlm.model.sampling import gumbel
+from planlm.model.tracking import SentenceTracker
+from planlm.pretrained.tokenizer import load_tokenizer
 from planlm.report.generation import GENERATION_METRICS, format_generation
 
 SIZES = {"prompts": 8, "prompt_sentences": 1, "max_new_tokens": 20, "batch_size": 4, "bootstrap": 50}
@@ -78,20 +81,9 @@ def test_a_text_is_the_arg_max_of_noisy_logits_of_its_nucleus(config, make_corpu
             logits[model.tokenizer.all_special_ids] = -torch.inf
             probabilities = (logits / 0.7).softmax(dim=-1)
             more = torch.stack([probabilities[probabilities > one].sum() for one in probabilities])
-            noisy = (logits / 0.7).masked_fill(more >= 0.6, -torch.inf) + gumbel(5, document, position, len(logits))
+            noisy = (logits / 0.7).masked_fill(more >= 0.6, -torch.inf) + gumbel((5, document, position), len(logits))
             ids = [*ids, int(noisy.argmax())]
         assert ids[-20:] == tokens
-
-
-def test_noise_draws_from_the_distribution():
-    logits = torch.tensor([[2.0, 1.0, 0.0, -torch.inf, -1.0]])
-    counts = np.zeros(5)
-    for document in range(4000):
-        scores = SharedGumbel(1, [document], 3, lambda texts: None)(torch.zeros(1, 7, dtype=torch.long), logits)
-        counts[int(scores.argmax())] += 1
-    kept = [0, 1, 2, 4]
-    assert counts[3] == 0
-    assert chisquare(counts[kept], 4000 * logits.double().softmax(-1).numpy()[0, kept]).pvalue > 0.001
 
 
 def test_an_interrupted_call_goes_on(config, tmp_path, monkeypatch):
@@ -128,6 +120,79 @@ def test_a_folder_that_cannot_be_written_costs_a_warning_and_one_in_use_is_refus
     with locked(folder / "lock"), pytest.raises(InputError, match=f"process {os.getpid()} on .* is at work here"):
         generation.evaluate_generation(settings)
     assert generation.evaluate_generation(settings) == result
+
+
+def test_steering_is_measured_beside_texts_that_were_not_asked(config, make_corpus, tmp_path):
+    settings = config(steer=True, plans="none,soft")
+    result = generation.evaluate_generation(settings)
+    steering = result["steering"]
+    texts = {name: tokens_by_document(tmp_path / "run", name) for name in ("none", "soft", "steered")}
+    assert steering["selection"] == "soft" and texts["steered"] != texts["soft"]
+    stored = json.loads((tmp_path / "run" / "generation_evaluation.json").read_text())["test"]
+    assert stored["steering"] == json.loads(json.dumps(steering))
+    kept = {
+        name: {key: np.array(own) for key, own in stored["scores"][name].items()} for name in ("steered", "unsteered")
+    }
+    for name, own in kept.items():
+        assert steering["sentences"][name] == own["complete"].sum()
+        for of in ("hits", "ranks"):
+            assert steering[of][name]["value"] == pytest.approx(own[of].sum() / max(own["complete"].sum(), 1))
+    corpus = generation.PreparedCorpus.load(settings.corpus)
+    share = corpus.action_counts.numpy() / corpus.action_counts.sum().item()
+    assert steering["hits"]["chance"] == pytest.approx((share**2).sum()) and steering["ranks"]["chance"] == 4
+    shown = format_generation(result)
+    assert "Steering: " in shown and max(map(len, shown.splitlines())) <= 80
+    alone = generation.evaluate_generation(
+        EvaluateGenerationConfig(**vars(settings) | {"plans": "none", "batch_size": 3})
+    )
+    assert alone["steering"] == steering and [row["plan"] for row in alone["rows"]] == ["none"]
+    assert "steering" not in generation.evaluate_generation(
+        EvaluateGenerationConfig(**vars(settings) | {"steer": False})
+    )
+
+
+def test_a_sentence_is_held_against_the_action_asked_for_it(lm_folder, encoder):
+    """Sentences begun behind the prompt and complete, each with the rank of its action's centroid."""
+    tokenizer = load_tokenizer(lm_folder("gpt2"))
+    tracker = SentenceTracker(tokenizer, encoder)
+    new = ["It was warm there.", "Boats stayed in.", "Nobody knew."]
+    codebook = encoder.encode([new[2], new[0], new[1], "Rain fell."]).astype(np.float32)
+
+    def ranks(prompt, text, asked):
+        return follow(tokenizer(prompt).input_ids, tokenizer(text).input_ids, asked, tracker, codebook)
+
+    assert ranks("The cat sat on the mat.", " " + " ".join(new) + " Rain fell", [1, 2, 0, 3]) == [1, 1, 1]
+    others = ranks("The cat sat on the mat.", " " + " ".join(new), [2, 2, 3])
+    assert len(others) == 3 and others[1] == 1 and min(others[0], others[2]) > 1 and max(others) <= 4
+    assert ranks("The cat sat on", " the mat. Boats stayed in. Nobody", [3, 2, 0]) == [1], (
+        "the first began in the prompt"
+    )
+    assert ranks("The cat sat on the mat.", " Nobody knew", [0]) == []
+
+
+def test_shares_and_ranks_have_paired_intervals():
+    rng = np.random.default_rng(0)
+    steered = Following.of_ranks([[1] * int(rng.integers(1, 5)) + [3] for _ in range(50)])
+    unsteered = Following.of_ranks([[4, 1], *[[5, 6]] * 48, []])
+    found = compare_following(steered, unsteered, np.full(8, 1 / 8), resamples=200, seed=0)
+    assert found["sentences"] == {"steered": int(steered.complete.sum()), "unsteered": 98}
+    assert found["hits"]["unsteered"]["value"] == 1 / 98 and found["ranks"]["unsteered"]["value"] == (5 + 48 * 11) / 98
+    for of, sign in (("hits", 1), ("ranks", -1)):
+        difference = found[of]["difference"]
+        assert difference["value"] == found[of]["steered"]["value"] - found[of]["unsteered"]["value"]
+        low, high = difference["ci95"]
+        assert low < difference["value"] < high and sign * low > 0 and difference["verdict"] == "better"
+    turned = compare_following(unsteered, steered, np.full(8, 1 / 8), resamples=200, seed=0)
+    assert turned["hits"]["difference"]["verdict"] == turned["ranks"]["difference"]["verdict"] == "worse"
+    assert found["hits"]["chance"] == 1 / 8 and found["ranks"]["chance"] == 4.5
+    few = compare_following(Following.of_ranks([[1]]), Following.of_ranks([[]]), np.ones(1), resamples=9, seed=0)
+    assert few["hits"]["steered"] == {"value": 1.0, "ci95": None}
+
+
+def test_a_model_that_plans_nothing_cannot_be_steered(config, lm_folder):
+    settings = config(plans="none", steer=True)
+    with pytest.raises(InputError, match=r"--steer: .* plans nothing; leave it out"):
+        generation.evaluate_generation(EvaluateGenerationConfig(**vars(settings) | {"run": lm_folder("gpt2")}))
 
 
 def test_a_plain_lm_is_measured_without_plan(config, lm_folder, tmp_path):

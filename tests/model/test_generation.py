@@ -184,7 +184,8 @@ def test_the_plan_that_is_reported_is_the_plan_that_was_used(
     plain, made, calls_then = model.generate, [], []
 
     def watched(*args: object, **kwargs: object) -> torch.Tensor:
-        made.append(plain(*args, logits_processor=[Prose(model)], eos_token_id=-1, **kwargs))
+        processors = [Prose(model), *kwargs.pop("logits_processor", [])]
+        made.append(plain(*args, logits_processor=processors, eos_token_id=-1, **kwargs))
         calls_then.append(len(calls))
         return made[0]
 

@@ -73,8 +73,8 @@ def test_plan_takes_labels_and_the_planners_choice(run: PlanLMForCausalLM) -> No
 def test_ban_and_favour_are_reported_and_hold(run: PlanLMForCausalLM) -> None:
     plain = generated()
     likely = plain["plan"][0]["action"]
-    result = generated(ban=f"{likely},school", favour="trade:9")
-    assert result["ban"] == sorted({likely, 5}) and result["favour"] == {"4": 9.0}
+    result = generated(ban=f"{likely},school", favour="trade:12")
+    assert result["ban"] == sorted({likely, 5}) and result["favour"] == {"4": 12.0}
     for sentence in result["plan"]:
         shown = {action["action"]: action["probability"] for action in sentence["actions"]}
         assert sentence["action"] == 4 and shown[4] > 0.9

@@ -101,4 +101,12 @@ def generated():
             {"plan": "soft", "metrics": metrics | {"mauve": None}, "differences": differences}]  # fmt: skip
     about = {"prompts": 100, "split": "test", "max_new_tokens": 128, "prompt_sentences": 3, "temperature": 1.0,
              "top_p": 0.95, "seed": 0, "clusters": 10, "features": "MiniLM", "versus": "fixed"}  # fmt: skip
-    return {"test": about | {"rows": rows, "human": metrics}}
+    value = {"value": 0.375, "ci95": [0.25, 0.5], "verdict": "better"}
+    following = {"steered": value, "unsteered": value | {"ci95": None}, "difference": value, "chance": 0.125}
+    steering = {
+        "selection": "soft",
+        "sentences": {"steered": 1234, "unsteered": 5},
+        "hits": following,
+        "ranks": following,
+    }
+    return {"test": about | {"rows": rows, "human": metrics, "steering": steering}}

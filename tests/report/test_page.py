@@ -161,6 +161,9 @@ def test_metrics_of_generated_texts(report, make_run, generated):
     words = seen(html)
     assert "Generated continuations, test split" in words and "Continuations of 100 documents" in words
     assert "MAUVE 0.2500 – 0.2500" in words and "soft against fixed" in words and "−0.1250 [−0.2000, −0.1000]" in words
+    assert "difference +0.375 [+0.250, +0.500] +0.4 [+0.2, +0.5] –" in words and "steered 0.375 [0.250, 0.500]" in words
+    generated["test"].pop("steering")
+    assert "Steering" not in report(make_run("older", generation_evaluation=generated))[0]
 
 
 def test_what_was_forgotten(report, make_run):
