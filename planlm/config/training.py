@@ -88,8 +88,14 @@ class PlannerConfig(LoopConfig):
 class TrainConfig(LoopConfig):
     """Fine-tune planner and LM jointly."""
 
-    lm: str | None = option(None, "causal LM, by hub name or folder; default: the LM whose tokenizer the corpus used")
-    planner: str | None = option(None, "run directory of pretrain-planner; without one the planner starts untrained")
+    lm: str | None = option(
+        None,
+        "causal LM, by hub name or folder, or the run directory or model folder of an earlier train, whose joint model "
+        "trains on; default: the LM whose tokenizer the corpus used",
+    )
+    planner: str | None = option(
+        None, "run directory of pretrain-planner; default: a joint model's own, or else an untrained one"
+    )
     selection: str = option("soft", "what the LM is conditioned on (docs/method.md)", choices=tuple(SELECTIONS))
     temperature: float = option(1.0, "softmax temperature of the mixture", limit=TEMPERATURE)
     top_k: int | None = option(None, "actions kept by --selection top-k", limit=COUNT)
