@@ -19,14 +19,16 @@ from planlm.distribution import on_rank_zero, rank, world_size
 from planlm.errors import InputError
 from planlm.files import appending, check_own, locked, read_json, to_json, write_json, write_text
 from planlm.flat_yaml import read_flat
+from planlm.training.checkpoint import planned_steps
 
 FREE_TO_CHANGE = {
     "out", "resume", "json", "shard", "log_every", "checkpoint_every", "keep_checkpoints", "tensorboard",
-    "corpus", "lm", "planner", "rehearsal", "dry_run",
+    "corpus", "lm", "planner", "rehearsal", "dry_run", "steps", "epochs",
 }  # fmt: skip
 """Settings that may differ when a run is resumed: they leave weights and losses as they are.
 
-Or they are names of what is compared by its content, in `identity.json`: that may have moved.
+Or they are names of what is compared by its content, in `identity.json`: that may have moved. Or they make the run
+longer.
 """
 
 LOCK = "lock"
@@ -69,17 +71,18 @@ class Run(contextlib.ExitStack):
     Args:
         config: the command's configuration; written to `config.yaml`.
         identity: fingerprints of what is trained and on what; written to `identity.json`, and into checkpoints.
+        steps: of the whole run.
 
     Raises:
-        InputError: the directory holds a run already and `--resume` was not given, or one with other settings or of
-            other content, or one that another process is at work on.
+        InputError: the directory holds a run already and `--resume` was not given, or one with other settings, of
+            other content or of more steps, or one that another process is at work on.
     """
 
-    def __init__(self, config: LoopConfig, identity: dict[str, str] | None = None) -> None:
+    def __init__(self, config: LoopConfig, identity: dict[str, str] | None = None, steps: int | None = None) -> None:
         self.path = Path(config.out)
         self.checkpoints = self.path / "checkpoints"
         self.metrics = self.path / "metrics.jsonl"
-        self.identity = identity or {}
+        self.identity, self._steps = identity or {}, steps
         super().__init__()
         try:
             on_rank_zero(lambda: self._open(config))
@@ -94,6 +97,11 @@ class Run(contextlib.ExitStack):
         self.enter_context(_alone(self.path))
         if _check_settings(self.path, config):  # again, now that nobody else can begin a run here
             self._check_identity(config)
+            if self._steps is not None and self._steps < (before := planned_steps(self.checkpoints)):
+                raise InputError(
+                    f"{self.path}: a run of {before} steps cannot be resumed as one of {self._steps}; set --steps to "
+                    f"{before} or more, or choose another --out"
+                )
         # config.yaml makes it a run, so it comes last.
         write_json(self.path / "identity.json", self.identity, self.path)
         write_text(self.path / "config.yaml", yaml.safe_dump(asdict(config), sort_keys=False), self.path)

@@ -91,7 +91,7 @@ def train(config: TrainConfig) -> dict[str, Any]:
     )
     if config.dry_run:
         return dry_run(task, config)
-    with Run(config, identity) as run:
+    with Run(config, identity, steps) as run:
         fit(task, run, config)
         return _finish(parallel, run, config) | task.validation.best
 
