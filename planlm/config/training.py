@@ -54,7 +54,12 @@ class LoopConfig(CommandConfig):
     checkpoint_every: int = option(500, "steps between checkpoints", limit=COUNT)
     keep_checkpoints: int = option(2, "checkpoints kept", limit=COUNT)
     log_every: int = option(10, "steps between lines of metrics.jsonl", limit=COUNT)
-    tensorboard: bool = option(False, "write OUT/tensorboard too, with planlm[tensorboard] installed")
+    tracker: str | None = option(
+        None,
+        "where the figures of metrics.jsonl go too: OUT/tensorboard, or Weights & Biases, with planlm[tensorboard] or "
+        "planlm[wandb] installed; default: nowhere",
+        choices=("tensorboard", "wandb"),
+    )
     seed: int = option(0, "seed of initialisation, order and everything drawn", limit=SEED)
     resume: bool = option(False, "continue from the newest sound checkpoint in --out")
 
