@@ -17,6 +17,9 @@ from planlm.settings import as_kind, kind_of
 
 Config = TypeVar("Config", bound=CommandConfig)
 
+_REPLACED = {"tensorboard": ("tracker", "tensorboard")}
+"""Settings that there were, and by which other one and its value each is given now."""
+
 
 def parse(config_class: type[Config], arguments: list[str], *, prog: str, epilog: str) -> Config:
     """Build a command's configuration: flags win over `--config FILE`, which wins over defaults.
@@ -134,6 +137,11 @@ def _explain_unknown(rest: list[str], config_class: type[Config]) -> str:
 
 
 def _suggest(word: str, known: list[str]) -> str:
+    now, value = _REPLACED.get(word.removeprefix("--"), ("", ""))
+    if now in known:
+        return f"; give {now}: {value}"
+    if f"--{now}" in known:
+        return f"; give --{now} {value}"
     close = difflib.get_close_matches(word, known, n=1)
     return f"; did you mean {close[0]}?" if close else ""
 

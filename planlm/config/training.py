@@ -54,7 +54,12 @@ class LoopConfig(CommandConfig):
     checkpoint_every: int = option(500, "steps between checkpoints", limit=COUNT)
     keep_checkpoints: int = option(2, "checkpoints kept", limit=COUNT)
     log_every: int = option(10, "steps between lines of metrics.jsonl", limit=COUNT)
-    tensorboard: bool = option(False, "write OUT/tensorboard too, with planlm[tensorboard] installed")
+    tracker: str | None = option(
+        None,
+        "where the figures of metrics.jsonl go too: OUT/tensorboard, or Weights & Biases, with planlm[tensorboard] or "
+        "planlm[wandb] installed; default: nowhere",
+        choices=("tensorboard", "wandb"),
+    )
     seed: int = option(0, "seed of initialisation, order and everything drawn", limit=SEED)
     resume: bool = option(False, "continue from the newest sound checkpoint in --out")
 
@@ -88,8 +93,14 @@ class PlannerConfig(LoopConfig):
 class TrainConfig(LoopConfig):
     """Fine-tune planner and LM jointly."""
 
-    lm: str | None = option(None, "causal LM, by hub name or folder; default: the LM whose tokenizer the corpus used")
-    planner: str | None = option(None, "run directory of pretrain-planner; without one the planner starts untrained")
+    lm: str | None = option(
+        None,
+        "causal LM, by hub name or folder, or the run directory or model folder of an earlier train, whose joint model "
+        "trains on; default: the LM whose tokenizer the corpus used",
+    )
+    planner: str | None = option(
+        None, "run directory of pretrain-planner; default: a joint model's own, or else an untrained one"
+    )
     selection: str = option("soft", "what the LM is conditioned on (docs/method.md)", choices=tuple(SELECTIONS))
     temperature: float = option(1.0, "softmax temperature of the mixture", limit=TEMPERATURE)
     top_k: int | None = option(None, "actions kept by --selection top-k", limit=COUNT)

@@ -13,6 +13,7 @@ from planlm.errors import InputError
 from planlm.evaluation.perplexity import score_documents
 from planlm.evaluation.significance import DocumentScores, paired_bootstrap
 from planlm.flat_yaml import read_flat
+from planlm.model.loading import joint_config, load_model
 from planlm.model.modeling import PlanLMForCausalLM
 from planlm.precision import device
 from planlm.pretrained.tokenizer import tokenizer_fingerprint
@@ -60,9 +61,12 @@ class Forgetting:
         Raises:
             InputError: the base LM cannot be loaded, or is of another tokenizer.
         """
-        base = PlanLMForCausalLM.from_lm(
-            self._base, self._corpus.codebook, attention_window=self._model.config.attention_window
-        ).to(device())
+        if joint_config(self._base) is None:
+            window_of_lm = self._model.config.attention_window
+            base = PlanLMForCausalLM.from_lm(self._base, self._corpus.codebook, attention_window=window_of_lm)
+        else:  # an earlier run's, that this one went on from
+            base = load_model(self._base)
+        base = base.to(device())
         if tokenizer_fingerprint(base.tokenizer) != tokenizer_fingerprint(self._model.tokenizer):
             raise InputError(
                 f"--base-lm {self._base}: its tokenizer is not that of {self._config.run}; give the LM it was"

@@ -77,14 +77,38 @@ def load_lm(name: str, dtype: torch.dtype) -> PreTrainedModel:
     return lm
 
 
+def model_folder(name: str) -> Path:
+    """Where the joint model of a run directory is; of a model folder, the folder itself."""
+    folder = Path(name)
+    return folder / "model" if (folder / "model").is_dir() else folder
+
+
+def joint_config(name: str) -> PlanLMConfig | None:
+    """The configuration of the joint model of a run directory or a model folder; None where `name` is neither.
+
+    Raises:
+        InputError: a run whose training has not finished, or a damaged configuration.
+    """
+    folder = model_folder(name)
+    is_run = (Path(name) / "config.yaml").is_file()
+    if not (folder / "config.json").is_file():
+        if is_run:
+            raise InputError(f"{name}: no trained model here yet (model/config.json is missing); finish the run first")
+        return None
+    with loading(str(folder), "joint"):
+        if read_json(folder / "config.json").get("model_type") != PlanLMConfig.model_type:
+            return None
+        config: PlanLMConfig = PlanLMConfig.from_pretrained(folder, local_files_only=True)
+    return config
+
+
 def load_model(run: str) -> PlanLMForCausalLM:
     """The joint model of a run directory, or of a model folder, in evaluation mode, with its tokenizer.
 
     Raises:
         InputError: there is none, or it cannot be read.
     """
-    folder = Path(run)
-    folder = folder / "model" if (folder / "model").is_dir() else folder
+    folder = model_folder(run)
     if not (folder / "config.json").is_file():
         raise InputError(f"{run}: no trained model here (model/config.json is missing); make one with `planlm train`")
     with loading(str(folder), "joint"):

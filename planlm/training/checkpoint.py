@@ -111,6 +111,15 @@ def newest_checkpoint(folder: Path, log: Callable[[str], None]) -> tuple[Path, d
     return path, state
 
 
+def planned_steps(folder: Path) -> int:
+    """Steps of the run that the checkpoints in `folder` belong to, as far as they say; 0 without one."""
+    planned = [0]
+    for path in _newest_first(folder):
+        with contextlib.suppress(*_DAMAGE):
+            planned.append(int(json.loads((path / "state.json").read_text())["steps"]))
+    return max(planned)
+
+
 def _newest_sound(folder: Path, log: Callable[[str], None]) -> int | None:
     """Its number of steps."""
     for path in _newest_first(folder):

@@ -31,13 +31,15 @@ def identify(
 
     Args:
         corpus: the prepared corpus.
-        lm: the LM as loaded.
+        lm: the LM as loaded, or the joint model where a run begins with one.
         planner: the planner as loaded; None where the run makes its own.
         rehearsal: the corpus of `--rehearsal`.
     """
     found = {"corpus": corpus.fingerprint, "encoder": str(corpus.manifest.settings.get("encoder_fingerprint"))}
     if lm is not None:
-        settings = {name: value for name, value in lm.config.to_diff_dict().items() if name not in _NAMES_ONLY}
+        settings = {
+            name: value for name, value in lm.config.get_text_config().to_diff_dict().items() if name not in _NAMES_ONLY
+        }
         weights = {name: value for name, value in lm.state_dict().items() if ".lora_" not in name}
         found["lm"] = _digest(weights, json.dumps(settings, sort_keys=True, default=str))
         found["planner"] = "untrained" if planner is None else _digest(planner.state_dict())

@@ -7,7 +7,7 @@ import math
 import signal
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Self
 
@@ -159,7 +159,7 @@ def fit(task: Task, run: Run, config: LoopConfig) -> None:
                 if ledger.skipped >= (1 if done == task.steps else MAX_SKIPPED):
                     raise MachineError(f"step {ledger.step}: {ledger.skipped} steps in a row skipped; {_START_ANEW}")
                 if saves or task.validation.is_over or done == task.validation.best_step:
-                    state = {"step": done, "tokens": ledger.tokens, "skipped": ledger.skipped}
+                    state = {"step": done, "steps": task.steps, "tokens": ledger.tokens, "skipped": ledger.skipped}
                     _save(task, run, optimizer, state | {"loader": batches.position}, config.keep_checkpoints)
                 if stopping:
                     raise KeyboardInterrupt(f"stopped after step {done}; continue with --resume")
@@ -217,7 +217,8 @@ def _save(task: Task, run: Run, optimizer: torch.optim.Optimizer, state: dict[st
     if any_rank(not all_finite(tensors.values())):
         raise MachineError(f"step {state['step']}: weights or moments are not finite; {_START_ANEW}")
     run.sync()
-    state |= {"validation": task.validation.state_dict(), "identity": run.identity}
+    starts = {group.name: group.start for group in task.groups}
+    state |= {"starts": starts, "validation": task.validation.state_dict(), "identity": run.identity}
     save_checkpoint(run.checkpoints, tensors, state, keep)
 
 
@@ -258,7 +259,16 @@ def _restore(task: Task, run: Run, optimizer: torch.optim.Optimizer, log: Callab
     task.validation.load_state_dict(state.get("validation", {}))
     run.forget_after(state["step"])
     log(f"resumed after step {state['step']}")
+    _keep_joined(task, state)
+    if (before := state.get("steps", task.steps)) != task.steps:
+        log(f"{task.steps} steps in all, {before} before: learning rates and fractions of training are of {task.steps}")
     return Ledger(int(state["step"]), int(state["tokens"]), int(state["skipped"]), log)
+
+
+def _keep_joined(task: Task, state: dict[str, Any]) -> None:
+    """Groups that have joined stay; a longer run would have some of them join later."""
+    joined = {name: start for name, start in state.get("starts", {}).items() if start < state["step"]}
+    task.groups[:] = [replace(group, start=joined.get(group.name, group.start)) for group in task.groups]
 
 
 def _check_owner(path: Path, state: dict[str, Any], run: Run) -> None:

@@ -93,7 +93,7 @@ def pretrain_planner(config: PlannerConfig) -> dict[str, Any]:
         backward=backward,
         validation=validation(config, planner, held_out, losses),
     )
-    with Run(config, on_rank_zero(lambda: identify(corpus))) as run:
+    with Run(config, on_rank_zero(lambda: identify(corpus)), task.steps) as run:
         fit(task, run, config)
         return _finish(planner.eval(), corpus, run, task.validation.best)
 

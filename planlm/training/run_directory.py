@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import importlib.util
 import json
 import os
 from collections.abc import Iterator
@@ -19,14 +18,17 @@ from planlm.distribution import on_rank_zero, rank, world_size
 from planlm.errors import InputError
 from planlm.files import appending, check_own, locked, read_json, to_json, write_json, write_text
 from planlm.flat_yaml import read_flat
+from planlm.training.checkpoint import planned_steps
+from planlm.training.trackers import Tracker, check_tracker, open_tracker
 
 FREE_TO_CHANGE = {
-    "out", "resume", "json", "shard", "log_every", "checkpoint_every", "keep_checkpoints", "tensorboard",
-    "corpus", "lm", "planner", "rehearsal", "dry_run",
+    "out", "resume", "json", "shard", "log_every", "checkpoint_every", "keep_checkpoints", "tracker",
+    "corpus", "lm", "planner", "rehearsal", "dry_run", "steps", "epochs",
 }  # fmt: skip
 """Settings that may differ when a run is resumed: they leave weights and losses as they are.
 
-Or they are names of what is compared by its content, in `identity.json`: that may have moved.
+Or they are names of what is compared by its content, in `identity.json`: that may have moved. Or they make the run
+longer.
 """
 
 LOCK = "lock"
@@ -44,8 +46,7 @@ def check_run(config: LoopConfig) -> None:
         raise InputError(f"--batch-size {config.batch_size}: {world_size()} processes share it; set at least that")
     if config.patience is not None and config.validate_every is None:
         raise InputError("--patience: counts measurements on the validation split; set --validate-every too")
-    if config.tensorboard and importlib.util.find_spec("tensorboard") is None:
-        raise InputError("--tensorboard: needs the package tensorboard: pip install planlm[tensorboard]")
+    check_tracker(config.tracker)
 
     def look() -> None:
         path = Path(config.out)
@@ -69,24 +70,26 @@ class Run(contextlib.ExitStack):
     Args:
         config: the command's configuration; written to `config.yaml`.
         identity: fingerprints of what is trained and on what; written to `identity.json`, and into checkpoints.
+        steps: of the whole run.
 
     Raises:
-        InputError: the directory holds a run already and `--resume` was not given, or one with other settings or of
-            other content, or one that another process is at work on.
+        InputError: the directory holds a run already and `--resume` was not given, or one with other settings, of
+            other content or of more steps, or one that another process is at work on.
     """
 
-    def __init__(self, config: LoopConfig, identity: dict[str, str] | None = None) -> None:
+    def __init__(self, config: LoopConfig, identity: dict[str, str] | None = None, steps: int | None = None) -> None:
         self.path = Path(config.out)
         self.checkpoints = self.path / "checkpoints"
         self.metrics = self.path / "metrics.jsonl"
-        self.identity = identity or {}
+        self.identity, self._steps = identity or {}, steps
         super().__init__()
         try:
             on_rank_zero(lambda: self._open(config))
         except BaseException:
             self.close()
             raise
-        self._has_board, self._board = config.tensorboard, None  # type: bool, Any
+        self._config = config
+        self._tracker: Tracker | None = None
 
     def _open(self, config: LoopConfig) -> None:
         _check_settings(self.path, config)
@@ -94,6 +97,11 @@ class Run(contextlib.ExitStack):
         self.enter_context(_alone(self.path))
         if _check_settings(self.path, config):  # again, now that nobody else can begin a run here
             self._check_identity(config)
+            if self._steps is not None and self._steps < (before := planned_steps(self.checkpoints)):
+                raise InputError(
+                    f"{self.path}: a run of {before} steps cannot be resumed as one of {self._steps}; set --steps to "
+                    f"{before} or more, or choose another --out"
+                )
         # config.yaml makes it a run, so it comes last.
         write_json(self.path / "identity.json", self.identity, self.path)
         write_text(self.path / "config.yaml", yaml.safe_dump(asdict(config), sort_keys=False), self.path)
@@ -131,10 +139,8 @@ class Run(contextlib.ExitStack):
             return
         with appending(self.metrics, within=self.path) as file:
             file.write(to_json(line) + "\n")
-        if self._board is not None:
-            for name, value in _flat(line):
-                self._board.add_scalar(name, value, line["step"])
-            self._board.flush()
+        if self._tracker is not None:
+            self._tracker.log(line)
 
     def sync(self) -> None:
         """Have what is logged on the disk: a checkpoint must not outlive the lines before it."""
@@ -144,12 +150,12 @@ class Run(contextlib.ExitStack):
 
     def forget_after(self, step: int) -> None:
         """Drop logged lines of steps after `step`: a resumed run writes them again."""
-        if rank() > 0:
-            return
-        if self._has_board:
-            from torch.utils.tensorboard import SummaryWriter
+        on_rank_zero(lambda: self._forget_after(step))
 
-            self._board = SummaryWriter(str(self.path / "tensorboard"), purge_step=step + 1)
+    def _forget_after(self, step: int) -> None:
+        if (tracker := open_tracker(self._config, self.path, step)) is not None:
+            self._tracker = tracker
+            self.push(lambda error, *_: tracker.close(is_done=error is None))
         if self.metrics.exists():
             kept = [text + "\n" for text, line in self._lines() if line["step"] <= step]
             write_text(self.metrics, "".join(kept), self.path)
@@ -205,12 +211,3 @@ def _alone(path: Path) -> Iterator[None]:
                 raise
             raise InputError(f"{path / LOCK}: a link; delete it") from None
         yield
-
-
-def _flat(line: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:
-    """Names and numbers of a log line; those of inner objects as `outer/inner`."""
-    for name, value in line.items():
-        if isinstance(value, dict):
-            yield from _flat(value, f"{prefix}{name}/")
-        elif name != "step":
-            yield prefix + name, value

@@ -11,19 +11,16 @@ import torch
 
 from planlm.config import TrainConfig
 from planlm.corpus.batches import PlanLoader
-from planlm.corpus.labels import read_labels
 from planlm.corpus.store import PreparedCorpus
 from planlm.distribution import on_rank_zero, rank, world_size
 from planlm.errors import InputError
 from planlm.model.configuration import BY_LAYER, conditioning_problems
-from planlm.model.families import lm_layers, set_dropout
-from planlm.model.loading import lm_config, save_model
+from planlm.model.families import lm_layers
+from planlm.model.loading import joint_config, save_model
 from planlm.model.lora import merged
-from planlm.model.loss import usable_loss
 from planlm.model.modeling import PlanLMForCausalLM
 from planlm.model.planner import Planner
 from planlm.precision import compute_dtype, device, matrix_product_rate
-from planlm.pretrained.tokenizer import load_tokenizer, tokenizer_fingerprint
 from planlm.selections import SELECTIONS
 from planlm.training.dry_run import dry_run
 from planlm.training.flops import lm_flops
@@ -36,6 +33,7 @@ from planlm.training.objective import Objective
 from planlm.training.parallel import Parallel
 from planlm.training.run_directory import Run, check_run
 from planlm.training.schedules import parse_oracle_mix
+from planlm.training.start import check_fit, starting_model
 from planlm.training.validation import first_documents, validation
 
 
@@ -48,7 +46,7 @@ def train(config: TrainConfig) -> dict[str, Any]:
 
     Raises:
         InputError: contradicting settings, a corpus of another tokenizer, a planner of another corpus, an unsupported
-            LM, or a run directory in use.
+            LM, a joint model that does not fit, or a run directory in use.
     """
     check_settings(config)
     graphs = has_graphs(config, device(), world_size())
@@ -56,21 +54,22 @@ def train(config: TrainConfig) -> dict[str, Any]:
     corpus = PreparedCorpus.load(config.corpus)
     check_encoder(corpus)
     lm = config.lm or corpus.manifest.tokenizer
-    _check_fit(config, corpus, lm)
+    check_fit(config, corpus, lm)
     planner = Planner.load(Path(config.planner) / "planner") if config.planner else None
     rehearsal = None if config.rehearsal is None else _rehearsal(config.rehearsal, corpus)
     repeated = None if rehearsal is None else _nonempty(_loader(config, rehearsal.split("train")), "--rehearsal")
-    horizon = planner.settings["horizon"] if planner and config.planner_loss > 0 else 1
-    loader: Any = _loader(config, corpus.split("train"), horizon)
+    loader: Any = _loader(config, corpus.split("train"))
     loader.alike = graphs
     held_out = None
     if config.validate_every is not None:
         held_out = _nonempty(_loader(config, first_documents(corpus, config)), "--validate-documents")
     steps = num_steps(config, loader.num_batches, config.accumulate)
-    model = _model(config, corpus, lm, planner)
+    model = starting_model(config, corpus, lm, planner)
+    loader.horizon = model.config.planner_horizon if config.planner_loss > 0 else 1
     if repeated is not None:
         loader = WithRehearsal(loader, repeated)
-    identity = on_rank_zero(lambda: identify(corpus, model.lm, planner, rehearsal))
+    begun = model.lm if joint_config(lm) is None else model
+    identity = on_rank_zero(lambda: identify(corpus, begun, planner, rehearsal))
     base = base_model(model, config)
     dtype = compute_dtype(config.precision, model.device)
     # In one process, and between CPUs, gathering costs nothing that rounding all of a layer's weights would be worth.
@@ -92,12 +91,12 @@ def train(config: TrainConfig) -> dict[str, Any]:
     )
     if config.dry_run:
         return dry_run(task, config)
-    with Run(config, identity) as run:
+    with Run(config, identity, steps) as run:
         fit(task, run, config)
         return _finish(parallel, run, config) | task.validation.best
 
 
-def _loader(config: TrainConfig, dataset: datasets.Dataset, horizon: int = 1) -> PlanLoader:
+def _loader(config: TrainConfig, dataset: datasets.Dataset) -> PlanLoader:
     """Packed windows of a split, this rank's share of them."""
     loader = PlanLoader(
         dataset,
@@ -108,7 +107,7 @@ def _loader(config: TrainConfig, dataset: datasets.Dataset, horizon: int = 1) ->
         with_others=SELECTIONS[config.selection].needs_others,
         planner_sequence_per_window=config.planner_input != "embeddings",
     )
-    loader.share, loader.horizon = (rank(), world_size()), horizon
+    loader.share = (rank(), world_size())
     return loader
 
 
@@ -214,54 +213,6 @@ def _problems_of_conditioning(config: TrainConfig) -> list[str]:
     if config.conditioning == "bottleneck" and asks_plan:
         problems.append("conditioning bottleneck has no plan; leave --planner-loss and --oracle-mix out")
     return problems
-
-
-def _check_fit(config: TrainConfig, corpus: PreparedCorpus, lm: str) -> None:
-    """Refuse settings that the corpus or the LM has no room for, before any weights are read."""
-    if tokenizer_fingerprint(load_tokenizer(lm)) != corpus.manifest.tokenizer_fingerprint:
-        raise InputError(
-            f"{config.corpus}: prepared with the tokenizer of {corpus.manifest.tokenizer}, which is not that of {lm}; "
-            f"prepare a corpus with --tokenizer {lm}"
-        )
-    if config.top_k is not None and config.top_k > corpus.manifest.num_actions:
-        raise InputError(
-            f"--top-k {config.top_k}: {config.corpus} has {corpus.manifest.num_actions} actions; set fewer"
-        )
-    context = lm_config(lm).max_position_embeddings
-    if config.window > context:
-        raise InputError(f"--window {config.window}: the context of {lm} is {context} tokens; set at most that")
-
-
-def _model(config: TrainConfig, corpus: PreparedCorpus, lm: str, planner: Planner | None) -> PlanLMForCausalLM:
-    """The joint model on the device, ready to train."""
-    loss_kernel = usable_loss(config.loss_kernel, device())
-    torch.manual_seed(config.seed)
-    model = PlanLMForCausalLM.from_lm(
-        lm,
-        corpus.codebook,
-        planner=planner,
-        conditioning=config.conditioning,
-        conditioned_layers=config.conditioned_layers,
-        codebook_per_layer=config.codebook_per_layer,
-        gate=config.gate,
-        selection=config.selection,
-        plan_temperature=config.temperature,
-        plan_top_k=config.top_k,
-        gumbel_scale=config.gumbel_scale,
-        attention_window=config.attention_window,
-        planner_input=config.planner_input,
-        planner_lm_layers=config.planner_lm_layers,
-        encoder=corpus.manifest.encoder,
-        action_labels=read_labels(corpus.path, corpus.manifest.num_actions),
-        lora=(config.lora_rank, config.lora_alpha) if config.lm_mode == "lora" else None,
-    ).to(device())
-    model.loss_kernel = loss_kernel
-    set_dropout(model.lm, config.lm_dropout)
-    if config.checkpoint_activations:
-        model.lm.activation_checkpointing_enable({"use_reentrant": False})
-    if config.compile:
-        model.compile_lm()
-    return model
 
 
 def _finish(parallel: Parallel, run: Run, config: TrainConfig) -> dict[str, Any]:

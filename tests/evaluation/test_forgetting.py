@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM
 
 from planlm import show
 from planlm.config import EvaluateConfig
+from planlm.corpus.store import PreparedCorpus
 from planlm.errors import InputError
 from planlm.evaluation.evaluate import evaluate
 from planlm.evaluation.perplexity import score_documents
@@ -105,3 +106,16 @@ def test_mistakes_are_named(settings, make_corpus):
         evaluate(EvaluateConfig(**{**settings, "forgetting": str(foreign.path)}))
     with pytest.raises(InputError, match=r"--base-lm: is for --forgetting CORPUS"):
         evaluate(EvaluateConfig(**{**settings, "forgetting": None}, base_lm="lm"))
+
+
+def test_a_run_may_have_gone_on_from_another(settings, make_corpus, make_run, tmp_path):
+    """What it began with is then that run's LM, with the plan off."""
+    shutil.copytree(settings["run"], tmp_path / "earlier")
+    change(tmp_path / "earlier")
+    (Path(settings["run"]) / "config.yaml").write_text(f"lm: {tmp_path / 'earlier'}\n")
+    found = evaluate(EvaluateConfig(**settings))["forgetting"]
+    scores = score_documents(
+        load_model(str(tmp_path / "earlier")), PreparedCorpus.load(settings["forgetting"]).split("test"),
+        selections=["none"], window=24,
+    )  # fmt: skip
+    assert found["before"] == pytest.approx(scores["none"].nll, rel=1e-6) and found["before"] != found["after"]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -230,20 +229,6 @@ def test_compiled_run_has_the_losses_of_the_plain_one(
     assert fast == pytest.approx(plain, rel=1e-5)
     names = [load_file(tmp_path / name / "model" / "model.safetensors").keys() for name in ("False", "True")]
     assert names[0] == names[1]
-
-
-def test_tensorboard_has_every_logged_figure_once(planted: dict[str, str], tmp_path: Path) -> None:
-    events = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
-    config = settings(planted, tmp_path / "run", tensorboard=True)
-    train(config)
-    shutil.rmtree(tmp_path / "run" / "checkpoints" / "step-6")
-    train(replace(config, resume=True))
-    board = events.EventAccumulator(str(tmp_path / "run" / "tensorboard"))
-    board.Reload()
-    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
-    for tag in ("loss", "lr/adapter", "tokens_per_second"):
-        assert [event.step for event in board.Scalars(tag)] == [1, 2, 3, 4, 5, 6]
-    assert [event.value for event in board.Scalars("loss")] == pytest.approx([line["loss"] for line in lines])
 
 
 def test_gradients_are_computed_for_what_trains_only(planted: dict[str, str], tmp_path: Path) -> None:

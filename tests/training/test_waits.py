@@ -33,6 +33,7 @@ from planlm.training.groups import blank_state, make_optimizer, optimizer_tensor
 from planlm.training.loop import Task, update
 from planlm.training.objective import Objective
 from planlm.training.parallel import Parallel
+from planlm.training.start import starting_model
 
 WAYS: dict[str, dict[str, Any]] = {
     **{selection: {"selection": selection} for selection in SELECTIONS},
@@ -94,10 +95,11 @@ def prepared(
     )  # fmt: skip
     corpus = PreparedCorpus.load(config.corpus)
     planner = Planner.of_codebook(corpus.codebook, horizon=2)
-    model = training._model(config, corpus, planted["lm"], planner)
+    model = starting_model(config, corpus, planted["lm"], planner)
     base = base_model(model, config)
     model, base = (None if one is None else one.to(device) for one in (model, base))
-    loader: Any = training._loader(config, corpus.split("train"), horizon=2)
+    loader: Any = training._loader(config, corpus.split("train"))
+    loader.horizon = 2
     if config.rehearsal:
         loader = WithRehearsal(loader, training._loader(config, corpus.split("validation")))
     parallel = Parallel(model)
