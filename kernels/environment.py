@@ -1,4 +1,4 @@
-"""The environment variables that the operations read, all of them; docs/README.md says what they mean.
+"""The environment variables that the operations read, all of them; docs/install.md says what they mean.
 
 Triton and torch read more: `TRITON_INTERPRET` runs Triton's kernels on CPU tensors, for tests, and the C++ operators
 follow `ATEN_CPU_CAPABILITY`.

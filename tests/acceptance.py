@@ -26,7 +26,7 @@ from typing import Any
 
 from planlm.cli import COMMANDS
 from planlm.experiments.leads import leads
-from tests.test_readme import README, blocks, smaller
+from tests.test_readme import PYTHON, README, blocks, smaller
 
 PLANLM = str(Path(sys.executable).with_name("planlm"))
 TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "planlm")
@@ -118,7 +118,7 @@ def follow_readme(folder: Path, sizes: dict[str, str], lm: Path | None) -> Shell
         CHECKS[name](folder)
     examples = [
         shell(sys.executable, "-c", smaller(code, lm and str(lm)), shown=f"Python: {code[:60]!r}")
-        for code in blocks("python", README)
+        for code in blocks("python", PYTHON)
     ]
     expect(any("The harbour was built in 1905." in printed for printed in examples), "no example prints the prompt")
     expect(read(folder / "python" / "run" / "evaluation.json")["test"]["rows"], "the example has not evaluated")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import re
 import shutil
 import subprocess
 import sys
@@ -17,7 +18,8 @@ from packaging.utils import canonicalize_name
 from packaging.version import Version
 
 ROOT = Path(__file__).parents[1]
-PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
+PROJECT, TOOLS = PYPROJECT["project"], PYPROJECT["tool"]
 LINES = [line for line in (ROOT / "constraints.txt").read_text().splitlines() if not line.startswith("#")]
 PINS = {canonicalize_name(name): version for name, _, version in (line.partition("==") for line in LINES)}
 
@@ -103,3 +105,28 @@ def test_a_wheel_holds_every_module_and_the_sources_of_the_operators(archives: P
     assert all(name.startswith(("planlm/", "planlm-")) for name in held), "one package at the top, and no tests"
     for minor in (11, 12, 13):
         assert f"Classifier: Programming Language :: Python :: 3.{minor}\n" in described
+
+
+DOCKERFILE = (ROOT / "Dockerfile").read_text().replace("\\\n", "")
+
+
+def test_the_image_has_the_tested_versions_and_what_they_need() -> None:
+    base = re.findall(r"^FROM python:(3\.\d+)-slim", DOCKERFILE, re.MULTILINE)
+    assert len(base) == 1 and f"Programming Language :: Python :: {base[0]}" in PROJECT["classifiers"]
+    installed = re.findall(r"^RUN pip install (.+)$", DOCKERFILE, re.MULTILINE)
+    assert len(installed) == 2 and all("--constraint constraints.txt" in line for line in installed)
+    (extras,) = re.findall(r'"\.\[(.+)\]"', DOCKERFILE)
+    assert set(extras.split(",")) <= set(PROJECT["optional-dependencies"])
+    assert "g++" in DOCKERFILE, "Triton and the C++ operators compile at first use"
+    user = re.findall(r"^USER (\w+)$", DOCKERFILE, re.MULTILINE)
+    assert user and user[-1] != "root"
+    assert re.search(r'^ENTRYPOINT \["planlm"\]\nCMD \["doctor"\]$', DOCKERFILE, re.MULTILINE)
+
+
+def test_the_image_is_made_of_all_that_a_wheel_is_made_of() -> None:
+    copied = {name for line in re.findall(r"^COPY (.+) \S+$", DOCKERFILE, re.MULTILINE) for name in line.split()}
+    assert all((ROOT / name).exists() for name in copied)
+    ignored = (ROOT / ".dockerignore").read_text().splitlines()
+    assert "*" in ignored and {line[1:] for line in ignored if line.startswith("!")} == copied
+    rooms = TOOLS["setuptools"]["package-dir"].values()
+    assert {*rooms, "pyproject.toml", PROJECT["readme"], *PROJECT["license-files"]} <= copied

@@ -21,27 +21,35 @@ from tests.conftest import SAMPLE
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted(path for folder in ("*.md", "docs/**/*.md", "dev/**/*.md") for path in ROOT.glob(folder))
-README = (ROOT / "README.md").read_text()
+README, PYTHON = (ROOT / "README.md").read_text(), (ROOT / "docs" / "python.md").read_text()
 
 
 def blocks(language: str, text: str) -> list[str]:
     return re.findall(rf"```{language}\n(.*?)```", text, re.DOTALL)
 
 
-def command_lines() -> list[str]:
-    """Command lines of README and docs, and the examples in the commands' help."""
-    shown = "".join(block for page in PAGES for block in blocks("sh", page.read_text()))
-    lines = shown.replace("\\\n", "").splitlines()  # a backslash continues a command
-    return [line for line in lines if line.startswith("planlm ")] + [
-        command.example for command in cli.COMMANDS.values()
-    ]
+def command_lines(text: str) -> list[str]:
+    """The lines of a page's commands that call planlm, under torchrun or not; a backslash continues one."""
+    lines = "".join(blocks("sh", text)).replace("\\\n", "").splitlines()
+    return [line for line in lines if re.match(r"planlm |torchrun .* -m planlm ", line)]
 
 
-@pytest.mark.parametrize("line", command_lines())
+def words_of(line: str) -> list[str]:
+    """The command and its arguments."""
+    return shlex.split(line.partition("planlm ")[2], comments=True)
+
+
+@pytest.mark.parametrize("line", sorted({line for page in PAGES for line in command_lines(page.read_text())}))
 def test_commands_parse(line: str) -> None:
-    name, *words = shlex.split(line, comments=True)[1:]
+    name, *words = words_of(line)
     config = cli.COMMANDS[name].config
     assert isinstance(arguments.parse(config, words, prog="planlm", epilog=""), config)
+
+
+def test_commands_are_named_in_code_blocks_of_the_shell() -> None:
+    """A block without a language would be shown without colours, and its commands not be parsed."""
+    for page in PAGES:
+        assert not re.search(r"^(planlm|torchrun) ", "".join(blocks("", page.read_text())), re.MULTILINE), page
 
 
 def test_every_command_is_in_the_table() -> None:
@@ -90,8 +98,8 @@ def smaller(example: str, lm: str | None) -> str:
 
 
 def test_what_makes_examples_small_is_in_them() -> None:
-    examples = [example for example in blocks("python", README) if LM in example]
-    assert len(examples) == 2
+    examples = [example for example in blocks("python", README + PYTHON) if LM in example]
+    assert len(examples) == 3  # one of them in both
     assert all(any(name in example for example in examples) for name in SMALLER)
 
 
@@ -111,10 +119,10 @@ def test_python_examples_run(
     rows = [{"text": " ".join(f"The {word} of {row} is {word}." for word in SAMPLE[0].split())} for row in range(60)]
     Path("articles.jsonl.gz").write_bytes(gzip.compress("\n".join(map(json.dumps, rows)).encode()))
     planlm.prepare(inputs="articles.jsonl.gz", out="corpus", tokenizer=lm, actions=8)
-    examples = blocks("python", README)
-    assert len(examples) == 4
+    examples = blocks("python", PYTHON)
+    assert len(examples) == 4 and set(blocks("python", README)) <= set(examples)
     for example in examples:
-        exec(compile(smaller(example, lm), "README.md", "exec"), {})
+        exec(compile(smaller(example, lm), "python.md", "exec"), {})
     printed = capsys.readouterr().out
     assert "The harbour was built in 1905." in printed
     assert "{'none': " in printed and "'soft': " in printed
@@ -174,7 +182,7 @@ def test_pages_name_files_that_there_are() -> None:
 
 
 def test_the_tree_names_every_room() -> None:
-    tree = README.partition("## The tree")[2].split("```")[1]
+    tree = (ROOT / "docs" / "architecture.md").read_text().partition("## The tree")[2].split("```")[1]
     named = re.findall(r"^( *)(\w+)/ ", tree, re.MULTILINE)
     rooms = {path.parent.name for path in (ROOT / "planlm").glob("*/__init__.py")}
     assert {room for indent, room in named if indent} == rooms
@@ -186,15 +194,15 @@ def test_readme_names_the_families() -> None:
 
 
 def test_the_citation_is_of_this_version() -> None:
-    assert re.findall(r"version += \{(.+)\}", README) == [planlm.__version__]
+    assert re.findall(r"version += \{(.+)\}", (ROOT / "docs" / "README.md").read_text()) == [planlm.__version__]
 
 
 def test_environment_variables_are_in_the_table() -> None:
     code = "".join(path.read_text() for folder in ("planlm", "kernels") for path in (ROOT / folder).rglob("*.py"))
-    table = set(re.findall(r"^\| `(PLANLM_\w+)`", (ROOT / "docs" / "README.md").read_text(), re.MULTILINE))
+    table = set(re.findall(r"^\| `(PLANLM_\w+)`", (ROOT / "docs" / "install.md").read_text(), re.MULTILINE))
     assert table == set(re.findall(r"PLANLM_[A-Z]+", code))
 
 
-def test_doctor_shows_the_variables_of_the_architecture_page() -> None:
-    page = (ROOT / "docs" / "README.md").read_text().partition("## Environment variables")[2]
+def test_doctor_shows_the_variables_of_the_installation_page() -> None:
+    page = (ROOT / "docs" / "install.md").read_text().partition("## Environment variables")[2]
     assert set(re.findall(r"`([A-Z]+(?:_[A-Z]+)*)`", page)) == set(doctor.VARIABLES)

@@ -25,6 +25,9 @@ class PrepareConfig(CommandConfig):
         "number of actions K; default: the papers' 1024, or as many as the training sentences allow at 39 each",
         limit=count(10_000_000),
     )
+    codebook: str | None = option(
+        None, "prepared corpus whose actions these documents get, labels too; default: actions of their own"
+    )
     encoder: str = option(DEFAULT_ENCODER, "sentence-transformers model, by hub name or folder")
     tokenizer: str = option(DEFAULT_LM, "tokenizer of the LM to be trained, by hub name or folder")
     validation_fraction: float = option(0.05, "fraction of documents in the validation split", limit=BELOW_ONE)

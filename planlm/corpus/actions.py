@@ -131,9 +131,17 @@ def describe_actions(config: ActionsConfig) -> list[ActionDescription]:
     return described
 
 
-def label_actions(corpus: PreparedCorpus) -> None:
-    """Give a corpus labels made of terms, from at most `LABELLED_FROM` training documents, unless it has some."""
-    if read_labels(corpus.path, corpus.manifest.num_actions) is None:
+def label_actions(corpus: PreparedCorpus, given: PreparedCorpus | None = None) -> None:
+    """Give a corpus labels, unless it has some: those of the corpus that its actions were given by, or made of terms.
+
+    Terms are of at most `LABELLED_FROM` training documents.
+    """
+    if read_labels(corpus.path, corpus.manifest.num_actions) is not None:
+        return
+    labels = None if given is None else read_labels(given.path, given.manifest.num_actions)
+    if labels is not None:
+        write_labels(corpus.path, labels)
+    else:
         reading = _Reading(corpus, [], 0)
         reading.read(LABELLED_FROM)
         write_labels(corpus.path, [label_of(words) for words in _distinctive(reading.words, TERMS)])

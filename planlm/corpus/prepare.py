@@ -28,11 +28,11 @@ from planlm.corpus.readers import Fields
 from planlm.corpus.shards import EncodedShards, encode_shards
 from planlm.corpus.sources import Documents
 from planlm.corpus.splits import assign_splits
-from planlm.corpus.store import MANIFEST, SPLITS, CorpusWriter, Manifest, PreparedCorpus
+from planlm.corpus.store import CODEBOOK, MANIFEST, SPLITS, CorpusWriter, Manifest, PreparedCorpus
 from planlm.corpus.writing import storage_errors
 from planlm.distribution import any_rank, barrier, on_rank_zero
 from planlm.errors import InputError
-from planlm.files import beside_result, check_own, locked, read_json, write_json
+from planlm.files import beside_result, check_own, checksum, locked, read_json, write_json
 from planlm.precision import compute_dtype, device
 from planlm.pretrained.names import Kind, absolute, resolve
 from planlm.pretrained.tokenizer import load_tokenizer, tokenizer_fingerprint
@@ -52,7 +52,7 @@ RECORD = "arguments.json"
 ENCODING = ("encoder_fingerprint", "tokenizer_fingerprint", "precision", "min_sentences", "shard_documents")
 """Settings that the shards in OUT/partial depend on."""
 
-ASSEMBLY = ("actions", "validation_fraction", "test_fraction", "kmeans_iterations", "seed")
+ASSEMBLY = ("actions", "codebook_fingerprint", "validation_fraction", "test_fraction", "kmeans_iterations", "seed")
 """Settings that only what is made from the shards depends on: they may change before the corpus is finished."""
 
 PACKAGES = ("planlm", "torch", "transformers", "sentence-transformers", "datasets", "faiss-cpu", "syntok", "pyarrow")
@@ -85,9 +85,10 @@ def prepare(config: PrepareConfig, texts: Iterable[str | Mapping[str, Any]] | No
     config = dataclasses.replace(
         config, encoder=_located(config.encoder, "encoder"), tokenizer=_located(config.tokenizer, "lm")
     )
+    given = _given_codebook(config)
     tokenizer = load_tokenizer(config.tokenizer)
     arguments: dict[str, Any] = {
-        "settings": _settings(config, tokenizer_fingerprint(tokenizer)),
+        "settings": _settings(config, tokenizer_fingerprint(tokenizer), given),
         "sources": [dataclasses.asdict(source) for source in documents.scan()],
     }
     for line in documents.left_aside():
@@ -99,10 +100,10 @@ def prepare(config: PrepareConfig, texts: Iterable[str | Mapping[str, Any]] | No
             settings = {name: arguments["settings"][name] for name in ENCODING}
             paths = encode_shards(documents, out / PARTIAL, config, settings)
             barrier()
-            on_rank_zero(lambda: _finish(out, paths, arguments, tokenizer, config))
+            on_rank_zero(lambda: _finish(out, paths, arguments, tokenizer, config, given))
     corpus = PreparedCorpus.load(out)
     with beside_result(out):
-        on_rank_zero(lambda: label_actions(corpus))
+        on_rank_zero(lambda: label_actions(corpus, given))
     return corpus
 
 
@@ -174,6 +175,7 @@ def _finish(
     arguments: dict[str, Any],
     tokenizer: PreTrainedTokenizerFast,
     config: PrepareConfig,
+    given: PreparedCorpus | None,
 ) -> None:
     """From shards to the corpus' files, the manifest last."""
     shards = EncodedShards(paths)
@@ -183,7 +185,7 @@ def _finish(
     except InputError:  # three documents at most are kept: nothing to go on with after the settings are mended
         _discard(out)
         raise
-    codebook = _codebook(shards, splits == SPLITS.index("train"), config)
+    codebook = _codebook(shards, splits == SPLITS.index("train"), config) if given is None else given.codebook.numpy()
     writer = CorpusWriter(out, codebook)
     shards.write_corpus(writer, splits)
     manifest = Manifest(
@@ -211,13 +213,35 @@ def _located(name: str, kind: Kind) -> str:
     return absolute(name)
 
 
-def _settings(config: PrepareConfig, fingerprint: str) -> dict[str, Any]:
+def _given_codebook(config: PrepareConfig) -> PreparedCorpus | None:
+    """The corpus of `--codebook`, whose embeddings these documents' must be like.
+
+    Raises:
+        InputError: no corpus, one of another encoder, or actions of one's own are asked for as well.
+    """
+    if config.codebook is None:
+        return None
+    if config.actions is not None:
+        raise InputError(
+            f"--actions {config.actions}: the actions are those of --codebook {config.codebook}; leave it out"
+        )
+    corpus = PreparedCorpus.load(config.codebook)
+    if encoder_fingerprint(config.encoder) != corpus.manifest.settings.get("encoder_fingerprint"):
+        raise InputError(
+            f"--encoder {config.encoder}: the actions of {config.codebook} are of embeddings by "
+            f"{corpus.manifest.encoder}; set --encoder to that"
+        )
+    return corpus
+
+
+def _settings(config: PrepareConfig, fingerprint: str, given: PreparedCorpus | None) -> dict[str, Any]:
     """What decides a corpus' bytes besides its documents."""
     bf16 = compute_dtype(config.precision, device()) == torch.bfloat16
     resolved = {
         "precision": "bf16" if bf16 else "fp32",
         "tokenizer_fingerprint": fingerprint,
         "encoder_fingerprint": encoder_fingerprint(config.encoder),
+        "codebook_fingerprint": None if given is None else checksum(given.path / CODEBOOK),
     }
     return {name: resolved.get(name, getattr(config, name, None)) for name in ENCODING + ASSEMBLY}
 

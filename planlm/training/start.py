@@ -62,7 +62,8 @@ def check_fit(config: TrainConfig, corpus: PreparedCorpus, lm: str) -> None:
 
 def _check_joint(config: TrainConfig, corpus: PreparedCorpus, joint: PlanLMConfig, lm: str) -> None:
     """Refuse a joint model of other actions than the corpus has, or of another build than is asked for."""
-    about, advice = corpus.manifest, "prepare the corpus with --codebook set to the one that the model was trained on"
+    about = corpus.manifest
+    advice = "give the corpus that it was trained on, or one that was prepared with --codebook set to that"
     if joint.num_actions != about.num_actions:
         raise InputError(f"--lm {lm}: has {joint.num_actions} actions, {config.corpus} {about.num_actions}; {advice}")
     encoder = absolute(joint.encoder, beside=model_folder(lm))

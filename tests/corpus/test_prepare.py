@@ -23,6 +23,7 @@ from transformers import AutoTokenizer
 
 import planlm
 from planlm.config import ActionsConfig, PrepareConfig
+from planlm.corpus.labels import read_labels, write_labels
 from planlm.corpus.prepare import prepare
 from planlm.corpus.sources import Documents, Source
 from planlm.corpus.store import PreparedCorpus
@@ -290,6 +291,30 @@ def test_a_finished_corpus_is_returned_or_kept(
         with pytest.raises(InputError, match=f"holds another prepared corpus .{difference}"):
             prepare(settings(sixty, **options))
     assert contents(first.path) == before and encoder.calls == calls
+
+
+def test_documents_get_the_actions_of_another_corpus(
+    settings: Settings, sixty: str, jsonl: Callable[..., str], document_text: Callable[[int], str], tmp_path: Path
+) -> None:
+    first = prepare(settings(sixty))
+    labels = [f"label {action}" for action in range(first.manifest.num_actions)]
+    write_labels(first.path, labels)
+    rows = [{"id": number, "text": document_text(number)} for number in range(100, 140)]
+    others = jsonl(rows, "others.jsonl")
+    given = {"codebook": str(first.path), "out": str(tmp_path / "second"), "actions": None}
+    second = prepare(settings(others, **given))
+    assert torch.equal(second.codebook, first.codebook) and read_labels(second.path, len(labels)) == labels
+    for row in second.split("train"):
+        embeddings = np.array(row["embeddings"], dtype=np.float32)
+        distances = np.square(embeddings[:, None] - first.codebook.numpy()[None]).sum(axis=-1)
+        assert row["actions"] == distances.argmin(axis=1).tolist()
+    assert second.fingerprint == prepare(settings(others, **given)).fingerprint
+    with pytest.raises(InputError, match=r"holds another prepared corpus .another codebook"):
+        prepare(settings(others, **given | {"codebook": None}))
+    with pytest.raises(InputError, match=r"--actions 4: the actions are those of --codebook .*; leave it out"):
+        prepare(settings(others, **given | {"actions": 4}))
+    with pytest.raises(InputError, match=r"other: the actions of .* are of embeddings by hash; set --encoder to that"):
+        prepare(settings(others, **given | {"encoder": "other"}))
 
 
 def test_other_folders_are_left_alone(settings: Settings, sixty: str, tmp_path: Path) -> None:
