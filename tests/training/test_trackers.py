@@ -70,7 +70,10 @@ def test_weights_and_biases_has_every_logged_figure_under_one_id(
     pytest.importorskip("wandb", reason="the extra wandb is not installed")
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_DIR", str(tmp_path))
-    lines = twice(settings(planted, tmp_path / "run", tracker="wandb"))
+    config = settings(planted, tmp_path / "run", tracker="wandb", steps=3)
+    train(config)
+    train(replace(config, steps=6, resume=True))
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     files = sorted((tmp_path / "wandb").glob("offline-run-*/run-*.wandb"))
     assert len(files) == 2
     losses, exits = [], []
@@ -87,7 +90,7 @@ def test_weights_and_biases_has_every_logged_figure_under_one_id(
                 found = {".".join(item.nested_key) or item.key: item.value_json for item in record.history.item}
                 losses.append((record.history.step.num, json.loads(found["loss"]), json.loads(found["lr/adapter"])))
     expected = [(line["step"], line["loss"], line["lr"]["adapter"]) for line in lines]
-    assert losses == expected + expected[3:] and exits == [0, 0], "the server takes a step once"
+    assert losses == expected and exits == [0, 0]
 
 
 def test_a_repeated_step_is_not_sent(planted: dict[str, str]) -> None:
