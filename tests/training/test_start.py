@@ -121,7 +121,7 @@ def test_what_does_not_fit_is_refused_before_weights_are_read(
     [
         ({"num_actions": 5, "action_labels": None}, r"--lm .*copy: has 5 actions, .*corpus 4; give the corpus that"),
         ({"encoder": "other"}, r"--lm .*copy: its sentence encoder is other, .*corpus has another, types"),
-        ({"codebook_fingerprint": "0"}, r"--lm .*copy: trained on other actions than those of .*corpus; give the corpus that"),
+        ({"codebook_fingerprint": "0"}, r"--lm .*copy: trained on other actions than those of .*corpus; give the"),
     ],
 )
 def test_a_model_of_other_actions_is_refused(
