@@ -34,6 +34,8 @@ ONLY_PARSED = {
     "torchrun": "several processes; tests/training and `make acceptance` start some",
 }
 """What tests/test_readme.py parses and nobody runs here, with the reason."""
+NOTHING_RUNS = ("CONTRIBUTING.md", "ecosystem.md", "experiments.md", "run.md", "scale.md")
+"""Pages whose commands are all of those, or make's and other programs'."""
 RUN_ELSEWHERE = ("README.md", "python.md")
 """Pages whose Python tests/test_readme.py runs; README's commands are run first of all."""
 
@@ -54,11 +56,13 @@ def _no_weights() -> Iterator[None]:
         yield
 
 
-def follow(page: Path, lm: str) -> None:
-    """Run the commands and the Python of a page, in its order and in this folder."""
+def follow(page: Path, lm: str) -> list[str]:
+    """Run the commands and the Python of a page, in its order and in this folder; what has run."""
+    ran = []
     for language, code in re.findall(r"```(sh|python)\n(.*?)```", page.read_text(), re.DOTALL):
         if language == "python" and page.name not in RUN_ELSEWHERE:
             exec(compile(code, page.name, "exec"), {})
+            ran.append(code)
         for line in command_lines(f"```sh\n{code}```"):
             name, *words = words_of(line)
             if {name, line.split()[0]} & set(ONLY_PARSED):
@@ -66,6 +70,8 @@ def follow(page: Path, lm: str) -> None:
             if "--out" in words and (out := Path(words[words.index("--out") + 1])).is_dir():
                 shutil.rmtree(out)  # an earlier page's
             assert cli.main([name, *words, *SMALL.get(name, "").format(lm=lm).split()]) == 0, line
+            ran.append(line)
+    return ran
 
 
 @pytest.fixture(scope="module")
@@ -103,7 +109,8 @@ def test_what_a_page_tells_to_run_runs(
     if page != TUTORIAL:  # which begins with nothing
         shutil.copytree(readme, tmp_path, dirs_exist_ok=True)
     monkeypatch.chdir(tmp_path)
-    follow(page, lm_folder("gpt2"))
+    ran = follow(page, lm_folder("gpt2"))
+    assert bool(ran) == (page.name not in NOTHING_RUNS)
 
 
 def test_modules_that_pages_run_are_there() -> None:

@@ -18,6 +18,8 @@ from planlm.training.pretrain_planner import pretrain_planner
 from planlm.training.schedules import learning_rate_factor
 from planlm.training.train import train
 
+from . import small
+
 UNSCHEDULED = {"schedule": "constant", "warmup": 0.0}
 
 
@@ -28,11 +30,8 @@ def _no_rate(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def settings(planted: dict[str, str], out: Path, **changes: Any) -> TrainConfig:
-    values = {
-        "corpus": planted["corpus"], "lm": planted["lm"], "out": str(out), "steps": 5, "batch_size": 4, "window": 16,
-        "precision": "fp32", "log_every": 1, "checkpoint_every": 4, "planner_lr": 1e-3, "keep_checkpoints": 99,
-    }  # fmt: skip
-    return TrainConfig(**{**values, **changes})
+    usual: dict[str, Any] = {"steps": 5, "checkpoint_every": 4, "planner_lr": 1e-3, "keep_checkpoints": 99}
+    return small.settings(planted, out, **usual | changes)
 
 
 def lines(out: Path, *keys: str) -> list[Any]:

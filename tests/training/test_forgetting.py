@@ -23,6 +23,8 @@ from planlm.training.objective import Objective
 from planlm.training.parallel import Parallel
 from planlm.training.train import train
 
+from . import small
+
 TIMES = ("tokens_per_second", "waiting", "memory", "seconds", "seconds_left", "utilisation")
 
 
@@ -33,12 +35,8 @@ def _no_rate(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def settings(planted: dict[str, str], out: Path, **changes: Any) -> TrainConfig:
-    values = {
-        "corpus": planted["corpus"], "lm": planted["lm"], "out": str(out), "steps": 6, "batch_size": 4, "window": 16,
-        "conditioned_layers": 2, "precision": "fp32", "log_every": 1, "checkpoint_every": 3, "lm_lr": 1e-2,
-        "warmup": 0.0,
-    }  # fmt: skip
-    return TrainConfig(**{**values, **changes})
+    usual: dict[str, Any] = {"steps": 6, "checkpoint_every": 3, "conditioned_layers": 2, "lm_lr": 1e-2, "warmup": 0.0}
+    return small.settings(planted, out, **usual | changes)
 
 
 def lines(out: Path) -> list[dict[str, Any]]:

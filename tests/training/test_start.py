@@ -18,6 +18,8 @@ from planlm.model.loading import load_model
 from planlm.training.pretrain_planner import pretrain_planner
 from planlm.training.train import train
 
+from . import small
+
 STILL = {"lr": 0.0, "planner_lr": 0.0, "codebook_lr": 0.0, "lm_lr": 0.0, "steps": 1}
 
 WAYS: dict[str, dict[str, Any]] = {
@@ -36,11 +38,8 @@ def _no_rate(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def settings(planted: dict[str, str], out: Path, **changes: Any) -> TrainConfig:
-    values = {
-        "corpus": planted["corpus"], "lm": planted["lm"], "out": str(out), "steps": 4, "batch_size": 4, "window": 16,
-        "precision": "fp32", "log_every": 1, "checkpoint_every": 2, "planner_lr": 1e-3, "unfreeze_planner_at": 0.0,
-    }  # fmt: skip
-    return TrainConfig(**{**values, **changes})
+    usual: dict[str, Any] = {"steps": 4, "checkpoint_every": 2, "planner_lr": 1e-3, "unfreeze_planner_at": 0.0}
+    return small.settings(planted, out, **usual | changes)
 
 
 def weights(out: Path) -> dict[str, torch.Tensor]:

@@ -19,13 +19,12 @@ from planlm.errors import InputError
 from planlm.training import trackers
 from planlm.training.train import train
 
+from . import small
+
 
 def settings(planted: dict[str, str], out: Path, **changes: Any) -> TrainConfig:
-    values = {
-        "corpus": planted["corpus"], "lm": planted["lm"], "out": str(out), "steps": 6, "batch_size": 4, "window": 16,
-        "precision": "fp32", "log_every": 1, "checkpoint_every": 3,
-    }  # fmt: skip
-    return TrainConfig(**{**values, **changes})
+    usual: dict[str, Any] = {"steps": 6, "checkpoint_every": 3}
+    return small.settings(planted, out, **usual | changes)
 
 
 def twice(config: TrainConfig) -> list[dict[str, Any]]:
