@@ -24,9 +24,9 @@ from planlm.evaluation.generation_texts import (
     find_prompts,
     keep_texts,
     texts_folder,
-    weights_checksum,
 )
 from planlm.files import beside_result, read_json, write_json
+from planlm.model.loading import model_checksum
 from planlm.model.modeling import PlanLMForCausalLM
 from planlm.model.tracking import SentenceTracker
 from planlm.progress import Progress
@@ -141,7 +141,7 @@ def _generate(
     total = len(wanted) * len(prompts) * config.max_new_tokens
     with texts_folder(run) as folder, Progress("generate", total=total, unit="tokens") as progress:
         if folder is not None:
-            made_with["model"] = weights_checksum(run)
+            made_with["model"] = model_checksum(config.run)
         kept = {} if folder is None else {name: keep_texts(folder / f"{name}.jsonl", made_with, run) for name in wanted}
         done = {name: kept[name].done if kept else {} for name in wanted}
         left = {name: [prompt for prompt in prompts if prompt.document not in done[name]] for name in wanted}

@@ -15,7 +15,7 @@ import torch
 from transformers import GenerationConfig
 
 from planlm.errors import InputError
-from planlm.files import belonging, beside_result, checksum, locked
+from planlm.files import belonging, beside_result, locked
 from planlm.model.kept import KeptTexts
 from planlm.model.sampling import SharedGumbel, left_padded, sampled
 from planlm.model.tracking import SentenceTracker
@@ -166,9 +166,3 @@ def keep_texts(path: Path, made_with: dict[str, Any], run: Path) -> KeptTexts:
         return int(line["document"]), [int(token) for token in line["tokens"]]
 
     return KeptTexts(path, made_with, read, run, beside_result)
-
-
-def weights_checksum(run: Path) -> str:
-    """What a run's model is: checksums of its weights and configuration."""
-    files = [run / "model" / "config.json", *sorted((run / "model").glob("*.safetensors"))]
-    return " ".join(checksum(file) for file in files)

@@ -24,7 +24,7 @@ from planlm.files import appending, beside_result, checksum, write_text
 from planlm.labels import show_action
 from planlm.model.described import action_of, describe
 from planlm.model.kept import KeptTexts
-from planlm.model.loading import load_model
+from planlm.model.loading import load_model, model_checksum
 from planlm.model.modeling import PlanLMForCausalLM
 from planlm.model.prompts import Prompt, find_prompts
 from planlm.model.sampling import SharedGumbel, gumbel, left_padded, sampled
@@ -135,12 +135,11 @@ def _selection(config: GenerateConfig, model: PlanLMForCausalLM) -> str:
 
 def _to_file(call: _Call, prompts: list[Prompt], out: Path) -> dict[str, Any]:
     """Write results to `out` once all are there; until then they are kept beside it as they are finished."""
-    config, run = call.config, Path(call.config.run)
-    model = run / "model" if (run / "model").is_dir() else run
+    config = call.config
     decisive = ("max_new_tokens", "temperature", "top_p", "plan", "ban", "favour", "num_plans", "selection", "seed")
     made_with = {name: getattr(config, name) for name in decisive} | {
         "prompts": checksum(Path(str(config.prompts))),
-        "model": " ".join(checksum(file) for file in sorted([*model.glob("*.json"), *model.glob("*.safetensors")])),
+        "model": model_checksum(config.run),
     }
     unfinished = out.with_name(f"{out.name}.unfinished")
     kept = KeptTexts(unfinished, made_with, lambda line: (int(line["number"]), line["result"]))

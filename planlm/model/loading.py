@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, Pre
 from transformers.utils import cached_file
 
 from planlm.errors import InputError
-from planlm.files import read_json, replacing_folder, share
+from planlm.files import checksum, read_json, replacing_folder, share
 from planlm.model.configuration import PlanLMConfig
 from planlm.model.families import check_family
 from planlm.precision import device
@@ -81,6 +81,12 @@ def model_folder(name: str) -> Path:
     """Where the joint model of a run directory is; of a model folder, the folder itself."""
     folder = Path(name)
     return folder / "model" if (folder / "model").is_dir() else folder
+
+
+def model_checksum(name: str) -> str:
+    """What a run directory's model or a model folder is: checksums of its weights, tokenizer and settings."""
+    folder = model_folder(name)
+    return " ".join(checksum(file) for file in sorted([*folder.glob("*.json"), *folder.glob("*.safetensors")]))
 
 
 def joint_config(name: str) -> PlanLMConfig | None:

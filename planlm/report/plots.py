@@ -279,18 +279,23 @@ def actions_figure(actions: Sequence[dict[str, Any]]) -> Figure:
         axes.set_xticks([])
         axes.set_yticks([])
         axes.spines[["left", "bottom"]].set_visible(False)
-        _name_largest(axes, actions)
+        _name_largest(axes, actions, sizes)
     return figure
 
 
-def _name_largest(axes: Axes, actions: Sequence[dict[str, Any]]) -> None:
-    """Names of actions, the most common first, as far as there is room: a letter takes some .012 by .035 of it."""
+def _name_largest(axes: Axes, actions: Sequence[dict[str, Any]], sizes: Sequence[float]) -> None:
+    """Names of actions below their dots, the most common first, as far as there is room.
+
+    A letter takes some .012 by .035 of it, a point of height .0025. Sizes are the dots', in points squared.
+    """
     taken: list[tuple[float, float, float]] = []
-    for one in sorted(actions, key=lambda one: -one["share"]):
+    for one, size in sorted(zip(actions, sizes, strict=True), key=lambda pair: -pair[0]["share"]):
         (x, y), text = one["position"], f"{one['action']} {one['label']}".strip()
-        wide = 0.006 * len(text)
+        below = size**0.5 / 2 + 2
+        y, wide = y - 0.0025 * below, 0.006 * len(text)
         if all(abs(x - other) > wide + width or abs(y - height) > 0.035 for other, height, width in taken):
-            axes.annotate(text, (x, y), ha="center", va="center", fontsize=8, color=INK, zorder=3)
+            where = {"xytext": (0, -below), "textcoords": "offset points", "ha": "center", "va": "top"}
+            axes.annotate(text, one["position"], fontsize=8, color=INK, zorder=3, **where)
             taken.append((x, y, wide))
 
 
