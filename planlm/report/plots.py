@@ -294,8 +294,8 @@ def _name_largest(axes: Axes, actions: Sequence[dict[str, Any]], sizes: Sequence
         below = size**0.5 / 2 + 2
         y, wide = y - 0.0025 * below, 0.006 * len(text)
         if all(abs(x - other) > wide + width or abs(y - height) > 0.035 for other, height, width in taken):
-            where = {"xytext": (0, -below), "textcoords": "offset points", "ha": "center", "va": "top"}
-            axes.annotate(text, one["position"], fontsize=8, color=INK, zorder=3, **where)
+            style: dict[str, Any] = {"fontsize": 8, "color": INK, "zorder": 3, "ha": "center", "va": "top"}
+            axes.annotate(text, one["position"], xytext=(0, -below), textcoords="offset points", **style)
             taken.append((x, y, wide))
 
 
