@@ -11,7 +11,7 @@ import inspect
 from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any, ParamSpec
 
-from planlm.config import EvaluateConfig, GenerateConfig, PlannerConfig, PrepareConfig, TrainConfig
+from planlm.config import EvaluateConfig, GenerateConfig, PlanBudgetConfig, PlannerConfig, PrepareConfig, TrainConfig
 from planlm.errors import InputError
 
 if TYPE_CHECKING:
@@ -69,5 +69,6 @@ def prepare(texts: Iterable[str | Mapping[str, Any]] | None = None, **settings: 
 
 pretrain_planner = _command(PlannerConfig, "planlm.training.pretrain_planner:pretrain_planner")
 train = _command(TrainConfig, "planlm.training.train:train")
+plan_budget = _command(PlanBudgetConfig, "planlm.training.budget:plan_budget")
 evaluate = _command(EvaluateConfig, "planlm.evaluation.evaluate:evaluate")
 generate = _command(GenerateConfig, "planlm.model.generation:generate")

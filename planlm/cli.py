@@ -84,6 +84,12 @@ COMMANDS = {
         "planlm train --corpus corpus --planner planner --selection soft --out run",
         distributed=True,
     ),
+    "plan-budget": Command(
+        config.PlanBudgetConfig,
+        "planlm.training.budget:plan_budget",
+        show.budget,
+        "planlm plan-budget --corpus corpus --planner planner --lm-mode full --window 1024 --batch-size 16",
+    ),
     "evaluate": Command(
         config.EvaluateConfig,
         "planlm.evaluation.evaluate:evaluate",

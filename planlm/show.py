@@ -8,6 +8,7 @@ from typing import Any
 
 from planlm import config
 from planlm.labels import show_action
+from planlm.report.budget import format_budget
 from planlm.report.generation import format_generation
 from planlm.report.tables import (
     align,
@@ -67,6 +68,11 @@ def _dry_run(result: dict[str, Any]) -> str:
             "peak memory, GB": "unknown" if memory is None else memory / 1e9,
         }
     )
+
+
+def budget(result: dict[str, Any], settings: config.PlanBudgetConfig) -> str:
+    """What a run would take, measured here and predicted for GPUs."""
+    return format_budget(result)
 
 
 def evaluation(result: dict[str, Any], settings: config.EvaluateConfig) -> str:

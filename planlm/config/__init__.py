@@ -17,7 +17,7 @@ from planlm.config.base import (
 from planlm.config.corpus import ActionsConfig, PrepareConfig
 from planlm.config.evaluation import EvaluateConfig, EvaluateGenerationConfig, ReportConfig
 from planlm.config.generation import GenerateConfig
-from planlm.config.training import LoopConfig, PlannerConfig, TrainConfig
+from planlm.config.training import LoopConfig, PlanBudgetConfig, PlannerConfig, TrainConfig
 from planlm.config.whole import DoctorConfig, ExperimentConfig, QuickstartConfig, SmallLMConfig
 
 __all__ = [
@@ -33,6 +33,7 @@ __all__ = [
     "ExperimentConfig",
     "GenerateConfig",
     "LoopConfig",
+    "PlanBudgetConfig",
     "PlannerConfig",
     "PrepareConfig",
     "QuickstartConfig",

@@ -219,3 +219,10 @@ class TrainConfig(LoopConfig):
         False, "only say what the run would cost (shapes, steps, time, memory), from a few steps; writes nothing"
     )
     shard: bool = option(False, "under torchrun: divide weights and moments among the processes (FSDP2)")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlanBudgetConfig(TrainConfig):
+    """Time and memory that a run of train needs, here and on 1, 8 and 64 GPUs, and what planning adds."""
+
+    out: str = option("", "nothing is written there: only so that the options of train can stay as they are")

@@ -222,6 +222,11 @@ class _Loader(ABC, Generic[Batch]):
         self._next = 0
 
     @property
+    def num_items(self) -> int:
+        """Sequences, or documents, of one epoch."""
+        return self._num_items
+
+    @property
     def num_batches(self) -> int:
         """Batches of one epoch."""
         return -(-self._num_items // self._batch_size)

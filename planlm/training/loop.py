@@ -160,7 +160,7 @@ def fit(task: Task, run: Run, config: LoopConfig) -> None:
                     raise MachineError(f"step {ledger.step}: {ledger.skipped} steps in a row skipped; {_START_ANEW}")
                 if saves or task.validation.is_over or done == task.validation.best_step:
                     state = {"step": done, "steps": task.steps, "tokens": ledger.tokens, "skipped": ledger.skipped}
-                    _save(task, run, optimizer, state | {"loader": batches.position}, config.keep_checkpoints)
+                    save(task, run, optimizer, state | {"loader": batches.position}, config.keep_checkpoints)
                 if stopping:
                     raise KeyboardInterrupt(f"stopped after step {done}; continue with --resume")
     _take_best(task, run)
@@ -207,7 +207,7 @@ def _tensors(task: Task, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     }
 
 
-def _save(task: Task, run: Run, optimizer: torch.optim.Optimizer, state: dict[str, Any], keep: int) -> None:
+def save(task: Task, run: Run, optimizer: torch.optim.Optimizer, state: dict[str, Any], keep: int) -> None:
     """Write a checkpoint, of what is finite only: the newest one is what a run is taken up from.
 
     Raises:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,27 @@ from planlm.training.start import check_fit, starting_model
 from planlm.training.validation import first_documents, validation
 
 
+@dataclass(frozen=True, kw_only=True)
+class Built:
+    """What a run is made of, ready for its first step.
+
+    Attributes:
+        parallel: the joint model on its device.
+        task: what the loop trains.
+        objective: the loss, and `losses` without gradients' terms beside it.
+        loader: windows of the corpus, without those of `--rehearsal`.
+        held_out: batches of `--validate-every`, where there are such.
+        identity: fingerprints of what is trained and on what; None on ranks other than 0.
+    """
+
+    parallel: Parallel
+    task: Task
+    objective: Objective
+    loader: PlanLoader
+    held_out: PlanLoader | None
+    identity: dict[str, str] | None
+
+
 def train(config: TrainConfig) -> dict[str, Any]:
     """Train a joint model on a prepared corpus and write `model/` into the run directory.
 
@@ -48,6 +70,16 @@ def train(config: TrainConfig) -> dict[str, Any]:
         InputError: contradicting settings, a corpus of another tokenizer, a planner of another corpus, an unsupported
             LM, a joint model that does not fit, or a run directory in use.
     """
+    built = build(config)
+    if config.dry_run:
+        return dry_run(built.task, config)
+    with Run(config, built.identity, built.task.steps) as run:
+        fit(built.task, run, config)
+        return finish(built.parallel, run, config) | built.task.validation.best
+
+
+def build(config: TrainConfig) -> Built:
+    """Check the settings and put the parts of a run together; nothing is written. Raises InputError as `train` does."""
     check_settings(config)
     graphs = has_graphs(config, device(), world_size())
     check_run(config)
@@ -58,7 +90,7 @@ def train(config: TrainConfig) -> dict[str, Any]:
     planner = Planner.load(Path(config.planner) / "planner") if config.planner else None
     rehearsal = None if config.rehearsal is None else _rehearsal(config.rehearsal, corpus)
     repeated = None if rehearsal is None else _nonempty(_loader(config, rehearsal.split("train")), "--rehearsal")
-    loader: Any = _loader(config, corpus.split("train"))
+    loader = _loader(config, corpus.split("train"))
     loader.alike = graphs
     held_out = None
     if config.validate_every is not None:
@@ -66,8 +98,6 @@ def train(config: TrainConfig) -> dict[str, Any]:
     steps = num_steps(config, loader.num_batches, config.accumulate)
     model = starting_model(config, corpus, lm, planner)
     loader.horizon = model.config.planner_horizon if config.planner_loss > 0 else 1
-    if repeated is not None:
-        loader = WithRehearsal(loader, repeated)
     begun = model.lm if joint_config(lm) is None else model
     identity = on_rank_zero(lambda: identify(corpus, begun, planner, rehearsal))
     base = base_model(model, config)
@@ -80,20 +110,16 @@ def train(config: TrainConfig) -> dict[str, Any]:
     task = Task(
         model=parallel,
         groups=trainable_groups(model, config, steps),
-        loader=loader,
+        loader=loader if repeated is None else WithRehearsal(loader, repeated),
         accumulate=config.accumulate,
         steps=steps,
         backward=objective.backward,
-        flops=_flops(model, config),
+        flops=count_flops(model, config),
         rate=matrix_product_rate(dtype, model.device),
         validation=validation(config, model, held_out, objective.losses),
         keeps_gradients=graphs,
     )
-    if config.dry_run:
-        return dry_run(task, config)
-    with Run(config, identity, steps) as run:
-        fit(task, run, config)
-        return _finish(parallel, run, config) | task.validation.best
+    return Built(parallel=parallel, task=task, objective=objective, loader=loader, held_out=held_out, identity=identity)
 
 
 def _loader(config: TrainConfig, dataset: datasets.Dataset) -> PlanLoader:
@@ -130,7 +156,7 @@ def _rehearsal(path: str, corpus: PreparedCorpus) -> PreparedCorpus:
     return rehearsal
 
 
-def _flops(model: PlanLMForCausalLM, config: TrainConfig) -> Callable[[list[Any]], float]:
+def count_flops(model: PlanLMForCausalLM, config: TrainConfig) -> Callable[[list[Any]], float]:
     """What counts the floating-point operations of a step's batches, those of the guards included."""
     has_lowest = config.lm_mode == "freeze" and config.conditioning in BY_LAYER
     lowest = model.lm.config.num_hidden_layers - model.config.conditioned_layers if has_lowest else 0
@@ -215,7 +241,7 @@ def _problems_of_conditioning(config: TrainConfig) -> list[str]:
     return problems
 
 
-def _finish(parallel: Parallel, run: Run, config: TrainConfig) -> dict[str, Any]:
+def finish(parallel: Parallel, run: Run, config: TrainConfig) -> dict[str, Any]:
     """Write `model/`, which is whole or absent; what `train` returns."""
     model: PlanLMForCausalLM = parallel.model  # type: ignore[assignment]
     model.eval()
