@@ -63,6 +63,9 @@ class EvaluateGenerationConfig(CommandConfig):
         "also ask for an action of each sentence, drawn by the corpus's frequencies, and measure how many sentences "
         "carry it, beside texts that were not asked",
     )
+    attempts: int = option(
+        1, "with --steer: write a sentence so many times, and keep the first that carries its action", limit=BATCH
+    )
     prompts: int = option(100, "documents continued: the first ones that are long enough", limit=BATCH)
     prompt_sentences: int = option(3, "sentences of a document that are the prompt", limit=count(10_000))
     max_new_tokens: int = option(128, "tokens of every continuation, and of the true one (the papers')", limit=BATCH)

@@ -34,6 +34,12 @@ class GenerateConfig(CommandConfig):
     )
     ban: str | None = option(None, "actions never to choose, by number or label: 12,birth and family")
     favour: str | None = option(None, "actions to choose more often, with the nats to add to their logits: 12:2.0,7:1")
+    attempts: int = option(
+        1,
+        "write a sentence whose action --plan asks for, or --num-plans has drawn, so many times, and keep the first "
+        "that carries it, else the nearest",
+        limit=BATCH,
+    )
     num_plans: int | None = option(
         None,
         "so many continuations, each sentence's action drawn from the planner's distribution; the best is the one that "

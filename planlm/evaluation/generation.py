@@ -142,7 +142,11 @@ def _generate(
     with texts_folder(run) as folder, Progress("generate", total=total, unit="tokens") as progress:
         if folder is not None:
             made_with["model"] = model_checksum(config.run)
-        kept = {} if folder is None else {name: keep_texts(folder / f"{name}.jsonl", made_with, run) for name in wanted}
+        kept = {}
+        if folder is not None:
+            for name in wanted:
+                own = {"attempts": config.attempts} if name == STEERED else {}
+                kept[name] = keep_texts(folder / f"{name}.jsonl", made_with | own, run)
         done = {name: kept[name].done if kept else {} for name in wanted}
         left = {name: [prompt for prompt in prompts if prompt.document not in done[name]] for name in wanted}
         progress.start_at(total - config.max_new_tokens * sum(map(len, left.values())))

@@ -16,6 +16,7 @@ from transformers import GenerationConfig
 
 from planlm.errors import InputError
 from planlm.files import belonging, beside_result, locked
+from planlm.model.attempts import GrowingTracker, write
 from planlm.model.kept import KeptTexts
 from planlm.model.sampling import SharedGumbel, left_padded, sampled
 from planlm.model.tracking import SentenceTracker
@@ -120,8 +121,15 @@ def continue_prompts(
         batch = order[start : start + config.batch_size]
         ids, mask = left_padded([prompt.ids for prompt in batch], padding, where)
         width = ids.shape[1]
-        noise = SharedGumbel(config.seed, [prompt.document for prompt in batch], width, step)
+        keys = [(prompt.document, 0) for prompt in batch]
+        noise = SharedGumbel(config.seed, keys, width, step)
         plans = None if asked is None else [asked[prompt.document] for prompt in batch]
+        if asked is not None and config.attempts > 1:
+            tracker = GrowingTracker(tokenizer, model.encoder, plans)
+            texts = [prompt.ids for prompt in batch]
+            new = write(model, texts, keys, tracker, config, step, selection=selection, pad_token_id=padding)
+            yield list(zip(batch, new, strict=True))
+            continue
         found = model.generate(
             ids,
             attention_mask=mask,

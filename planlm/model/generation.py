@@ -22,6 +22,7 @@ from planlm.config import GenerateConfig
 from planlm.errors import InputError
 from planlm.files import appending, beside_result, checksum, write_text
 from planlm.labels import show_action
+from planlm.model.attempts import GrowingTracker, write
 from planlm.model.described import action_of, describe
 from planlm.model.kept import KeptTexts
 from planlm.model.loading import load_model, model_checksum
@@ -47,6 +48,12 @@ _READ_PADDING = {
     "repetition_penalty", "sequence_bias",
 }  # fmt: skip
 """Settings under which transformers takes padding for text: with one, only prompts of one length share a batch."""
+
+
+_DECISIVE = (
+    "max_new_tokens", "temperature", "top_p", "plan", "ban", "favour", "attempts", "num_plans", "selection", "seed",
+)  # fmt: skip
+"""Options that decide what a text is."""
 
 
 @dataclass(frozen=True)
@@ -106,8 +113,10 @@ def _check(config: GenerateConfig) -> None:
         raise InputError(f"--out {config.out}: is for --prompts FILE; the result of --prompt is printed")
     if config.prompts is not None and config.audit is not None:
         raise InputError(f"--audit {config.audit}: is for --prompt; results of --prompts have every sentence's plan")
-    if config.stream and (config.prompts is not None or config.num_plans is not None):
-        raise InputError("--stream: shows one text as it is written; leave --prompts and --num-plans out")
+    if config.stream and (config.prompts is not None or config.num_plans is not None or config.attempts > 1):
+        raise InputError("--stream: shows one text as it is written; leave --prompts, --num-plans and --attempts out")
+    if config.attempts > 1 and config.temperature == 0:
+        raise InputError("--attempts: all are the same at --temperature 0; set another temperature")
     for option, file in (("--audit", config.audit), ("--out", config.out)):
         if file and not Path(file).parent.is_dir():
             raise InputError(f"{option} {file}: no such folder; make it first")
@@ -125,6 +134,10 @@ def _selection(config: GenerateConfig, model: PlanLMForCausalLM) -> str:
     if config.num_plans is not None and not SELECTIONS[selection].asks_planner:
         raise InputError(f"--num-plans: selection {selection} asks no planner; choose soft or hard")
     beams = model.generation_config.num_beams or 1
+    if config.attempts > 1 and not model.plans(selection):
+        raise InputError(f"--attempts: nothing is planned under selection {selection} of this model; leave it out")
+    if config.attempts > 1 and beams > 1:
+        raise InputError(f"--attempts: not with num_beams {beams} of {config.run}'s generation_config.json; delete it")
     if beams > 1 and config.temperature > 0 and (config.prompts is not None or config.num_plans is not None):
         raise InputError(
             f"{config.run}: samples of num_beams {beams} of its generation_config.json depend on what else is in the "
@@ -136,8 +149,7 @@ def _selection(config: GenerateConfig, model: PlanLMForCausalLM) -> str:
 def _to_file(call: _Call, prompts: list[Prompt], out: Path) -> dict[str, Any]:
     """Write results to `out` once all are there; until then they are kept beside it as they are finished."""
     config = call.config
-    decisive = ("max_new_tokens", "temperature", "top_p", "plan", "ban", "favour", "num_plans", "selection", "seed")
-    made_with = {name: getattr(config, name) for name in decisive} | {
+    made_with = {name: getattr(config, name) for name in _DECISIVE} | {
         "prompts": checksum(Path(str(config.prompts))),
         "model": model_checksum(config.run),
     }
@@ -177,28 +189,24 @@ def _batch(call: _Call, prompts: list[Prompt], step: Callable[[int], None]) -> l
     """Results of prompts that are continued together; `step` is called with the number of texts at every token."""
     config, model, tokenizer = call.config, call.model, call.model.tokenizer
     rows = [prompt for prompt in prompts for _ in range(call.samples)]
+    keys = [(prompt.number, sample) for prompt in prompts for sample in range(call.samples)]
     padding = next((id for id in (tokenizer.pad_token_id, tokenizer.eos_token_id) if id is not None), 0)
-    ids, mask = left_padded([row.ids for row in rows], padding, model.device)
-    noise = SharedGumbel(config.seed, [prompt.number for prompt in prompts], ids.shape[1], step, call.samples)
+    settings = {
+        "selection": call.selection,
+        "tokenizer": tokenizer,  # for stop strings of the model's generation settings
+        "num_return_sequences": 1,
+        "return_dict_in_generate": False,
+        "pad_token_id": padding,
+    }
     tracker = _tracker(call, rows)
-    torch.manual_seed(config.seed)  # for what samples of beams are drawn by
     with _usable_settings(config.run, model):
-        found = model.generate(
-            ids,
-            attention_mask=mask,
-            tracker=tracker,
-            selection=call.selection,
-            tokenizer=tokenizer,  # for stop strings of the model's generation settings
-            streamer=_streamer(call, tracker, rows[0]) if config.stream else None,
-            max_new_tokens=config.max_new_tokens,
-            num_return_sequences=1,
-            return_dict_in_generate=False,
-            pad_token_id=padding,
-            **_sampling(config, model, noise),
-        )
+        if config.attempts > 1:
+            found = write(model, [row.ids for row in rows], keys, tracker, config, step, top_k=0, **settings)
+        else:
+            found = _written(call, rows, keys, tracker, step, settings)
     ends = model.generation_config.eos_token_id
     no_text = {padding, *(ends if isinstance(ends, list) else [ends])}
-    texts = [_without_end(new, no_text) for new in found[:, ids.shape[1] :].tolist()]
+    texts = [_without_end(new, no_text) for new in found]
     made = [
         {
             "text": tokenizer.decode(new, skip_special_tokens=True),
@@ -213,7 +221,32 @@ def _batch(call: _Call, prompts: list[Prompt], step: Callable[[int], None]) -> l
     return [_result(call, prompt, own) for prompt, own in zip(prompts, each, strict=True)]
 
 
-def _tracker(call: _Call, rows: Sequence[Prompt]) -> SentenceTracker:
+def _written(
+    call: _Call,
+    rows: Sequence[Prompt],
+    keys: Sequence[tuple[int, int]],
+    tracker: SentenceTracker,
+    step: Callable[[int], None],
+    settings: dict[str, Any],
+) -> list[list[int]]:
+    """New tokens of a batch's texts, written from beginning to end."""
+    config, model = call.config, call.model
+    ids, mask = left_padded([row.ids for row in rows], settings["pad_token_id"], model.device)
+    torch.manual_seed(config.seed)  # for what samples of beams are drawn by
+    found = model.generate(
+        ids,
+        attention_mask=mask,
+        tracker=tracker,
+        streamer=_streamer(call, tracker, rows[0]) if config.stream else None,
+        max_new_tokens=config.max_new_tokens,
+        **_sampling(config, model, SharedGumbel(config.seed, keys, ids.shape[1], step)),
+        **settings,
+    )
+    new: list[list[int]] = found[:, ids.shape[1] :].tolist()
+    return new
+
+
+def _tracker(call: _Call, rows: Sequence[Prompt]) -> GrowingTracker:
     """What follows the texts of a batch, one for each of `rows`, and has their plans."""
     config, settings = call.config, call.model.config
 
@@ -221,7 +254,7 @@ def _tracker(call: _Call, rows: Sequence[Prompt]) -> SentenceTracker:
         key = (config.seed, rows[row].number, sentence, row % call.samples, 1)
         return settings.plan_temperature * torch.from_numpy(gumbel(key, settings.num_actions))
 
-    return SentenceTracker(
+    return GrowingTracker(
         call.model.tokenizer,
         call.model.encoder,
         [row.plan for row in rows],

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.utils import cached_file
@@ -16,10 +17,11 @@ from planlm.errors import InputError
 from planlm.files import checksum, read_json, replacing_folder, share
 from planlm.model.configuration import PlanLMConfig
 from planlm.model.families import check_family
+from planlm.model.planner import codebook_fingerprint
 from planlm.precision import device
 from planlm.pretrained.names import absolute, loading, resolve
 from planlm.pretrained.tokenizer import load_tokenizer, tokenizer_fingerprint
-from planlm.pretrained.weights import check_finite, check_loaded, check_sizes, stored_tensors
+from planlm.pretrained.weights import check_finite, check_loaded, check_sizes, read_header, stored_tensors
 from planlm.text.encoder import SentenceEncoder
 
 if TYPE_CHECKING:
@@ -27,6 +29,9 @@ if TYPE_CHECKING:
 
 _WHERE = ("subfolder", "revision", "cache_dir", "token", "local_files_only")
 """What says where in a folder or on the hub a model's files are, the tokenizer's as well as the weights'."""
+
+CENTROIDS = "centroids.safetensors"
+"""File in a model's folder with the actions that training started from."""
 
 _CODE = "modeling_planlm"
 """Module in a model's folder through which transformers' Auto classes find PlanLM's, where it is not imported yet."""
@@ -160,6 +165,7 @@ class ModelFolder(PreTrainedModel):
 
     _tokenizer: Any = None
     _encoder: SentenceEncoder | None = None
+    _centroids: Tensor | None = None
     _loaded_from = ""
     _encoder_name = ""
 
@@ -211,6 +217,12 @@ class ModelFolder(PreTrainedModel):
         folder = Path(name, where.get("subfolder", "")).absolute() if Path(name).is_dir() else None
         self._loaded_from = str(folder or name)
         self._encoder_name = absolute(self.config.encoder, beside=folder)
+        found = cached_file(name, CENTROIDS, _raise_exceptions_for_missing_entries=False, **where)
+        if found is not None:
+            stored = load_file(found) if "centroids" in read_header(found) else {}
+            self.centroids = stored.get("centroids", torch.zeros(0))
+            if codebook_fingerprint(self.centroids) != self.config.codebook_fingerprint:
+                raise InputError(f"{found}: not the actions that the model was trained on; copy the model again")
         if cached_file(name, "tokenizer.json", _raise_exceptions_for_missing_entries=False, **where) is None:
             return
         self._tokenizer = load_tokenizer(name, **where)
@@ -239,6 +251,25 @@ class ModelFolder(PreTrainedModel):
     def tokenizer(self, tokenizer: Any) -> None:
         """Use another tokenizer object."""
         self._tokenizer = tokenizer
+
+    @property
+    def centroids(self) -> Tensor:
+        """What the codebook was before training, float32 `[K, A]`: a sentence carries the action of the nearest one.
+
+        Raises:
+            InputError: the model came without them.
+        """
+        if self._centroids is None:
+            raise InputError(
+                f"{self._loaded_from or 'the model'}: no {CENTROIDS}, which says what sentence carries what action; "
+                "train the model again"
+            )
+        return self._centroids
+
+    @centroids.setter
+    def centroids(self, centroids: Tensor) -> None:
+        """Keep a copy of these."""
+        self._centroids = centroids.detach().float().cpu().clone()
 
     @property
     def encoder(self) -> SentenceEncoder:
@@ -284,6 +315,8 @@ class ModelFolder(PreTrainedModel):
             Path(save_directory, f"{_CODE}.py").write_text(code, encoding="utf-8")
             if self._tokenizer is not None:
                 self._tokenizer.save_pretrained(save_directory)
+            if self._centroids is not None:
+                save_file({"centroids": self._centroids}, Path(save_directory, CENTROIDS))
 
     @classmethod
     def register_for_auto_class(cls, auto_class: str = "AutoModel") -> None:

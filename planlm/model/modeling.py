@@ -165,8 +165,8 @@ class PlanLMForCausalLM(ModelFolder, GenerationMixin):
         model = cls(config, lm=base).to(dtype)
         if model.planner is not None:
             model.planner.load_state_dict(planner.state_dict())
-            with torch.no_grad():
-                model.codebook.copy_(codebook)
+            model.codebook.data.copy_(codebook)
+            model.centroids = codebook
         model.generation_config = base.generation_config
         model._tokenizer = tokenizer
         return model

@@ -41,24 +41,38 @@ class SharedGumbel(LogitsProcessor):
 
     Args:
         seed: of all noise.
-        texts: numbers of the B texts, or of those that they are `samples` of, B / samples.
-        width: columns W of their prompts.
+        keys: of each text its number, and of several that share a number which it is.
+        width: columns W of the batch so far.
         step: called with the number of texts at every token.
-        samples: texts of a number, side by side, each with noise of its own; the first has that of a single one.
+        written: tokens of each text that were generated before; default none.
+        attempts: rows of each text, side by side, each with noise of its own; the first has that of a single one.
     """
 
     def __init__(
-        self, seed: int, texts: Sequence[int], width: int, step: Callable[[int], None], samples: int = 1
+        self,
+        seed: int,
+        keys: Sequence[tuple[int, int]],
+        width: int,
+        step: Callable[[int], None] | None = None,
+        written: Sequence[int] | None = None,
+        attempts: int = 1,
     ) -> None:
-        self.keys = [(seed, text, sample) for text in texts for sample in range(samples)]
-        self.width, self.step = width, step
+        begun = written or [0] * len(keys)
+        self._rows = [(*key, begin, one) for key, begin in zip(keys, begun, strict=True) for one in range(attempts)]
+        self._seed, self._width, self._step = seed, width, step
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         """Scores `[B, V]` with noise, float32."""
-        position = input_ids.shape[1] - self.width
-        self.step(len(scores))
-        noise = [gumbel((seed, text, position, sample), scores.shape[1]) for seed, text, sample in self.keys]
-        return scores.float() + torch.from_numpy(np.stack(noise)).to(scores.device)
+        new = input_ids.shape[1] - self._width
+        if self._step is not None:
+            self._step(len(scores))
+        noise = np.stack(
+            [
+                gumbel((self._seed, text, begin + new, sample, *((0, attempt) if attempt else ())), scores.shape[1])
+                for text, sample, begin, attempt in self._rows
+            ]
+        )
+        return scores.float() + torch.from_numpy(noise).to(scores.device)
 
 
 def gumbel(key: Sequence[int], size: int) -> np.ndarray:

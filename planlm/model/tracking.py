@@ -269,6 +269,15 @@ class SentenceTracker:
         actions = self.forced_actions[prompt % len(self.forced_actions)]
         return actions[number] if 0 <= number < len(actions) else -1
 
+    def asks(self, number: int, prompt: int = 0) -> bool:
+        """Whether an action is forced on that sentence or drawn for it."""
+        return self.action_noise is not None or self.forced(number, prompt) >= 0
+
+    def asks_from(self, number: int, prompt: int = 0) -> bool:
+        """Whether it is so for that sentence or one behind it."""
+        actions = self.forced_actions[prompt % len(self.forced_actions)]
+        return self.action_noise is not None or max(actions[number:], default=-1) >= 0
+
     def drawn(self, number: int, prompt: int, logits: Tensor | None) -> int:
         """Action drawn for that sentence, of which the planner said `logits` `[K]`, or -1."""
         if self.action_noise is None or logits is None or self.forced(number, prompt) >= 0:

@@ -8,18 +8,21 @@ import threading
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from transformers import TextIteratorStreamer, TextStreamer
 
+import planlm.model.attempts as attempts
 import planlm.model.generation as generation
 from planlm import show
 from planlm.config import GenerateConfig
 from planlm.errors import InputError
 from planlm.model import PlanLMForCausalLM
+from planlm.model.attempts import GrowingTracker
 from planlm.model.text import Text
-from planlm.model.tracking import SentenceTracker
-from tests.model.conftest import K, joint, tokens
+from planlm.model.tracking import Sentence, SentenceTracker, TrackedText
+from tests.model.conftest import A, K, joint, tokens
 
 PROMPT = "The cat sat on the mat. It was warm there. Rain"
 PROMPTS = [
@@ -70,7 +73,7 @@ def generated(**options: Any) -> dict[str, Any]:
     return generation.generate(GenerateConfig(**{"run": "run", "max_new_tokens": 24, **options}))
 
 
-@pytest.mark.parametrize("options", [{}, {"temperature": 0}, {"num_plans": 2}])
+@pytest.mark.parametrize("options", [{}, {"temperature": 0}, {"num_plans": 2}, {"attempts": 3, "plan": "1,2,*,3,0,5"}])
 def test_a_text_depends_on_its_number_and_on_no_batch(
     run: PlanLMForCausalLM, file: Path, options: dict[str, Any]
 ) -> None:
@@ -158,6 +161,9 @@ def test_a_bad_row_is_named_before_anything_is_generated(
         ({"prompt": "a", "num_plans": 2, "stream": True}, "--stream: shows one text"),
         ({"prompt": "a", "num_plans": 2, "selection": "fixed"}, "--num-plans: selection fixed asks no planner"),
         ({"prompt": "a", "num_plans": 0}, "--num-plans 0: expected at least 1"),
+        ({"prompt": "a", "attempts": 2, "stream": True}, "--stream: shows one text"),
+        ({"prompt": "a", "attempts": 2, "temperature": 0}, "--attempts: all are the same at --temperature 0"),
+        ({"prompt": "a", "attempts": 2, "selection": "none"}, "--attempts: nothing is planned under selection none"),
     ],
 )
 def test_contradicting_options_are_refused(run: PlanLMForCausalLM, options: dict[str, Any], message: str) -> None:
@@ -254,6 +260,65 @@ def test_a_drawn_plan_is_followed_as_one_that_is_asked_for(run: PlanLMForCausalL
         for one in candidates
     ]
     assert any(text == one["text"] for text, one in zip(asked, candidates, strict=True))
+
+
+def carried(model: PlanLMForCausalLM, sentence: str) -> int:
+    embedding = model.encoder.encode([sentence])[0].astype(np.float16).astype(np.float32)
+    return int(np.square(embedding - model.centroids.numpy()).sum(axis=1).argmin())
+
+
+def test_of_several_attempts_the_first_that_carries_its_action_is_kept(run: PlanLMForCausalLM) -> None:
+    hits = {1: 0, 8: 0}
+    for action in range(K):
+        plan = ",".join([str(action)] * 2)
+        texts = {count: generated(prompt=PROMPT, plan=plan, attempts=count)["plan"] for count in hits}
+        for count, sentences in texts.items():
+            hits[count] += sum(carried(run, one["sentence"]) == action for one in sentences[:2])
+        assert [one["forced"] for one in texts[8]][:3] == [action, action, None]
+        if carried(run, texts[1][0]["sentence"]) == action:
+            assert texts[8][0]["sentence"] == texts[1][0]["sentence"]
+    assert hits[8] > hits[1] + 2
+
+
+def test_where_no_attempt_carries_the_action_the_nearest_is_kept(run: PlanLMForCausalLM) -> None:
+    tracker = GrowingTracker(run.tokenizer, run.encoder, [2])
+    one = np.zeros((K, A), np.float32)
+    one[:, 0] = [0.0, 9.0, 5.0, 9.0, 9.0, 9.0, 9.0]  # all of the below carry action 0 or, at 5, action 2
+
+    def text(*places: float) -> list[TrackedText]:
+        ends = [Sentence(0, "", np.eye(1, A, dtype=np.float32)[0] * place) for place in places]
+        before = Sentence(-1, "", np.zeros(A, np.float32), torch.zeros(K))
+        return [TrackedText([], [before, end], 0) for end in ends]
+
+    assert attempts._chosen(tracker, text(1, 2, 0.5), 1, (0, 0), one) == 1
+    assert attempts._chosen(tracker, text(1, 5, 5.1, 2), 1, (0, 0), one) == 1
+    unfinished = [text(5)[0]._replace(finished=text(5)[0].finished[:1])]
+    assert attempts._chosen(tracker, unfinished + text(0.1), 1, (0, 0), one) == 1
+    assert attempts._chosen(tracker, unfinished * 2, 1, (0, 0), one) == 0
+    assert attempts._chosen(tracker, text(0, 5), 1, (1, 0), one) == 0, "nothing is asked"
+
+
+def test_what_nothing_is_asked_of_is_written_as_without_attempts(run: PlanLMForCausalLM) -> None:
+    assert generated(prompt=PROMPT, attempts=4) == generated(prompt=PROMPT)
+    run.generation_config.eos_token_id = run.tokenizer(" warm", add_special_tokens=False).input_ids[0]
+    short = generated(prompt=PROMPT)
+    assert len(short["text"]) < 60 and generated(prompt=PROMPT, attempts=4) == short
+
+
+def test_drawn_plans_are_attempted_too(run: PlanLMForCausalLM) -> None:
+    shares = {}
+    for count in (1, 6):
+        candidates = generated(prompt=PROMPT, num_plans=6, attempts=count, max_new_tokens=18)["candidates"]
+        first = [one["plan"][0] for one in candidates]
+        assert all(sentence["drawn"] is not None for one in candidates for sentence in one["plan"])
+        shares[count] = sum(carried(run, one["sentence"]) == one["drawn"] for one in first)
+    assert shares[6] > shares[1]
+
+
+def test_a_model_without_centroids_is_refused(run: PlanLMForCausalLM) -> None:
+    run._centroids = None
+    with pytest.raises(InputError, match=r"no centroids\.safetensors, which says what sentence carries what action"):
+        generated(prompt=PROMPT, plan="1", attempts=2)
 
 
 @torch.no_grad()

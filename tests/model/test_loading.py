@@ -257,6 +257,35 @@ def test_a_tokenizer_without_a_vocabulary_is_refused(lm: Path) -> None:
         load_tokenizer(str(lm))
 
 
+def test_the_actions_that_training_started_from_are_saved_and_a_folder_without_them_loads(
+    model: Path, tmp_path: Path
+) -> None:
+    loaded = load_model(str(model))
+    centroids = loaded.centroids
+    assert torch.equal(centroids, loaded.codebook.detach()) and centroids is not loaded.codebook
+    loaded.codebook.data += 1.0
+    loaded.save_pretrained(tmp_path / "again")
+    assert torch.equal(load_model(str(tmp_path / "again")).centroids, centroids)
+    (model / "centroids.safetensors").unlink()
+    with pytest.raises(InputError, match=r"model: no centroids\.safetensors"):
+        _ = load_model(str(model)).centroids
+
+
+@pytest.mark.parametrize(
+    ("damaged", "message"),
+    [
+        (lambda path: save_file({"centroids": torch.zeros(K, A)}, path), "not the actions that the model was trained"),
+        (lambda path: save_file({"other": torch.zeros(K, A)}, path), "not the actions that the model was trained on"),
+        (lambda path: path.write_bytes(path.read_bytes()[:-10]), "damaged"),
+    ],
+)
+def test_damaged_actions_are_refused_in_one_line(model: Path, damaged: Callable[[Path], object], message: str) -> None:
+    damaged(model / "centroids.safetensors")
+    with pytest.raises(InputError, match=rf"centroids\.safetensors: {message}") as caught:
+        load_model(str(model))
+    assert "\n" not in str(caught.value)
+
+
 def test_folders_from_before_the_fingerprint_load(model: Path) -> None:
     configure(model, tokenizer_fingerprint="")
     other = make_tokenizer(start=True)
