@@ -30,8 +30,7 @@ from benchmarks.block import SHAPES, Block, Provider
 from benchmarks.correctness import check
 from benchmarks.devices import known_device
 from benchmarks.estimates import estimates
-from planlm.kernels import environment
-from planlm.kernels.cross_entropy import cross_entropy_
+from planlm.kernels import cross_entropy_, environment
 from planlm.precision import matrix_product_rate
 from planlm.training.flops import lm_flops
 

@@ -10,16 +10,16 @@ Imports torch only; a backend's own dependencies are imported when it is first u
 # under that name. It gets an empty module: a second copy would register every operation twice.
 if __name__ == "planlm.kernels":
     from .addition import StackedPlan, add_plan
-    from .attention import (
+    from .backend import use_backend
+    from .lm import (
         Documents,
+        cross_entropy_,
         has_packed_attention,
         packed_attention,
         say_masked,
         varlen_attention,
         varlen_documents,
     )
-    from .backend import use_backend
-    from .cross_entropy import cross_entropy_
     from .projection import plan_projection, plan_projection_from_hidden
     from .reference import PlanProjection
 

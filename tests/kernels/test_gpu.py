@@ -13,7 +13,7 @@ from benchmarks import block as blocks
 from benchmarks.block import Block, Shape
 from benchmarks.correctness import check, relative_error
 from planlm.kernels import cross_entropy_, packed_attention, projection, varlen_attention
-from planlm.kernels.attention import Documents
+from planlm.kernels.lm import Documents
 
 pytestmark = [
     pytest.mark.gpu,

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn.attention.varlen import varlen_attn
 from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM, PreTrainedModel
 
-import planlm.kernels.attention as attention
+import planlm.kernels.lm as attention
 from planlm import speedups
 from planlm.corpus.batches import PlanBatch, PlanLoader, SentenceLoader
 from planlm.corpus.store import document_features
