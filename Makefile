@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/installed
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 
-.PHONY: help install quickstart test lint docs acceptance conformance bench clean
+.PHONY: help install quickstart test lint docs acceptance wheel conformance bench clean
 
 help:
 	@echo "make quickstart   the whole path on real text and real pre-trained weights, in minutes"
@@ -13,6 +13,7 @@ help:
 	@echo "make lint         ruff and mypy"
 	@echo "make docs         commands and interface from the code, and the site in build/site"
 	@echo "make acceptance   every command of README as a user types it, in minutes"
+	@echo "make wheel        the wheel in an empty environment: the tutorial from another folder, with and without a compiler"
 	@echo "make conformance  transformers' own tests of a model on joint models; fetches them once"
 	@echo "make bench        the kernels against eager PyTorch, torch.compile and a lower bound, in an hour or two; writes bench/"
 	@echo "make install      only set up $(VENV)"
@@ -56,6 +57,9 @@ docs: $(INSTALLED)
 
 acceptance: $(INSTALLED)
 	@$(BIN)/python -m tests.acceptance
+
+wheel: $(INSTALLED)
+	@$(BIN)/python -m tests.wheel
 
 conformance: $(INSTALLED)
 	@$(BIN)/python -m tests.conformance

@@ -112,6 +112,9 @@ def _parse(config: EvaluateGenerationConfig) -> list[str]:
         problems.append(f"--plans {config.plans}: expected some of {', '.join(possible)}")
     if config.versus not in plans:
         problems.append(f"--versus {config.versus}: not among --plans {config.plans}")
+    if config.attempts > 1 and (not config.steer or config.temperature == 0):
+        needs = "--steer" if not config.steer else "a --temperature above 0, at which they differ"
+        problems.append(f"--attempts {config.attempts}: is for {needs}")
     if problems:
         raise InputError("; ".join(problems))
     return plans

@@ -79,7 +79,7 @@ class Steering:
             config: seed and draws of the bootstrap.
 
         Returns:
-            (the result, with the `selection`; every prompt's values by name of the text).
+            (the result, with `selection` and `attempts`; every prompt's values by name of the text).
         """
         found = {}
         for name, own in ((STEERED, texts[STEERED]), ("unsteered", texts[self.selection])):
@@ -91,7 +91,7 @@ class Steering:
         how = {"resamples": config.bootstrap, "seed": config.seed}
         compared = compare_following(found[STEERED], found["unsteered"], self.frequencies, **how)
         kept = {name: {key: value.tolist() for key, value in vars(one).items()} for name, one in found.items()}
-        return {"selection": self.selection, **compared}, kept
+        return {"selection": self.selection, "attempts": config.attempts, **compared}, kept
 
 
 def follow(

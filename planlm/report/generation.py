@@ -71,11 +71,13 @@ def generation_difference_cells(differences: dict[str, Any]) -> list[list[str]]:
 
 def describe_steering(steering: dict[str, Any]) -> str:
     """What the table of `--steer` is about."""
+    attempts = steering.get("attempts", 1)
+    tried = f", in {attempts} attempts at each sentence" if attempts > 1 else ""
     return (
         "Steering: an action was asked for of each sentence, drawn by the corpus's frequencies. Of complete sentences, "
         "the share that carry theirs, and the mean rank of its centroid (1: the nearest): texts that were generated "
-        f"under the actions, texts that were not (both with selection {steering['selection']}), and chance. 95 % "
-        "intervals over prompts, those of the difference paired."
+        f"under the actions{tried}, texts that were not (both with selection {steering['selection']}), and chance. "
+        "95 % intervals over prompts, those of the difference paired."
     )
 
 

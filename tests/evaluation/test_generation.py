@@ -142,6 +142,11 @@ def test_steering_is_measured_beside_texts_that_were_not_asked(config, make_corp
     assert steering["hits"]["chance"] == pytest.approx((share**2).sum()) and steering["ranks"]["chance"] == 4
     shown = format_generation(result)
     assert "Steering: " in shown and max(map(len, shown.splitlines())) <= 80
+    tried = generation.evaluate_generation(EvaluateGenerationConfig(**vars(settings) | {"attempts": 3}))
+    assert tried["steering"]["attempts"] == 3 and "actions, in 3 attempts" in " ".join(format_generation(tried).split())
+    assert tried["steering"]["hits"]["unsteered"] == steering["hits"]["unsteered"] and tried["rows"] == result["rows"]
+    again = tokens_by_document(tmp_path / "run", "steered")
+    assert again != texts["steered"] and all(len(own) == settings.max_new_tokens for own in again.values())
     alone = generation.evaluate_generation(
         EvaluateGenerationConfig(**vars(settings) | {"plans": "none", "batch_size": 3})
     )
@@ -209,6 +214,8 @@ def test_a_plain_lm_is_measured_without_plan(config, lm_folder, tmp_path):
         ({"plans": "none,oracle"}, "--plans none,oracle: expected some of soft, hard"),
         ({"plans": "none,shuffled"}, "--plans none,shuffled: expected some of soft, hard"),
         ({"plans": "soft"}, "--versus none: not among --plans soft"),
+        ({"attempts": 2}, "--attempts 2: is for --steer"),
+        ({"attempts": 2, "steer": True, "temperature": 0}, "--attempts 2: is for a --temperature above 0"),
         ({"plans": "none,top-k"}, "was not trained with --top-k"),
         ({"prompt_sentences": 12}, "no document of the test split has 20 tokens behind 12 sentences"),
         ({"max_new_tokens": 256}, "--max-new-tokens 256: the LM's context is 256 tokens; set less"),
