@@ -146,6 +146,7 @@ def _joint(config: TrainConfig, corpus: PreparedCorpus, lm: str, planner: Planne
     for name, value in _planned(config).items():
         setattr(model.config, name, value)
     model.config.encoder = absolute(corpus.manifest.encoder)
+    model.centroids = corpus.codebook  # which earlier versions did not save
     if model.config.action_labels is None:
         model.config.action_labels = read_labels(corpus.path, corpus.manifest.num_actions)
     return model
