@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Self
@@ -94,3 +95,12 @@ class PlanInputs(Movable):
         if "sentence_embeddings" in fields or "sentence_positions" in fields:
             stale["sentence_cu_seqlens"] = None
         return dataclasses.replace(self, **stale | fields)
+
+
+def shows_plan_inputs(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """Name the fields of `PlanInputs` in a signature: Trainer drops columns of a data set that it has no name for."""
+    signature = inspect.signature(forward)
+    *named, rest = signature.parameters.values()
+    fields = [inspect.Parameter(name, rest.KEYWORD_ONLY, default=None) for name in PlanInputs.__dataclass_fields__]
+    forward.__signature__ = signature.replace(parameters=[*named, *fields, rest])  # type: ignore[attr-defined]
+    return forward

@@ -48,6 +48,8 @@ _RULES: dict[str, Rule] = {
             or (isinstance(value, list) and all(isinstance(label, str) and "," not in label for label in value))
         ),
     ),
+    "base_model": TEXT,
+    "trained": ("null or an object", lambda value: value is None or isinstance(value, dict)),
     "encoder": TEXT,
     "codebook_fingerprint": TEXT,
     "tokenizer_fingerprint": TEXT,
@@ -124,6 +126,8 @@ class PlanLMConfig(PretrainedConfig):
             and `../...` are looked for from the model's own folder first, so that both may be moved together. Empty:
             every text is planned as one sentence.
         tokenizer_fingerprint: of the tokenizer saved with the model; see `pretrained.tokenizer`.
+        base_model: hub name of the LM that was conditioned, for the model card; empty where it was a folder.
+        trained: what the last run of `planlm train` says of itself in the model card, by name.
         use_cache: transformers'; whether calls that do not say return a KV cache.
 
     Raises:
@@ -161,6 +165,8 @@ class PlanLMConfig(PretrainedConfig):
     encoder: str = ""
     codebook_fingerprint: str = ""
     tokenizer_fingerprint: str = ""
+    base_model: str = ""
+    trained: dict[str, Any] | None = None
     use_cache: bool = True
 
     def __post_init__(self, **kwargs: Any) -> None:

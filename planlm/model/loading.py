@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
+import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +16,7 @@ from transformers.utils import cached_file
 
 from planlm.errors import InputError
 from planlm.files import checksum, read_json, replacing_folder, share
+from planlm.model.card import CARD, write_card
 from planlm.model.configuration import PlanLMConfig
 from planlm.model.families import check_family
 from planlm.model.planner import codebook_fingerprint
@@ -144,6 +146,8 @@ def save_model(model: PlanLMForCausalLM, folder: Path, weights: dict[str, Tensor
         weights: whole ones, where the model's are divided among processes.
     """
     with replacing_folder(folder) as beside:
+        if (folder / CARD).is_file():  # with what users have written into it
+            shutil.copyfile(folder / CARD, beside / CARD)
         model.save_pretrained(beside, state_dict=weights)
     return folder
 
@@ -300,7 +304,10 @@ class ModelFolder(PreTrainedModel):
         return bool(self._encoder or self.config.encoder)
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> None:
-        """Save the model as transformers does, its tokenizer beside it, and what lets transformers find its classes."""
+        """Save as transformers does, with tokenizer, model card, and what lets transformers find the model's classes.
+
+        Of a card that is there already only PlanLM's own part is written anew.
+        """
         if self._tokenizer is not None:
             self.config.tokenizer_fingerprint = tokenizer_fingerprint(self._tokenizer)
         name = type(self).__name__.removeprefix("FSDP")  # what dividing the weights calls the class
@@ -313,6 +320,7 @@ class ModelFolder(PreTrainedModel):
         if kwargs.get("is_main_process", True):
             code = f"from planlm.model import {PlanLMConfig.__name__}, {name}\n"
             Path(save_directory, f"{_CODE}.py").write_text(code, encoding="utf-8")
+            write_card(Path(save_directory), self.config)
             if self._tokenizer is not None:
                 self._tokenizer.save_pretrained(save_directory)
             if self._centroids is not None:

@@ -6,8 +6,6 @@ Sizes: B windows of W positions, S plan segments, K actions, A action dimension,
 from __future__ import annotations
 
 import copy
-import inspect
-from collections.abc import Callable
 from typing import Any, NoReturn
 
 import torch
@@ -21,6 +19,7 @@ from planlm.kernels import environment
 from planlm.model.adapter import PlanAdapter, Plans
 from planlm.model.attention import check_mask, take_plans, within_documents
 from planlm.model.bottleneck import Bottleneck, BottleneckPlans
+from planlm.model.card import hub_name
 from planlm.model.configuration import PLANNER_SHAPE, WITHOUT_PLAN, PlanLMConfig
 from planlm.model.families import check_family, lm_layers, output_projections
 from planlm.model.insertion import InsertedPlans, check_generation, check_plain
@@ -32,19 +31,10 @@ from planlm.model.planner import Planner, codebook_fingerprint
 from planlm.model.states import StateInput, lower_part, read_states, text_states
 from planlm.model.text import Text, generating, generation_inputs, generation_selection, plan_inputs, remember, text_of
 from planlm.model.tracking import SentenceTracker
-from planlm.plan_inputs import PlanInputs
+from planlm.plan_inputs import PlanInputs, shows_plan_inputs
 from planlm.pretrained.names import absolute
 from planlm.pretrained.tokenizer import load_tokenizer
 from planlm.selections import SELECTIONS
-
-
-def _shows_plan_inputs(forward: Callable[..., Any]) -> Callable[..., Any]:
-    """Name the fields of `PlanInputs` in a signature: Trainer drops columns of a data set that it has no name for."""
-    signature = inspect.signature(forward)
-    *named, rest = signature.parameters.values()
-    fields = [inspect.Parameter(name, rest.KEYWORD_ONLY, default=None) for name in PlanInputs.__dataclass_fields__]
-    forward.__signature__ = signature.replace(parameters=[*named, *fields, rest])  # type: ignore[attr-defined]
-    return forward
 
 
 class PlanLMForCausalLM(ModelFolder, GenerationMixin):
@@ -160,6 +150,7 @@ class PlanLMForCausalLM(ModelFolder, GenerationMixin):
             **{f"planner_{name}": shape[name] for name in PLANNER_SHAPE},
             codebook_fingerprint=fingerprint,
             conditioned_layers=conditioned_layers,
+            base_model=hub_name(lm),
             **{**options, "encoder": absolute(options.get("encoder", ""))},
         )
         model = cls(config, lm=base).to(dtype)
@@ -319,7 +310,7 @@ class PlanLMForCausalLM(ModelFolder, GenerationMixin):
             oracle_nll = self.planner.horizon_nll(states, oracle_nll, inputs.actions_ahead)
         return plans, oracle_nll, logits
 
-    @_shows_plan_inputs
+    @shows_plan_inputs
     @can_return_tuple  # type: ignore[untyped-decorator]
     def forward(
         self,

@@ -84,7 +84,7 @@ def measure(config: TrainConfig, seconds: float, began: float) -> dict[str, Any]
         save(task, run, optimizer, state, keep=1)
         found["checkpoint"] = time.perf_counter() - clock
         clock = time.perf_counter()
-        finish(built.parallel, run, config)
+        finish(built.parallel, run, config, task.validation)
         found["end"] = time.perf_counter() - clock
     return found | {"memory": peak_memory(), "work": _work(built, config, timed.batches)}
 

@@ -117,9 +117,9 @@ class Run(contextlib.ExitStack):
                 "what it began with, or choose another --out"
             )
 
-    def last_line(self) -> dict[str, Any]:
-        """The newest object of `metrics.jsonl`; empty where somebody has taken that away."""
-        return next((line for _, line in reversed(self._lines())), {})
+    def last_line(self, step: int | None = None) -> dict[str, Any]:
+        """The newest object of `metrics.jsonl`, or that of a step; empty where somebody has taken that away."""
+        return next((line for _, line in reversed(self._lines()) if step in (None, line["step"])), {})
 
     def _lines(self) -> list[tuple[str, dict[str, Any]]]:
         """The lines of `metrics.jsonl` that are of a step, as text and object; whatever else is there is left out."""

@@ -35,7 +35,7 @@ from planlm.training.parallel import Parallel
 from planlm.training.run_directory import Run, check_run
 from planlm.training.schedules import parse_oracle_mix
 from planlm.training.start import check_fit, starting_model
-from planlm.training.validation import first_documents, validation
+from planlm.training.validation import Validation, first_documents, validation
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,7 +75,7 @@ def train(config: TrainConfig) -> dict[str, Any]:
         return dry_run(built.task, config)
     with Run(config, built.identity, built.task.steps) as run:
         fit(built.task, run, config)
-        return finish(built.parallel, run, config) | built.task.validation.best
+        return finish(built.parallel, run, config, built.task.validation) | built.task.validation.best
 
 
 def build(config: TrainConfig) -> Built:
@@ -175,6 +175,21 @@ def count_flops(model: PlanLMForCausalLM, config: TrainConfig) -> Callable[[list
     return flops
 
 
+def _trained(run: Run, config: TrainConfig, validation: Validation) -> dict[str, Any]:
+    """What the model card says of a run, by name: what decided it, and where it ended, as far as that is known."""
+    line = run.last_line(validation.best_step or None)
+    ended = {"steps": "step", "tokens": "tokens", "loss (nats)": "loss", "validation loss (nats)": "validation_loss"}
+    found = {
+        "corpus (fingerprint)": run.identity.get("corpus"),
+        "what trained of the language model": config.lm_mode,
+        "tokens per window": config.window,
+        "windows per step": config.batch_size * config.accumulate,
+        "seed": config.seed,
+        **{name: line.get(key) for name, key in ended.items()},
+    }
+    return {name: round(it, 3) if isinstance(it, float) else it for name, it in found.items() if it is not None}
+
+
 def check_settings(config: TrainConfig) -> None:
     """Collect every contradiction between settings; ranges are checked by the configuration.
 
@@ -241,7 +256,7 @@ def _problems_of_conditioning(config: TrainConfig) -> list[str]:
     return problems
 
 
-def finish(parallel: Parallel, run: Run, config: TrainConfig) -> dict[str, Any]:
+def finish(parallel: Parallel, run: Run, config: TrainConfig, validation: Validation) -> dict[str, Any]:
     """Write `model/`, which is whole or absent; what `train` returns."""
     model: PlanLMForCausalLM = parallel.model  # type: ignore[assignment]
     model.eval()
@@ -249,6 +264,7 @@ def finish(parallel: Parallel, run: Run, config: TrainConfig) -> dict[str, Any]:
     weights = parallel.weights() if parallel.is_sharded or has_lora else None
 
     def finish() -> dict[str, Any]:
+        model.config.trained = _trained(run, config, validation)
         own = merged(model, weights) if has_lora and weights is not None else weights
         folder = save_model(model.cpu() if own is None else model, run.path / "model", own)
         last = {key: value for key, value in run.last_line().items() if isinstance(value, int | float)}

@@ -95,6 +95,10 @@ def test_best_step_is_kept_and_becomes_the_model(planted: dict[str, str], tmp_pa
     held_out = PreparedCorpus.load(planted["corpus"]).split("validation").select(range(5))
     scores = score_documents(load_model(str(tmp_path / "run")), held_out, selections=["soft"], window=16)["soft"]
     assert found[4] == pytest.approx(scores.nll, rel=1e-5)
+    card = (tmp_path / "run/model/README.md").read_text()
+    assert "| steps | 4 |" in card and f"| validation loss (nats) | {found[4]:.4g} |" in card, "what is the model"
+    assert f"| corpus (fingerprint) | {PreparedCorpus.load(planted['corpus']).fingerprint} |" in card
+    assert planted["lm"] not in card and str(tmp_path) not in card
     (tmp_path / "run/checkpoints/step-4/tensors.safetensors").write_bytes(b"torn")
     with pytest.raises(MachineError, match=r"step-4: the best checkpoint is damaged or gone"):
         train(replace(config, resume=True))
