@@ -45,7 +45,7 @@ def main() -> None:
             follow(elsewhere, environment | own | {"HF_HUB_OFFLINE": "1"})
             if any((elsewhere / "cache").rglob("*.so")) != with_compiler:
                 raise SystemExit("the C++ operators were not compiled" if with_compiler else "a compiler was found")
-    print("the wheel serves the tutorial")
+        print("the wheel serves the tutorial", flush=True)
 
 
 def link_programs(folder: Path) -> None:
