@@ -10,10 +10,19 @@ from types import ModuleType
 
 import wrapt
 
-from planlm.api import evaluate, generate, plan_budget, prepare, pretrain_planner, train
+from planlm.api import audit, audit_probe, evaluate, generate, plan_budget, prepare, pretrain_planner, train
 
 __version__ = "0.1.0"
-__all__ = ["evaluate", "generate", "plan_budget", "prepare", "pretrain_planner", "train"]
+__all__ = [
+    "audit",
+    "audit_probe",
+    "evaluate",
+    "generate",
+    "plan_budget",
+    "prepare",
+    "pretrain_planner",
+    "train",
+]
 
 
 def _register(_: ModuleType) -> None:

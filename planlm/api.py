@@ -11,7 +11,16 @@ import inspect
 from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any, ParamSpec
 
-from planlm.config import EvaluateConfig, GenerateConfig, PlanBudgetConfig, PlannerConfig, PrepareConfig, TrainConfig
+from planlm.config import (
+    AuditConfig,
+    AuditProbeConfig,
+    EvaluateConfig,
+    GenerateConfig,
+    PlanBudgetConfig,
+    PlannerConfig,
+    PrepareConfig,
+    TrainConfig,
+)
 from planlm.errors import InputError
 
 if TYPE_CHECKING:
@@ -72,3 +81,5 @@ train = _command(TrainConfig, "planlm.training.train:train")
 plan_budget = _command(PlanBudgetConfig, "planlm.training.budget:plan_budget")
 evaluate = _command(EvaluateConfig, "planlm.evaluation.evaluate:evaluate")
 generate = _command(GenerateConfig, "planlm.model.generation:generate")
+audit = _command(AuditConfig, "planlm.evaluation.audit:audit")
+audit_probe = _command(AuditProbeConfig, "planlm.evaluation.probe:audit_probe")

@@ -109,6 +109,18 @@ COMMANDS = {
         show.generation,
         'planlm generate run --prompt "The harbour was built in 1905." --show-plan',
     ),
+    "audit": Command(
+        config.AuditConfig,
+        "planlm.evaluation.audit:audit",
+        show.audit,
+        "planlm audit audit.jsonl --corpus corpus",
+    ),
+    "audit-probe": Command(
+        config.AuditProbeConfig,
+        "planlm.evaluation.probe:audit_probe",
+        show.audit_probe,
+        "planlm audit-probe run --probe examples/probe.json",
+    ),
     "report": Command(
         config.ReportConfig,
         "planlm.report.page:write_report",

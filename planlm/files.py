@@ -93,6 +93,30 @@ def appending(path: Path, within: Path | None = None) -> Iterator[IO[str]]:
         yield file
 
 
+def append_lines(path: Path, lines: Iterable[str]) -> None:
+    """Append lines to a file to which other processes may append at the same time: none is torn by another's.
+
+    A half line at its end, as a killed process leaves, stays a line of its own. Errors as of `replacing`.
+    """
+    text = "".join(f"{line}\n" for line in lines)
+    with appending(path) as file:
+        if stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+            with contextlib.suppress(OSError):  # where the file system knows no locks
+                fcntl.flock(file, fcntl.LOCK_EX)
+            if not _ends_line(path):
+                file.write("\n")
+        file.write(text)
+
+
+def _ends_line(path: Path) -> bool:
+    """Whether a file is empty, or ends with a line break."""
+    with open(path, "rb") as file:
+        if file.seek(0, os.SEEK_END) == 0:
+            return True
+        file.seek(-1, os.SEEK_END)
+        return file.read() == b"\n"
+
+
 @contextlib.contextmanager
 def locked(path: Path) -> Iterator[None]:
     """Hold the file `path`, made if need be, which then says by what process; the lock dies with its owner.

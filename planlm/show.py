@@ -8,6 +8,7 @@ from typing import Any
 
 from planlm import config
 from planlm.labels import show_action
+from planlm.report.audit import format_audit, format_probe
 from planlm.report.budget import format_budget
 from planlm.report.generation import format_generation
 from planlm.report.tables import (
@@ -98,6 +99,16 @@ def generation(result: dict[str, Any], settings: config.GenerateConfig) -> str:
         names = [one.get("id", number) for number, one in enumerate(result["results"], 1)]
         return "\n\n".join(f"== {name}\n{text}" for name, text in zip(names, texts, strict=True))
     return _generated(result, settings)
+
+
+def audit(result: dict[str, Any], settings: config.AuditConfig) -> str:
+    """Drift, certainty and repetition."""
+    return format_audit(result)
+
+
+def audit_probe(result: dict[str, Any], settings: config.AuditProbeConfig) -> str:
+    """What names of each two groups differ in."""
+    return format_probe(result)
 
 
 def _generated(result: dict[str, Any], settings: config.GenerateConfig) -> str:

@@ -140,7 +140,8 @@ def test_texts_or_files(prepare: Callable[..., PreparedCorpus]) -> None:
     ("name", "settings"),
     [
         ("pretrain_planner", config.PlannerConfig), ("train", config.TrainConfig),
-        ("plan_budget", config.PlanBudgetConfig),
+        ("plan_budget", config.PlanBudgetConfig), ("audit", config.AuditConfig),
+        ("audit_probe", config.AuditProbeConfig),
         ("evaluate", config.EvaluateConfig), ("generate", config.GenerateConfig),
     ],
 )  # fmt: skip
@@ -163,7 +164,7 @@ def test_functions_run_what_the_commands_run(monkeypatch: pytest.MonkeyPatch) ->
     """The same function of the same settings: what a command does stands in two tables."""
     import planlm.cli
 
-    for name in ("pretrain-planner", "train", "plan-budget", "evaluate", "generate"):
+    for name in ("pretrain-planner", "train", "plan-budget", "evaluate", "generate", "audit", "audit-probe"):
         command, function = planlm.cli.COMMANDS[name], getattr(planlm, name.replace("-", "_"))
         module, attribute = command.run.split(":")
         monkeypatch.setattr(importlib.import_module(module), attribute, lambda settings: settings)

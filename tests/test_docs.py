@@ -82,6 +82,8 @@ def readme(tmp_path_factory: pytest.TempPathFactory, lm_folder: Callable[[str], 
     rows = [{"text": " ".join(f"The {word} of {row} is {word}." for word in words[row % 9 :: 3])} for row in range(60)]
     (folder / "articles.jsonl.gz").write_bytes(gzip.compress("\n".join(map(json.dumps, rows)).encode()))
     prompts = [{"prompt": "The harbour was built in 1905."}, {"prompt": "He was born in", "plan": [1, "*"]}]
+    (folder / "examples").mkdir()
+    shutil.copy(ROOT / "examples" / "probe.json", folder / "examples")
     (folder / "prompts.jsonl").write_text("".join(json.dumps(one) + "\n" for one in prompts))
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)

@@ -15,7 +15,13 @@ from planlm.config.base import (
     required,
 )
 from planlm.config.corpus import ActionsConfig, PrepareConfig
-from planlm.config.evaluation import EvaluateConfig, EvaluateGenerationConfig, ReportConfig
+from planlm.config.evaluation import (
+    AuditConfig,
+    AuditProbeConfig,
+    EvaluateConfig,
+    EvaluateGenerationConfig,
+    ReportConfig,
+)
 from planlm.config.generation import GenerateConfig
 from planlm.config.training import LoopConfig, PlanBudgetConfig, PlannerConfig, TrainConfig
 from planlm.config.whole import DoctorConfig, ExperimentConfig, QuickstartConfig, SmallLMConfig
@@ -26,6 +32,8 @@ __all__ = [
     "DEFAULT_LM",
     "PLANNER_INPUTS",
     "ActionsConfig",
+    "AuditConfig",
+    "AuditProbeConfig",
     "CommandConfig",
     "DoctorConfig",
     "EvaluateConfig",

@@ -77,6 +77,31 @@ class EvaluateGenerationConfig(CommandConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
+class AuditConfig(CommandConfig):
+    """What models have written, from audit trails: drift from their corpus, certainty, repetition."""
+
+    files: tuple[str, ...] = required("files that generate --audit wrote to", positional=True)
+    corpus: str = required("prepared corpus that the models were trained on")
+    bootstrap: int = option(
+        2000, "resamples of texts for the 95 % intervals, and samples of the corpus that show what chance does",
+        limit=BATCH,
+    )  # fmt: skip
+    seed: int = option(0, "seed of both", limit=SEED)
+
+
+@dataclass(frozen=True, kw_only=True)
+class AuditProbeConfig(CommandConfig):
+    """What swapping names in a text changes: the plan of the next sentence, and perplexity."""
+
+    run: str = required("run directory of train, or a model folder", positional=True)
+    probe: str = required("JSON file of prompts with {X}, and groups of names for it (examples/probe.json)")
+    bootstrap: int = option(
+        2000, "resamples of prompts for the 95 % intervals, and random divisions of the names", limit=BATCH
+    )
+    seed: int = option(0, "seed of both", limit=SEED)
+
+
+@dataclass(frozen=True, kw_only=True)
 class ReportConfig(CommandConfig):
     """One self-contained HTML page from run directories."""
 

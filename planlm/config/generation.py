@@ -53,5 +53,7 @@ class GenerateConfig(CommandConfig):
     stream: bool = option(
         False, "print the text on stderr while it is written, each sentence on a line behind its action"
     )
-    audit: str | None = option(None, "JSON-lines file for --prompt: one object per sentence with its plan")
+    audit: str | None = option(
+        None, "JSON-lines file to append to: a line for each sentence, its plan and what made it"
+    )
     seed: int = option(0, "seed of the sampling", limit=SEED)

@@ -67,12 +67,7 @@ def evaluate_generation(config: EvaluateGenerationConfig) -> dict[str, Any]:
         raise InputError(f"--steer: {run} plans nothing; leave it out")
     check_fit(model, config, corpus)
     prompts = find_prompts(dataset, config, model.lm.config.max_position_embeddings)
-    settings = corpus.manifest.settings
-    encoder = SentenceEncoder(corpus.manifest.encoder, precision=settings.get("precision", "auto"))
-    dim = corpus.manifest.action_dim
-    if encoder.dim != dim:
-        raise InputError(f"{encoder.name}: embeds in {encoder.dim} dimensions, the corpus in {dim}; prepare it again")
-    model.encoder = encoder
+    model.encoder = encoder = corpus_encoder(corpus)
     ids = dataset["id"]
     wanted: dict[str, Wanted] = {plan: (plan, None) for plan in plans}
     steering = Steering.draw(model, corpus, prompts, config) if config.steer else None
@@ -101,6 +96,20 @@ def evaluate_generation(config: EvaluateGenerationConfig) -> dict[str, Any]:
             content = earlier | {config.split: result | {"documents": documents, "scores": kept}}
             write_json(run / RESULTS, content, within=run)
     return result
+
+
+def corpus_encoder(corpus: PreparedCorpus) -> SentenceEncoder:
+    """The encoder that embedded a corpus's sentences, in the precision that it had then.
+
+    Raises:
+        InputError: it cannot be loaded, or is another one now.
+    """
+    manifest = corpus.manifest
+    encoder = SentenceEncoder(manifest.encoder, precision=manifest.settings.get("precision", "auto"))
+    dim = manifest.action_dim
+    if encoder.dim != dim:
+        raise InputError(f"{encoder.name}: embeds in {encoder.dim} dimensions, the corpus in {dim}; prepare it again")
+    return encoder
 
 
 def _parse(config: EvaluateGenerationConfig) -> list[str]:

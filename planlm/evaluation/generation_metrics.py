@@ -43,8 +43,13 @@ def finished_sentences(text: str) -> list[str]:
     return sentences if len(sentences) < 2 or ends_sentence(text) else sentences[:-1]
 
 
+def sentence_actions(sentences: list[str], encoder: SentenceEncoder, codebook: np.ndarray) -> np.ndarray:
+    """The action of each sentence, int32 `[n]`, by the rounding of preparation; arguments as of `action_sequences`."""
+    return assign_actions(encoder.encode(sentences).astype(np.float16), codebook)[0]
+
+
 def action_sequences(texts: Sequence[str], encoder: SentenceEncoder, codebook: np.ndarray) -> list[list[int]]:
-    """The actions of each text's sentences, by the encoder, the rounding and the codebook of preparation.
+    """The actions of each text's sentences, as preparation finds them.
 
     Args:
         texts: n continuations.
@@ -55,7 +60,7 @@ def action_sequences(texts: Sequence[str], encoder: SentenceEncoder, codebook: n
     together = [sentence for own in sentences for sentence in own]
     if not together:
         return [[] for _ in texts]
-    actions, _ = assign_actions(encoder.encode(together).astype(np.float16), codebook)
+    actions = sentence_actions(together, encoder, codebook)
     return [part.tolist() for part in np.split(actions, np.cumsum([len(own) for own in sentences])[:-1])]
 
 
@@ -79,8 +84,8 @@ def edit_distances(
     return distances, [float(Levenshtein.normalized_distance(one, other)) for one, other in pairs]
 
 
-def distinct(tokens: Sequence[int], n: int) -> float:
-    """Share of distinct n-grams among all of a text (Li et al., 2016, within each text); 1 where it has none."""
+def distinct(tokens: Sequence[int] | Sequence[str], n: int) -> float:
+    """Share of distinct n-grams of tokens or words among all of a text (Li et al., 2016); 1 where it has none."""
     grams = list(zip(*(tokens[start:] for start in range(n)), strict=False))
     return len(set(grams)) / len(grams) if grams else 1.0
 

@@ -108,7 +108,7 @@ def compare_following(
             "unsteered": lambda drawn, of=of: unsteered.mean(of, drawn),
             "difference": lambda drawn, of=of: steered.mean(of, drawn) - unsteered.mean(of, drawn),
         }
-        found[of] = {name: _with_interval(one, len(steered.hits), resamples, seed) for name, one in statistics.items()}
+        found[of] = {name: with_interval(one, len(steered.hits), resamples, seed) for name, one in statistics.items()}
         found[of]["chance"] = by_chance
         delta, interval = found[of]["difference"].values()
         sign = -1 if of == "hits" else 1  # more hits and lower ranks are better
@@ -119,9 +119,10 @@ def compare_following(
     return found
 
 
-def _with_interval(
+def with_interval(
     statistic: Callable[[NDArray[np.int64]], NDArray[np.float64]], num_prompts: int, resamples: int, seed: int
 ) -> dict[str, Any]:
+    """`value` of a statistic of all prompts, and `ci95`; arguments as of `significance.bootstrap_interval`."""
     interval = bootstrap_interval(statistic, num_prompts, resamples=resamples, seed=seed)
     value = float(statistic(np.arange(num_prompts)[None])[0])
     return {"value": value, "ci95": None if interval is None else list(interval)}

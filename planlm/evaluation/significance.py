@@ -103,6 +103,18 @@ def bootstrap_interval(
     Returns:
         `(low, high)`, or None below `MIN_DOCUMENTS` documents.
     """
+    found = bootstrap_intervals(statistic, num_documents, resamples=resamples, seed=seed)
+    return None if found is None else (float(found[0]), float(found[1]))
+
+
+def bootstrap_intervals(
+    statistics: Callable[[NDArray[np.int64]], NDArray[np.float64]],
+    num_documents: int,
+    *,
+    resamples: int = 2000,
+    seed: int = 0,
+) -> NDArray[np.float64] | None:
+    """As `bootstrap_interval`, of several statistics, `[r, m]`, of the same draws: lower and upper ends, `[2, m]`."""
     if num_documents < MIN_DOCUMENTS:
         return None
     generator = np.random.default_rng(seed)
@@ -110,10 +122,10 @@ def bootstrap_interval(
     at_once = max(1, _GATHERED // num_documents)
     for start in range(0, resamples, at_once):
         drawn = generator.integers(num_documents, size=(min(at_once, resamples - start), num_documents))  # [r, n]
-        values.append(statistic(drawn))
+        values.append(statistics(drawn))
     tail = float(ndtr(math.sqrt(num_documents / (num_documents - 1)) * stdtrit(num_documents - 1, 0.025)))
-    low, high = np.quantile(np.concatenate(values), [tail, 1 - tail])
-    return float(low), float(high)
+    ends: NDArray[np.float64] = np.quantile(np.concatenate(values), [tail, 1 - tail], axis=0)
+    return ends
 
 
 def compare_rows(

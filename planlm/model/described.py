@@ -5,6 +5,8 @@ Sizes: K actions.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
@@ -16,13 +18,52 @@ TOP_ACTIONS = 3
 """Most probable actions reported for each sentence."""
 
 
-def describe(
+@dataclass(frozen=True)
+class PlannedSentence:
+    """A sentence that was continued or begun, and the plan that it was written with.
+
+    Attributes:
+        text: its text, where the prompt left it open from its beginning.
+        finished: False where generation broke off in it.
+        action: forced on it or drawn for it, else the most probable; None where no planner was asked.
+        forced: action that `--plan` asked for, if any.
+        drawn: action that was drawn, if any.
+        probabilities: float32 `[K]`, as the planner's were used; None where it was not asked.
+    """
+
+    text: str
+    finished: bool
+    action: int | None
+    forced: int | None
+    drawn: int | None
+    probabilities: Tensor | None
+
+    def describe(self, labels: Sequence[str] | None) -> dict[str, Any]:
+        """What a result has of it, ready for JSON; `labels` of the actions, if there are any."""
+        actions = []
+        if self.probabilities is not None:
+            values, likely = self.probabilities.topk(min(TOP_ACTIONS, len(self.probabilities)))
+            actions = [
+                {"action": action, "label": label_of(action, labels), "probability": round(value, 4)}
+                for action, value in zip(likely.tolist(), values.tolist(), strict=True)
+            ]
+        return {
+            "sentence": self.text,
+            "action": self.action,
+            "label": label_of(self.action, labels),
+            "actions": actions,
+            "forced": self.forced,
+            "drawn": self.drawn,
+        }
+
+
+def planned_sentences(
     model: PlanLMForCausalLM, tracker: SentenceTracker, prompt: list[int], new: list[int], place: tuple[int, int]
-) -> list[dict[str, Any]]:
+) -> list[PlannedSentence]:
     """The sentence that the prompt left open and those after it, with the planner's distribution that each followed.
 
     Args:
-        model: for the labels and the temperature.
+        model: for the temperature.
         tracker: of the batch.
         prompt: tokens.
         new: those behind it.
@@ -31,31 +72,23 @@ def describe(
     ids = [*prompt, *new]
     text = tracker.track(ids, *place)
     first = len(tracker.track(prompt, *place).sentences)
-    described = []
+    found = []
     for at, sentence in enumerate([*text.sentences, tracker.decode(ids[text.open_start :]).strip()]):
         if at < first or not sentence:
             continue
         which, logits = (at - first, place[0]), text.finished[at].logits
-        forced, drawn, actions = tracker.forced(*which), tracker.drawn(*which, logits), []
-        if logits is not None:
-            probabilities = (logits.float() / model.config.plan_temperature).softmax(dim=-1)
-            values, likely = probabilities.topk(min(TOP_ACTIONS, len(probabilities)))
-            actions = [
-                {"action": action, "label": _label(model, action), "probability": round(value, 4)}
-                for action, value in zip(likely.tolist(), values.tolist(), strict=True)
-            ]
-        action = action_of(tracker, which, logits)
-        described.append(
-            {
-                "sentence": sentence,
-                "action": action,
-                "label": _label(model, action),
-                "actions": actions,
-                "forced": None if forced < 0 else forced,
-                "drawn": None if drawn < 0 else drawn,
-            }
+        forced, drawn = tracker.forced(*which), tracker.drawn(*which, logits)
+        found.append(
+            PlannedSentence(
+                sentence,
+                at < len(text.sentences),
+                action_of(tracker, which, logits),
+                None if forced < 0 else forced,
+                None if drawn < 0 else drawn,
+                None if logits is None else (logits.float() / model.config.plan_temperature).softmax(dim=-1),
+            )
         )
-    return described
+    return found
 
 
 def action_of(tracker: SentenceTracker, which: tuple[int, int], logits: Tensor | None) -> int | None:
@@ -71,6 +104,6 @@ def action_of(tracker: SentenceTracker, which: tuple[int, int], logits: Tensor |
     return next((action for action in (forced, drawn, likely) if action >= 0), None)
 
 
-def _label(model: PlanLMForCausalLM, action: int | None) -> str | None:
-    labels = model.config.action_labels
+def label_of(action: int | None, labels: Sequence[str] | None) -> str | None:
+    """What an action is called; None where it is not."""
     return None if labels is None or action is None else labels[action] or None

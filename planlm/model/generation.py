@@ -20,10 +20,11 @@ from torch import Tensor
 
 from planlm.config import GenerateConfig
 from planlm.errors import InputError
-from planlm.files import appending, beside_result, checksum, write_text
+from planlm.files import beside_result, checksum, write_text
 from planlm.labels import show_action
 from planlm.model.attempts import GrowingTracker, write
-from planlm.model.described import action_of, describe
+from planlm.model.audit import AuditTrail
+from planlm.model.described import action_of, planned_sentences
 from planlm.model.kept import KeptTexts
 from planlm.model.loading import load_model, model_checksum
 from planlm.model.modeling import PlanLMForCausalLM
@@ -64,6 +65,7 @@ class _Call:
     model: PlanLMForCausalLM
     selection: str
     steering: Steering
+    trail: AuditTrail | None
 
     @property
     def samples(self) -> int:
@@ -85,8 +87,8 @@ def generate(config: GenerateConfig) -> dict[str, Any]:
         Of a file `results`, one of these for each prompt, with its `id` if it has one; or, with `out`, `out` and the
         number of `prompts`, and the results stand in that file.
 
-        `--audit` appends one line per sentence to a file; a run directory keeps the newest result of `prompt` in
-        `generation.json`, for its report.
+        `audit` appends a line for each sentence of every text to a file (docs/audit.md); a run directory keeps the
+        newest result of `prompt` in `generation.json`, for its report.
 
     Raises:
         InputError: contradicting options, no model, a prompt that cannot be continued, or no such action.
@@ -94,8 +96,10 @@ def generate(config: GenerateConfig) -> dict[str, Any]:
     _check(config)
     model = load_model(config.run)
     selection = _selection(config, model)
-    call = _Call(config, model, selection, find_steering(config, model, selection))
-    prompts = find_prompts(config, model, selection, call.steering.ban)
+    steering = find_steering(config, model, selection)
+    prompts = find_prompts(config, model, selection, steering.ban)
+    trail = AuditTrail(config, model.config, selection, steering) if config.audit else None
+    call = _Call(config, model, selection, steering, trail)
     if config.prompts is not None and config.out is not None:
         return _to_file(call, prompts, Path(config.out))
     results = dict(pair for batch in _continued(call, prompts) for pair in batch)
@@ -111,8 +115,6 @@ def _check(config: GenerateConfig) -> None:
         raise InputError("expected either --prompt TEXT or --prompts FILE")
     if config.prompts is None and config.out is not None:
         raise InputError(f"--out {config.out}: is for --prompts FILE; the result of --prompt is printed")
-    if config.prompts is not None and config.audit is not None:
-        raise InputError(f"--audit {config.audit}: is for --prompt; results of --prompts have every sentence's plan")
     if config.stream and (config.prompts is not None or config.num_plans is not None or config.attempts > 1):
         raise InputError("--stream: shows one text as it is written; leave --prompts, --num-plans and --attempts out")
     if config.attempts > 1 and config.temperature == 0:
@@ -207,13 +209,15 @@ def _batch(call: _Call, prompts: list[Prompt], step: Callable[[int], None]) -> l
     ends = model.generation_config.eos_token_id
     no_text = {padding, *(ends if isinstance(ends, list) else [ends])}
     texts = [_without_end(new, no_text) for new in found]
-    made = [
-        {
-            "text": tokenizer.decode(new, skip_special_tokens=True),
-            "plan": [] if call.selection == "none" else describe(model, tracker, row.ids, new, (number, len(rows))),
-        }
-        for number, (row, new) in enumerate(zip(rows, texts, strict=True))
-    ]
+    made = []
+    for number, (row, new) in enumerate(zip(rows, texts, strict=True)):
+        sentences = []
+        if call.selection != "none" or call.trail is not None:
+            sentences = planned_sentences(model, tracker, row.ids, new, (number, len(rows)))
+        if call.trail is not None:  # before it is kept: what a call that goes on finds is in the trail
+            call.trail.add(row, number % call.samples, sentences)
+        plan = [] if call.selection == "none" else [one.describe(model.config.action_labels) for one in sentences]
+        made.append({"text": tokenizer.decode(new, skip_special_tokens=True), "plan": plan})
     if config.num_plans is not None:
         scores = _scores(call, tracker, [row.ids for row in rows], texts)
         made = [one | {"score": score} for one, score in zip(made, scores, strict=True)]
@@ -232,6 +236,8 @@ def _written(
     """New tokens of a batch's texts, written from beginning to end."""
     config, model = call.config, call.model
     ids, mask = left_padded([row.ids for row in rows], settings["pad_token_id"], model.device)
+    if not model.plans(call.selection):  # then nothing else tells it what the prompts are
+        tracker.start(ids, mask.bool())
     torch.manual_seed(config.seed)  # for what samples of beams are drawn by
     found = model.generate(
         ids,
@@ -328,8 +334,7 @@ def _result(call: _Call, prompt: Prompt, made: list[dict[str, Any]]) -> dict[str
         "prompt": prompt.text,
         "text": ranked[0]["text"],
         "selection": call.selection,
-        "ban": call.steering.ban,
-        "favour": {str(action): nats for action, nats in call.steering.favour.items()},
+        **call.steering.describe(),
         "plan": ranked[0]["plan"],
     }
     named = {} if prompt.id is None else {"id": prompt.id}
@@ -337,15 +342,12 @@ def _result(call: _Call, prompt: Prompt, made: list[dict[str, Any]]) -> dict[str
 
 
 def _keep(config: GenerateConfig, result: dict[str, Any]) -> None:
-    """Write `generation.json` into a run directory, and the audit trail."""
+    """Write `generation.json` into a run directory."""
     run = Path(config.run)
     if (run / "model").is_dir():
         with beside_result(run / "generation.json"):
             text = json.dumps(result, ensure_ascii=False, indent=1) + "\n"
             write_text(run / "generation.json", text, within=run)
-    if config.audit:
-        with beside_result(Path(config.audit)), appending(Path(config.audit)) as file:
-            file.writelines(json.dumps(sentence, ensure_ascii=False) + "\n" for sentence in result["plan"])
 
 
 def _streamer(call: _Call, tracker: SentenceTracker, prompt: Prompt) -> SentenceStreamer:

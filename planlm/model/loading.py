@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 import os
 import shutil
 from pathlib import Path
@@ -15,7 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, Pre
 from transformers.utils import cached_file
 
 from planlm.errors import InputError
-from planlm.files import checksum, read_json, replacing_folder, share
+from planlm.files import read_json, replacing_folder, share
 from planlm.model.card import CARD, write_card
 from planlm.model.configuration import PlanLMConfig
 from planlm.model.families import check_family
@@ -91,9 +92,12 @@ def model_folder(name: str) -> Path:
 
 
 def model_checksum(name: str) -> str:
-    """What a run directory's model or a model folder is: checksums of its weights, tokenizer and settings."""
-    folder = model_folder(name)
-    return " ".join(checksum(file) for file in sorted([*folder.glob("*.json"), *folder.glob("*.safetensors")]))
+    """What a run directory's model or a model folder is: sha256 of its weights, tokenizer and settings."""
+    folder, digest = model_folder(name), hashlib.sha256()
+    for path in sorted([*folder.glob("*.json"), *folder.glob("*.safetensors")]):
+        with open(path, "rb") as file:
+            digest.update(path.name.encode() + b"\0" + hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()
 
 
 def joint_config(name: str) -> PlanLMConfig | None:

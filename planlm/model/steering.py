@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -39,6 +40,10 @@ class Steering:
             bias[action] = nats
         bias[self.ban] = -math.inf
         return bias
+
+    def describe(self) -> dict[str, Any]:
+        """`ban` and `favour`, ready for JSON."""
+        return {"ban": self.ban, "favour": {str(action): nats for action, nats in self.favour.items()}}
 
 
 def find_steering(config: GenerateConfig, model: PlanLMForCausalLM, selection: str) -> Steering:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import textwrap
 from typing import Any
 
-from planlm.report.tables import SHORT, align
+from planlm.report.tables import SHORT, align, ends, number
 
 GENERATION_METRICS = (
     ("rouge2", "ROUGE-2", 4),
@@ -60,7 +60,7 @@ def generation_cells(result: dict[str, Any]) -> list[list[str]]:
     heading = ["", *(row["plan"] for row in result["rows"]), "human"]
     return [
         heading,
-        *([label, *(_number(one[key], places) for one in columns)] for key, label, places in GENERATION_METRICS),
+        *([label, *(number(one[key], places) for one in columns)] for key, label, places in GENERATION_METRICS),
     ]
 
 
@@ -87,23 +87,19 @@ def steering_cells(steering: dict[str, Any]) -> list[list[str]]:
     for name in ("steered", "unsteered", "difference"):
         row, sign = [name], "+" if name == "difference" else ""
         for of, places in (("hits", 3), ("ranks", 1)):
-            row += [_number(steering[of][name]["value"], places, sign), _ends(steering[of][name]["ci95"], places, sign)]
+            row += [number(steering[of][name]["value"], places, sign), ends(steering[of][name]["ci95"], places, sign)]
         rows.append([*row, f"{steering['sentences'][name]:,}" if name in steering["sentences"] else "–"])
     return [
         *rows,
-        ["chance", _number(steering["hits"]["chance"], 3), "–", _number(steering["ranks"]["chance"], 1), "–", "–"],
+        ["chance", number(steering["hits"]["chance"], 3), "–", number(steering["ranks"]["chance"], 1), "–", "–"],
     ]
-
-
-def _ends(interval: list[float] | None, places: int, sign: str) -> str:
-    return "–" if interval is None else f"[{', '.join(_number(end, places, sign=sign) for end in interval)}]"
 
 
 def _cells(label: str, difference: dict[str, Any], places: int) -> list[str]:
     return [
         label,
-        _number(difference["delta"], places, sign="+"),
-        _ends(difference["ci95"], places, "+"),
+        number(difference["delta"], places, sign="+"),
+        ends(difference["ci95"], places, "+"),
         SHORT.get(difference["verdict"], difference["verdict"]),
     ]
 
@@ -119,7 +115,3 @@ def _in_words(plan: str, differences: dict[str, Any]) -> list[str]:
             list(kinds.values())[verdicts.get(said, 2)].append(name)
     lines = [f"{plan} is {what} {', '.join(names)}" for what, names in kinds.items() if names]
     return [textwrap.fill(line.replace("is no measurable", "makes no measurable"), 80) for line in lines]
-
-
-def _number(value: float | None, places: int, sign: str = "") -> str:
-    return "–" if value is None else f"{value:{sign}.{places}f}".replace("-", "−")

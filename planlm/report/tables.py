@@ -152,3 +152,13 @@ def align(rows: Sequence[Sequence[str]], left: tuple[int, ...]) -> str:
         for row in rows
     )
     return "\n".join(line.rstrip() for line in lines)
+
+
+def number(value: float | None, places: int, sign: str = "") -> str:
+    """A figure with so many decimals, with `sign="+"` always with its sign; a dash for none."""
+    return "–" if value is None else f"{value:{sign}.{places}f}".replace("-", "−")
+
+
+def ends(interval: Sequence[float] | None, places: int, sign: str = "") -> str:
+    """An interval as `number` shows its ends."""
+    return "–" if interval is None else f"[{', '.join(number(end, places, sign) for end in interval)}]"

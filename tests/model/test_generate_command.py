@@ -156,7 +156,7 @@ def test_a_bad_row_is_named_before_anything_is_generated(
         ({"prompt": "a", "prompts": "p.txt"}, "expected either --prompt TEXT or --prompts FILE"),
         ({"prompt": "a", "out": "o.jsonl"}, "--out o.jsonl: is for --prompts"),
         ({"prompts": "p.txt", "out": "missing/o.jsonl"}, "--out missing/o.jsonl: no such folder"),
-        ({"prompts": "p.txt", "audit": "a.jsonl"}, "--audit a.jsonl: is for --prompt;"),
+        ({"prompts": "p.txt", "audit": "missing/a.jsonl"}, "--audit missing/a.jsonl: no such folder"),
         ({"prompts": "p.txt", "stream": True}, "--stream: shows one text"),
         ({"prompt": "a", "num_plans": 2, "stream": True}, "--stream: shows one text"),
         ({"prompt": "a", "num_plans": 2, "selection": "fixed"}, "--num-plans: selection fixed asks no planner"),
