@@ -128,6 +128,8 @@ def _planned_sentence(sentence: dict[str, Any]) -> str:
     how = next(
         (word for kind, word in (("forced", "as asked"), ("drawn", "drawn")) if sentence.get(kind) is not None), None
     )
+    if how is not None and sentence.get("carried") is not None:
+        how += ", and carried" if sentence["carried"] == sentence["action"] else f", and carries {sentence['carried']}"
     decided = "" if how is None else f"{_named(sentence)}, {how}; the planner's: "
     return f"plan {decided}{likely}\n{textwrap.indent(textwrap.fill(sentence['sentence'], 78), '  ')}"
 

@@ -18,7 +18,7 @@ from planlm.corpus.store import PreparedCorpus
 from planlm.evaluation.generation_statistics import Following, compare_following
 from planlm.evaluation.generation_texts import Prompt
 from planlm.model.modeling import PlanLMForCausalLM
-from planlm.model.tracking import SentenceTracker
+from planlm.model.tracking import SentenceTracker, centroid_distances
 from planlm.selections import SELECTIONS
 
 STEERED = "steered"
@@ -99,7 +99,7 @@ def follow(
 ) -> list[int]:
     """For each complete sentence that was begun behind a prompt, the rank of its action's centroid, 1 for the nearest.
 
-    Sentences are those that the plan was made for, and embeddings are rounded as in preparation.
+    Sentences are those that the plan was made for.
 
     Args:
         prompt: its tokens.
@@ -114,6 +114,6 @@ def follow(
     begun = first + (text.segments[max(0, len(prompt) - 2)] == first)  # without one that began in the prompt
     ranks = []
     for number, sentence in enumerate(text.finished[1 + begun :], begun - first):
-        distances = np.square(sentence.embedding.astype(np.float16).astype(np.float32) - codebook).sum(axis=1)
+        distances = centroid_distances(sentence.embedding, codebook)
         ranks.append(1 + int((distances < distances[asked[number]]).sum()))
     return ranks

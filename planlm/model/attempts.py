@@ -21,7 +21,7 @@ from transformers import StoppingCriteria
 from planlm.config import EvaluateGenerationConfig, GenerateConfig
 from planlm.model.modeling import PlanLMForCausalLM
 from planlm.model.sampling import SharedGumbel, left_padded, sampled
-from planlm.model.tracking import SentenceTracker, TrackedText
+from planlm.model.tracking import SentenceTracker, TrackedText, centroid_distances
 
 
 class GrowingTracker(SentenceTracker):
@@ -120,8 +120,7 @@ def _chosen(
     for number, text in enumerate(tried):
         if action < 0 or len(text.finished) == sentence:
             continue
-        embedding = text.finished[sentence].embedding.astype(np.float16).astype(np.float32)  # as preparation rounds
-        distances = np.square(embedding - centroids).sum(axis=1)
+        distances = centroid_distances(text.finished[sentence].embedding, centroids)
         if distances.argmin() == action:
             return number
         nearest = min(nearest, (float(distances[action]), number))

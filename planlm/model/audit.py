@@ -85,6 +85,7 @@ class AuditTrail:
                 "label": label_of(one.action, self._labels),
                 "forced": one.forced,
                 "drawn": one.drawn,
+                "carried": one.carried,
                 "plan": plan,
             }
             lines.append(json.dumps(line | self._made_with, ensure_ascii=False))

@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from planlm.model.modeling import PlanLMForCausalLM
-from planlm.model.tracking import SentenceTracker
+from planlm.model.tracking import SentenceTracker, centroid_distances
 
 TOP_ACTIONS = 3
 """Most probable actions reported for each sentence."""
@@ -28,6 +28,7 @@ class PlannedSentence:
         action: forced on it or drawn for it, else the most probable; None where no planner was asked.
         forced: action that `--plan` asked for, if any.
         drawn: action that was drawn, if any.
+        carried: action that it carries as it was written; None where it is not finished, or the model cannot tell.
         probabilities: float32 `[K]`, as the planner's were used; None where it was not asked.
     """
 
@@ -36,6 +37,7 @@ class PlannedSentence:
     action: int | None
     forced: int | None
     drawn: int | None
+    carried: int | None
     probabilities: Tensor | None
 
     def describe(self, labels: Sequence[str] | None) -> dict[str, Any]:
@@ -54,6 +56,7 @@ class PlannedSentence:
             "actions": actions,
             "forced": self.forced,
             "drawn": self.drawn,
+            "carried": self.carried,
         }
 
 
@@ -78,13 +81,17 @@ def planned_sentences(
             continue
         which, logits = (at - first, place[0]), text.finished[at].logits
         forced, drawn = tracker.forced(*which), tracker.drawn(*which, logits)
+        is_finished, carried = at < len(text.sentences), None
+        if is_finished and model.has_centroids:
+            carried = int(centroid_distances(text.finished[at + 1].embedding, model.centroids.numpy()).argmin())
         found.append(
             PlannedSentence(
                 sentence,
-                at < len(text.sentences),
+                is_finished,
                 action_of(tracker, which, logits),
                 None if forced < 0 else forced,
                 None if drawn < 0 else drawn,
+                carried,
                 None if logits is None else (logits.float() / model.config.plan_temperature).softmax(dim=-1),
             )
         )

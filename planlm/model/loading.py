@@ -280,6 +280,11 @@ class ModelFolder(PreTrainedModel):
         self._centroids = centroids.detach().float().cpu().clone()
 
     @property
+    def has_centroids(self) -> bool:
+        """Whether the model can tell which action a sentence carries."""
+        return self._centroids is not None
+
+    @property
     def encoder(self) -> SentenceEncoder:
         """The sentence encoder of `config.encoder`, loaded at first use.
 

@@ -352,6 +352,17 @@ class _Prompt:
         return len(self._sentences) - 1, count + 1, end
 
 
+def centroid_distances(embedding: np.ndarray, centroids: np.ndarray) -> np.ndarray:
+    """Squared distances `[K]` of a sentence to the centroids of actions: it carries the action of the nearest.
+
+    Args:
+        embedding: the sentence's, `[A]`; rounded as in preparation.
+        centroids: float32 `[K, A]`.
+    """
+    distances: np.ndarray = np.square(embedding.astype(np.float16).astype(np.float32) - centroids).sum(axis=1)
+    return distances
+
+
 def _by_prompt(actions: Sequence[int] | Sequence[Sequence[int]]) -> list[list[int]]:
     """Forced actions as a list for each prompt in turn, one list for all where they are not."""
     if all(isinstance(one, int) for one in actions):

@@ -47,7 +47,7 @@ def test_a_line_says_all_of_its_sentence(run: Path) -> None:
     result, lines = audited(run, plan="3,*", ban="2", favour="label 4:1.5", temperature=0.7)
     assert len(lines) == len(result["plan"]) > 1
     for number, (line, sentence) in enumerate(zip(lines, result["plan"], strict=True)):
-        shared = ("sentence", "action", "label", "forced", "drawn")
+        shared = ("sentence", "action", "label", "forced", "drawn", "carried")
         assert {name: line[name] for name in shared}.items() <= sentence.items()
         assert line["number"] == number and line["text"] == lines[0]["text"] and ("prompt" in line) == (number == 0)
         assert line["prompt_sha256"] == hashlib.sha256(PROMPT.encode()).hexdigest()

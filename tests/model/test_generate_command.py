@@ -275,6 +275,7 @@ def test_of_several_attempts_the_first_that_carries_its_action_is_kept(run: Plan
         for count, sentences in texts.items():
             hits[count] += sum(carried(run, one["sentence"]) == action for one in sentences[:2])
         assert [one["forced"] for one in texts[8]][:3] == [action, action, None]
+        assert [one["carried"] for one in texts[8][:-1]] == [carried(run, one["sentence"]) for one in texts[8][:-1]]
         if carried(run, texts[1][0]["sentence"]) == action:
             assert texts[8][0]["sentence"] == texts[1][0]["sentence"]
     assert hits[8] > hits[1] + 2

@@ -67,7 +67,10 @@ def test_plan_takes_labels_and_the_planners_choice(run: PlanLMForCausalLM) -> No
     assert forced == [2, None, 1][: len(forced)] and len(forced) >= 1
     assert result["plan"][0]["action"] == 2 and result["plan"][0]["label"] == "birth and family"
     text = show.generation(result, GenerateConfig(run="run", prompt=PROMPT, show_plan=True))
-    assert "plan 2 (birth and family), as asked; the planner's: " in text
+    assert "plan 2 (birth and family), as asked" in text
+    for carried, words in ((2, "as asked, and carried;"), (5, "as asked, and carries 5;"), (None, "as asked;")):
+        result["plan"][0]["carried"] = carried
+        assert words in show.generation(result, GenerateConfig(run="run", prompt=PROMPT, show_plan=True))
 
 
 def test_ban_and_favour_are_reported_and_hold(run: PlanLMForCausalLM) -> None:
