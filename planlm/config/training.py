@@ -215,6 +215,17 @@ class TrainConfig(LoopConfig):
     checkpoint_activations: bool = option(
         False, "keep only each layer's input for the backward pass and compute the rest again: less memory, more time"
     )
+    sample_every: int | None = option(
+        None,
+        "steps between samples: some prompts continued by the model as it is, always by the same random numbers, with "
+        "their plans, in OUT/samples.jsonl; default: never",
+        limit=COUNT,
+    )
+    sample_prompts: str | None = option(
+        None,
+        "file of prompts for --sample-every, as generate --prompts takes it; default: the first sentences of the first "
+        "three documents of the validation split",
+    )
     dry_run: bool = option(
         False, "only say what the run would cost (shapes, steps, time, memory), from a few steps; writes nothing"
     )

@@ -94,12 +94,8 @@ def generate(config: GenerateConfig) -> dict[str, Any]:
         InputError: contradicting options, no model, a prompt that cannot be continued, or no such action.
     """
     _check(config)
-    model = load_model(config.run)
-    selection = _selection(config, model)
-    steering = find_steering(config, model, selection)
-    prompts = find_prompts(config, model, selection, steering.ban)
-    trail = AuditTrail(config, model.config, selection, steering) if config.audit else None
-    call = _Call(config, model, selection, steering, trail)
+    call = _call(config, load_model(config.run))
+    prompts = find_prompts(config, call.model, call.selection, call.steering.ban)
     if config.prompts is not None and config.out is not None:
         return _to_file(call, prompts, Path(config.out))
     results = dict(pair for batch in _continued(call, prompts) for pair in batch)
@@ -107,6 +103,46 @@ def generate(config: GenerateConfig) -> dict[str, Any]:
         return {"results": [results[prompt.number] for prompt in prompts]}
     _keep(config, results[0])
     return results[0]
+
+
+def continuing(
+    config: GenerateConfig, model: PlanLMForCausalLM, prompts: list[Prompt] | None, option: str
+) -> Callable[[], list[dict[str, Any]]]:
+    """What continues the same prompts whenever it is called, with the model as it is by then.
+
+    Args:
+        config: as of `generate`; of the model it has the name alone.
+        model: in evaluation mode when it is called.
+        prompts: to continue; None: those of the file.
+        option: what errors call the one that names the file.
+
+    Returns:
+        A function that gives a result of `generate` for each prompt.
+
+    Raises:
+        InputError: as `generate`.
+    """
+    call = _call(config, model)
+    if prompts is None:
+        prompts = find_prompts(config, model, call.selection, call.steering.ban, option)
+    assert model.encoder is not None  # read now: one that is not there is refused before any work
+
+    def results() -> list[dict[str, Any]]:
+        found = {
+            prompt.number: result
+            for some in _batches(call, prompts)
+            for prompt, result in zip(some, _batch(call, some, lambda count: None), strict=True)
+        }
+        return [found[prompt.number] for prompt in prompts]
+
+    return results
+
+
+def _call(config: GenerateConfig, model: PlanLMForCausalLM) -> _Call:
+    selection = _selection(config, model)
+    steering = find_steering(config, model, selection)
+    trail = AuditTrail(config, model.config, selection, steering) if config.audit else None
+    return _Call(config, model, selection, steering, trail)
 
 
 def _check(config: GenerateConfig) -> None:
@@ -169,21 +205,26 @@ def _to_file(call: _Call, prompts: list[Prompt], out: Path) -> dict[str, Any]:
 
 
 def _continued(call: _Call, prompts: list[Prompt]) -> Iterator[list[tuple[int, dict[str, Any]]]]:
-    """The prompts' numbers and results, a batch at a time, those of like length together."""
-    config, own = call.config, call.model.generation_config.to_diff_dict()
+    """The prompts' numbers and results, a batch at a time."""
+    config, finished = call.config, 0
     texts, tokens = call.samples * len(prompts), config.max_new_tokens
-    alike = (lambda prompt: len(prompt.ids)) if _READ_PADDING & own.keys() else (lambda prompt: 0)
-    size, finished = max(1, config.batch_size // call.samples), 0
     show = contextlib.nullcontext() if config.stream else Progress("generate", texts * tokens, "tokens")
     with show as progress:
         step = progress.advance if progress is not None else lambda count: None
-        for _, group in groupby(sorted(prompts, key=lambda prompt: (len(prompt.ids), prompt.number)), key=alike):
-            some = list(group)
-            for batch in (some[start : start + size] for start in range(0, len(some), size)):
-                yield [(one.number, result) for one, result in zip(batch, _batch(call, batch, step), strict=True)]
-                finished += len(batch) * call.samples * tokens
-                if progress is not None:  # a text may end before its last token, and greedy ones tell no step
-                    progress.advance(finished - progress.count)
+        for batch in _batches(call, prompts):
+            yield [(one.number, result) for one, result in zip(batch, _batch(call, batch, step), strict=True)]
+            finished += len(batch) * call.samples * tokens
+            if progress is not None:  # a text may end before its last token, and greedy ones tell no step
+                progress.advance(finished - progress.count)
+
+
+def _batches(call: _Call, prompts: list[Prompt]) -> Iterator[list[Prompt]]:
+    """The prompts, a batch at a time, those of like length together."""
+    own, size = call.model.generation_config.to_diff_dict(), max(1, call.config.batch_size // call.samples)
+    alike = (lambda prompt: len(prompt.ids)) if _READ_PADDING & own.keys() else (lambda prompt: 0)
+    for _, group in groupby(sorted(prompts, key=lambda prompt: (len(prompt.ids), prompt.number)), key=alike):
+        some = list(group)
+        yield from (some[start : start + size] for start in range(0, len(some), size))
 
 
 @torch.no_grad()

@@ -39,7 +39,9 @@ class Prompt:
     id: str | int | None = None
 
 
-def find_prompts(config: GenerateConfig, model: PlanLMForCausalLM, selection: str, ban: list[int]) -> list[Prompt]:
+def find_prompts(
+    config: GenerateConfig, model: PlanLMForCausalLM, selection: str, ban: list[int], option: str = "--prompts"
+) -> list[Prompt]:
     """The prompt, or those of the file.
 
     Args:
@@ -47,6 +49,7 @@ def find_prompts(config: GenerateConfig, model: PlanLMForCausalLM, selection: st
         model: what is to continue them.
         selection: what it generates with.
         ban: actions that no plan may ask for.
+        option: what errors call the one that names the file.
 
     Raises:
         InputError: no such file, or a prompt or plan that cannot be, by file and line.
@@ -56,7 +59,7 @@ def find_prompts(config: GenerateConfig, model: PlanLMForCausalLM, selection: st
         assert config.prompt is not None
         rows = iter([("--prompt", {"prompt": config.prompt})])
     else:
-        rows = _rows(Path(config.prompts))
+        rows = _rows(Path(config.prompts), option)
     found = []
     for number, (where, row) in enumerate(rows):
         plan, text = row.get("plan"), row["prompt"]
@@ -81,12 +84,12 @@ def _ids(text: str, where: str, config: GenerateConfig, model: PlanLMForCausalLM
     return ids
 
 
-def _rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+def _rows(path: Path, option: str) -> Iterator[tuple[str, dict[str, Any]]]:
     """Rows of a file, each behind its place for messages."""
     if path.suffix not in (".txt", ".jsonl"):
-        raise InputError(f"--prompts {path}: expected a .txt file, a prompt a line, or a .jsonl file")
+        raise InputError(f"{option} {path}: expected a .txt file, a prompt a line, or a .jsonl file")
     if not path.is_file():
-        raise InputError(f"--prompts {path}: no such file")
+        raise InputError(f"{option} {path}: no such file")
     for number, line in enumerate(path.read_bytes().removesuffix(b"\n").split(b"\n"), 1):
         where = f"{path}:{number}"
         try:

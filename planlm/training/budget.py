@@ -143,7 +143,8 @@ def _train_config(config: PlanBudgetConfig) -> TrainConfig:
     """The run, as `train` has it."""
     names = [field.name for field in dataclasses.fields(TrainConfig)]
     own = {name: getattr(config, name) for name in names}
-    return TrainConfig(**own | {"json": False, "resume": False, "dry_run": False, "tracker": None})
+    unused = {"tracker": None, "sample_every": None, "sample_prompts": None}
+    return TrainConfig(**own | {"json": False, "resume": False, "dry_run": False, **unused})
 
 
 def _measure(config: TrainConfig, name: str) -> dict[str, Any]:

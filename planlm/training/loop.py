@@ -39,6 +39,7 @@ from planlm.training.groups import (
 from planlm.training.parallel import Parallel, full_tensor, seed_step
 from planlm.training.prefetch import Loader, Prefetch
 from planlm.training.run_directory import Run, differences
+from planlm.training.samples import Samples
 from planlm.training.schedules import is_logged, learning_rate_factor
 from planlm.training.throughput import Throughput, summary
 from planlm.training.transport import Transport
@@ -62,6 +63,7 @@ class Task:
         flops: floating-point operations of a step over these batches; None where they are not counted.
         rate: FLOP/s of matrix products on this machine.
         validation: by default none.
+        samples: by default none.
         keeps_gradients: gradients are set to zero after a step, and their memory stays theirs.
     """
 
@@ -74,6 +76,7 @@ class Task:
     flops: Callable[[list[Any]], float] | None = None
     rate: float = math.inf
     validation: Validation = field(default_factory=Validation)
+    samples: Samples = field(default_factory=Samples)
     keeps_gradients: bool = False
 
     @property
@@ -151,6 +154,7 @@ def fit(task: Task, run: Run, config: LoopConfig) -> None:
                 throughput.step(ledger.tokens - before, window)
                 with throughput.aside():
                     found = task.validation.after(done, task.steps)
+                    task.samples.after(done, run, progress.line)
                 if logs:
                     speed = throughput.metrics()
                     run.log({"step": done, **figures, **found, "tokens": ledger.tokens, **speed})

@@ -23,7 +23,7 @@ from planlm.training.trackers import Tracker, check_tracker, open_tracker
 
 FREE_TO_CHANGE = {
     "out", "resume", "json", "shard", "log_every", "checkpoint_every", "keep_checkpoints", "tracker",
-    "corpus", "lm", "planner", "rehearsal", "dry_run", "steps", "epochs",
+    "corpus", "lm", "planner", "rehearsal", "dry_run", "steps", "epochs", "sample_every", "sample_prompts",
 }  # fmt: skip
 """Settings that may differ when a run is resumed: they leave weights and losses as they are.
 
@@ -80,7 +80,7 @@ class Run(contextlib.ExitStack):
     def __init__(self, config: LoopConfig, identity: dict[str, str] | None = None, steps: int | None = None) -> None:
         self.path = Path(config.out)
         self.checkpoints = self.path / "checkpoints"
-        self.metrics = self.path / "metrics.jsonl"
+        self.metrics, self.samples = self.path / "metrics.jsonl", self.path / "samples.jsonl"
         self.identity, self._steps = identity or {}, steps
         super().__init__()
         try:
@@ -119,19 +119,7 @@ class Run(contextlib.ExitStack):
 
     def last_line(self, step: int | None = None) -> dict[str, Any]:
         """The newest object of `metrics.jsonl`, or that of a step; empty where somebody has taken that away."""
-        return next((line for _, line in reversed(self._lines()) if step in (None, line["step"])), {})
-
-    def _lines(self) -> list[tuple[str, dict[str, Any]]]:
-        """The lines of `metrics.jsonl` that are of a step, as text and object; whatever else is there is left out."""
-        found = []
-        for text in self.metrics.read_text(errors="replace").splitlines() if self.metrics.exists() else []:
-            try:
-                line = json.loads(text)
-            except (ValueError, RecursionError):  # half a line from a process that was killed
-                continue
-            if isinstance(line, dict) and type(line.get("step")) is int:
-                found.append((text, line))
-        return found
+        return next((line for _, line in reversed(_lines(self.metrics)) if step in (None, line["step"])), {})
 
     def log(self, line: dict[str, Any]) -> None:
         """Append one object to `metrics.jsonl`; what is not finite is null there, as JSON has no such numbers."""
@@ -142,11 +130,21 @@ class Run(contextlib.ExitStack):
         if self._tracker is not None:
             self._tracker.log(line)
 
+    def log_samples(self, samples: list[dict[str, Any]]) -> None:
+        """Append objects to `samples.jsonl`, each with `step`, `prompt` and `text`."""
+        with appending(self.samples, within=self.path) as file:
+            for sample in samples:
+                file.write(json.dumps(json.loads(to_json(sample)), ensure_ascii=False) + "\n")
+        if self._tracker is not None:
+            for number, sample in enumerate(samples):
+                self._tracker.text(f"samples/{number}", f"{sample['prompt']}{sample['text']}", sample["step"])
+
     def sync(self) -> None:
         """Have what is logged on the disk: a checkpoint must not outlive the lines before it."""
-        if rank() == 0 and self.metrics.exists():
-            with self.metrics.open("rb") as file:
-                os.fsync(file.fileno())
+        for path in (self.metrics, self.samples):
+            if rank() == 0 and path.exists():
+                with path.open("rb") as file:
+                    os.fsync(file.fileno())
 
     def forget_after(self, step: int) -> None:
         """Drop logged lines of steps after `step`: a resumed run writes them again."""
@@ -156,9 +154,23 @@ class Run(contextlib.ExitStack):
         if (tracker := open_tracker(self._config, self.path, step)) is not None:
             self._tracker = tracker
             self.push(lambda error, *_: tracker.close(is_done=error is None))
-        if self.metrics.exists():
-            kept = [text + "\n" for text, line in self._lines() if line["step"] <= step]
-            write_text(self.metrics, "".join(kept), self.path)
+        for path in (self.metrics, self.samples):
+            if path.exists():
+                kept = [text + "\n" for text, line in _lines(path) if line["step"] <= step]
+                write_text(path, "".join(kept), self.path)
+
+
+def _lines(path: Path) -> list[tuple[str, dict[str, Any]]]:
+    """The lines of a log that are of a step, as text and object; whatever else is there is left out."""
+    found = []
+    for text in path.read_text(errors="replace").split("\n") if path.exists() else []:
+        try:
+            line = json.loads(text)
+        except (ValueError, RecursionError):  # half a line from a process that was killed
+            continue
+        if isinstance(line, dict) and type(line.get("step")) is int:
+            found.append((text, line))
+    return found
 
 
 def differences(before: dict[str, Any], now: dict[str, str]) -> list[str]:

@@ -20,6 +20,8 @@ class Tracker(Protocol):
 
     def log(self, line: dict[str, Any]) -> None: ...
 
+    def text(self, name: str, text: str, step: int) -> None: ...
+
     def close(self, is_done: bool) -> None: ...
 
 
@@ -56,6 +58,10 @@ class TensorBoard:
         for name, value in _flat(line):
             self._writer.add_scalar(name, value, line["step"])
         self._writer.flush()
+
+    def text(self, name: str, text: str, step: int) -> None:
+        """Write a text."""
+        self._writer.add_text(name, text, step)
 
     def close(self, is_done: bool) -> None:
         """No more lines come."""
@@ -94,6 +100,11 @@ class WeightsAndBiases:
         """Send the numbers of a log line."""
         if line["step"] >= self._run.step:
             self._run.log(dict(_flat(line)), step=line["step"], commit=True)
+
+    def text(self, name: str, text: str, step: int) -> None:
+        """Send a text with the next log line, which is of this step or a later one."""
+        if step >= self._run.step:
+            self._run.log({name: text}, step=step, commit=False)
 
     def close(self, is_done: bool) -> None:
         """No more lines come; waits until what was sent has arrived."""

@@ -33,6 +33,7 @@ from planlm.training.loop import Task, fit, num_steps
 from planlm.training.objective import Objective
 from planlm.training.parallel import Parallel
 from planlm.training.run_directory import Run, check_run
+from planlm.training.samples import sample_problems, samples
 from planlm.training.schedules import parse_oracle_mix
 from planlm.training.start import check_fit, starting_model
 from planlm.training.validation import Validation, first_documents, validation
@@ -117,6 +118,7 @@ def build(config: TrainConfig) -> Built:
         flops=count_flops(model, config),
         rate=matrix_product_rate(dtype, model.device),
         validation=validation(config, model, held_out, objective.losses),
+        samples=samples(config, corpus, model, lm),
         keeps_gradients=graphs,
     )
     return Built(parallel=parallel, task=task, objective=objective, loader=loader, held_out=held_out, identity=identity)
@@ -233,6 +235,7 @@ def check_settings(config: TrainConfig) -> None:
         name = option.replace("-", "_")
         if not is_there and getattr(config, name) != TrainConfig.__dataclass_fields__[name].default:
             problems.append(f"--{option} is for {needs}; set that too, or leave it out")
+    problems += sample_problems(config)
     if config.lm_mode == "freeze" and (config.kl > 0 or config.rehearsal is not None):
         guard = "--kl" if config.kl > 0 else "--rehearsal"
         problems.append(

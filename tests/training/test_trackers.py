@@ -107,6 +107,9 @@ def test_a_repeated_step_is_not_sent(planted: dict[str, str]) -> None:
     for step in (3, 4, 5, 6):
         tracker.log({"step": step, "loss": 1.0, "lr": {"lm": 2.0}})
     assert Resumed.sent == [(5, {"loss": 1.0, "lr/lm": 2.0}), (6, {"loss": 1.0, "lr/lm": 2.0})]
+    for step in (6, 7):  # of which the server has the first
+        tracker.text("samples/0", "text", step)
+    assert (Resumed.sent[2:], tracker._run.step) == ([(7, {"samples/0": "text"})], 7), "with the figures of its step"
 
 
 @pytest.mark.parametrize("name", ["tensorboard", "wandb"])
