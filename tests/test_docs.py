@@ -31,10 +31,11 @@ SMALL = {
 ONLY_PARSED = {
     "quickstart": "minutes; `make quickstart` runs it",
     "experiment": "minutes to hours, a GPU or the hub, by its file; `make acceptance` runs a small one",
+    "plan-budget": "minutes of measuring; tests/training/test_budget.py runs a small one",
     "torchrun": "several processes; tests/training and `make acceptance` start some",
 }
 """What tests/test_readme.py parses and nobody runs here, with the reason."""
-NOTHING_RUNS = ("CONTRIBUTING.md", "ecosystem.md", "experiments.md", "run.md", "scale.md")
+NOTHING_RUNS = ("CONTRIBUTING.md", "budget.md", "ecosystem.md", "experiments.md", "run.md", "scale.md")
 """Pages whose commands are all of those, or make's and other programs'."""
 RUN_ELSEWHERE = ("README.md", "python.md")
 """Pages whose Python tests/test_readme.py runs; README's commands are run first of all."""
@@ -89,6 +90,9 @@ def readme(tmp_path_factory: pytest.TempPathFactory, lm_folder: Callable[[str], 
         patch.chdir(folder)
         follow(ROOT / "README.md", lm_folder("gpt2"))
         assert cli.main(["actions", "corpus", "--name", "12=birth and family", "--run", "run"]) == 0
+        assert (
+            cli.main(["generate", "run", "--prompt", "It was", "--audit", "audit.jsonl", "--max-new-tokens", "9"]) == 0
+        )
     shutil.copytree(folder / "run", folder / "other-run")
     return folder
 

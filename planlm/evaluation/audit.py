@@ -63,7 +63,7 @@ def audit(config: AuditConfig) -> dict[str, Any]:
     written = _written(texts, corpus)
     labels = read_labels(corpus.path, num_actions) or [""] * num_actions
     how = {"resamples": config.bootstrap, "seed": config.seed}
-    same, pairs = background.repeats()
+    (same, pairs), (own_same, own_pairs) = background.repeats(), written.repeats()
     return {
         "corpus": config.corpus,
         "texts": len(texts),
@@ -77,7 +77,7 @@ def audit(config: AuditConfig) -> dict[str, Any]:
         "entropy": _entropy(texts, **how),
         "unigram_entropy": float(entr(shares_of(background.actions, num_actions)).sum()),
         **_repetition(texts, **how),
-        "same_action": _ratio(*written.repeats(), **how),
+        "same_action": _ratio(own_same, own_pairs, **how),
         "corpus_same_action": float(same.sum() / pairs.sum()) if pairs.sum() else None,
     }
 

@@ -47,9 +47,7 @@ class AuditTrail:
         self._made_with = {
             "selection": selection,
             **steering.describe(),
-            "sampling": {
-                name: getattr(config, name) for name in ("temperature", "top_p", "max_new_tokens", "attempts")
-            },
+            "sampling": {name: getattr(config, name) for name in SAMPLING},
             "seed": config.seed,
             "model": model_checksum(config.run),
             "corpus": read_json(identity).get("corpus") if identity.exists() else None,

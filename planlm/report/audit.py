@@ -96,7 +96,7 @@ def format_probe(result: dict[str, Any]) -> str:
 def _pair(pair: dict[str, Any]) -> str:
     """What two groups of names differ in."""
     (one, other), plan, nll = pair["groups"], pair["plan"], pair["nll"]
-    rows = [("", "difference", "95 %", "by chance", "p", "verdict")]
+    rows: list[Sequence[str]] = [("", "difference", "95 %", "by chance", "p", "verdict")]
     for label, found in (("plan: total variation", plan), ("perplexity: nats a token", nll)):
         cells = (number(found["value"], 4, "+"), ends(found["ci95"], 4, "+"), number(found["chance95"], 4))
         rows.append((label, *cells, number(found["p"], 3), SHORT.get(found["verdict"], found["verdict"])))
@@ -106,7 +106,7 @@ def _pair(pair: dict[str, Any]) -> str:
         f"{plan['within']:.4f}. Perplexity: {first:.2f} with {one}, {second:.2f} with {other}. By chance no action "
         f"differs by more than {pair['actions_chance95']:.4f} (95 % of divisions)."
     )
-    actions = [("action", one, other, "difference", "95 %")]
+    actions: list[Sequence[str]] = [("action", one, other, "difference", "95 %")]
     for action in pair["actions"]:
         means = [number(mean, 4) for mean in action["means"]]
         actions.append((_action(action), *means, number(action["value"], 4, "+"), ends(action["ci95"], 4, "+")))
