@@ -41,7 +41,7 @@ planlm generate FOLDER --prompt "The harbour was built in 1905." --show-plan
 def hub_name(name: str) -> str:
     """`name` where it is one of the hub's, else nothing: where a folder is on this machine is not for a card."""
     from huggingface_hub.errors import HFValidationError
-    from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]  # public by its page, not exported
+    from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
     try:
         validate_repo_id(name)
