@@ -174,6 +174,11 @@ class TrainConfig(LoopConfig):
         "forgetting; --lm-mode full keeps a frozen copy for it, 4 bytes a weight on every process",
         limit=NOT_NEGATIVE,
     )
+    mix: tuple[str, ...] | None = option(
+        None,
+        "CORPUS=SHARE: a prepared corpus of the same tokenizer and actions (prepare --codebook), and its share of the "
+        "windows, such as news=0.3; the rest are those of --corpus, of which --epochs counts; may be given often",
+    )
     rehearsal: str | None = option(
         None,
         "prepared corpus, of the same tokenizer, of which every forward pass is followed by as many windows with the "

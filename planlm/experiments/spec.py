@@ -443,6 +443,8 @@ def _located(where: str, experiment: Experiment, options: dict[str, Any]) -> dic
     """Options, whose other corpora have to be those of the file."""
     for name in CORPUS_OPTIONS:
         _check_corpus(where, experiment, name, options.get(name))
+    if options.get("mix"):
+        raise InputError(f"{where}: mix: all rows of an experiment have its corpus alone; give such a run to train")
     return options
 
 

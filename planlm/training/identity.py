@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import sys
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -24,6 +25,7 @@ def identify(
     lm: PreTrainedModel | None = None,
     planner: nn.Module | None = None,
     rehearsal: PreparedCorpus | None = None,
+    mix: Sequence[tuple[PreparedCorpus, float]] = (),
 ) -> dict[str, str]:
     """Fingerprints of what a run begins with, by the name of the setting that gives it.
 
@@ -34,6 +36,7 @@ def identify(
         lm: the LM as loaded, or the joint model where a run begins with one.
         planner: the planner as loaded; None where the run makes its own.
         rehearsal: the corpus of `--rehearsal`.
+        mix: the corpora of `--mix`, and their shares.
     """
     found = {"corpus": corpus.fingerprint, "encoder": str(corpus.manifest.settings.get("encoder_fingerprint"))}
     if lm is not None:
@@ -45,6 +48,8 @@ def identify(
         found["planner"] = "untrained" if planner is None else _digest(planner.state_dict())
     if rehearsal is not None:
         found["rehearsal"] = rehearsal.fingerprint
+    if mix:
+        found["mix"] = ", ".join(f"{share!r} of {other.fingerprint}" for other, share in mix)
     return found
 
 

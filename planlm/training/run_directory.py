@@ -23,7 +23,7 @@ from planlm.training.trackers import Tracker, check_tracker, open_tracker
 
 FREE_TO_CHANGE = {
     "out", "resume", "json", "shard", "log_every", "checkpoint_every", "keep_checkpoints", "tracker",
-    "corpus", "lm", "planner", "rehearsal", "dry_run", "steps", "epochs", "sample_every", "sample_prompts",
+    "corpus", "lm", "planner", "rehearsal", "mix", "dry_run", "steps", "epochs", "sample_every", "sample_prompts",
 }  # fmt: skip
 """Settings that may differ when a run is resumed: they leave weights and losses as they are.
 
@@ -110,8 +110,9 @@ class Run(contextlib.ExitStack):
         """A missing `identity.json` is left to the checkpoints, which have it too."""
         path = self.path / "identity.json"
         if path.exists() and (changed := differences(read_json(path), self.identity)):
-            given = {name: getattr(config, name, None) for name in changed}
-            now = ", ".join(f"{name} {value}" if value else name for name, value in given.items())
+            given = {name: getattr(config, name, None) or "" for name in changed}
+            shown = {name: value if isinstance(value, str) else " ".join(value) for name, value in given.items()}
+            now = ", ".join(f"{name} {value}".rstrip() for name, value in shown.items())
             raise InputError(
                 f"{self.path}: cannot resume with other content than the run began with ({now}, now another); give "
                 "what it began with, or choose another --out"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ import torch
 
 from planlm.config import TrainConfig
 from planlm.corpus.batches import PlanLoader
+from planlm.corpus.mixing import MixedLoader
 from planlm.corpus.store import PreparedCorpus
 from planlm.distribution import on_rank_zero, rank, world_size
 from planlm.errors import InputError
@@ -23,6 +24,7 @@ from planlm.model.modeling import PlanLMForCausalLM
 from planlm.model.planner import Planner
 from planlm.precision import compute_dtype, device, matrix_product_rate
 from planlm.selections import SELECTIONS
+from planlm.training.corpora import load_beside, load_mix, parse_mix
 from planlm.training.dry_run import dry_run
 from planlm.training.flops import lm_flops
 from planlm.training.forgetting import Guards, WithRehearsal, base_model
@@ -47,7 +49,7 @@ class Built:
         parallel: the joint model on its device.
         task: what the loop trains.
         objective: the loss, and `losses` without gradients' terms beside it.
-        loader: windows of the corpus, without those of `--rehearsal`.
+        loader: windows of the corpus and of those of `--mix`, without those of `--rehearsal`.
         held_out: batches of `--validate-every`, where there are such.
         identity: fingerprints of what is trained and on what; None on ranks other than 0.
     """
@@ -89,9 +91,10 @@ def build(config: TrainConfig) -> Built:
     lm = config.lm or corpus.manifest.tokenizer
     check_fit(config, corpus, lm)
     planner = Planner.load(Path(config.planner) / "planner") if config.planner else None
-    rehearsal = None if config.rehearsal is None else _rehearsal(config.rehearsal, corpus)
+    mix = load_mix(config.mix or (), corpus)
+    rehearsal = None if config.rehearsal is None else load_beside("--rehearsal", config.rehearsal, corpus)
     repeated = None if rehearsal is None else _nonempty(_loader(config, rehearsal.split("train")), "--rehearsal")
-    loader = _loader(config, corpus.split("train"))
+    loader = _loader(config, corpus.split("train"), mix)
     loader.alike = graphs
     held_out = None
     if config.validate_every is not None:
@@ -100,7 +103,7 @@ def build(config: TrainConfig) -> Built:
     model = starting_model(config, corpus, lm, planner)
     loader.horizon = model.config.planner_horizon if config.planner_loss > 0 else 1
     begun = model.lm if joint_config(lm) is None else model
-    identity = on_rank_zero(lambda: identify(corpus, begun, planner, rehearsal))
+    identity = on_rank_zero(lambda: identify(corpus, begun, planner, rehearsal, mix))
     base = base_model(model, config)
     dtype = compute_dtype(config.precision, model.device)
     # In one process, and between CPUs, gathering costs nothing that rounding all of a layer's weights would be worth.
@@ -124,17 +127,23 @@ def build(config: TrainConfig) -> Built:
     return Built(parallel=parallel, task=task, objective=objective, loader=loader, held_out=held_out, identity=identity)
 
 
-def _loader(config: TrainConfig, dataset: datasets.Dataset) -> PlanLoader:
-    """Packed windows of a split, this rank's share of them."""
-    loader = PlanLoader(
-        dataset,
-        window=config.window,
-        batch_size=config.batch_size,
-        seed=config.seed,
-        pack=True,
-        with_others=SELECTIONS[config.selection].needs_others,
-        planner_sequence_per_window=config.planner_input != "embeddings",
-    )
+def _loader(
+    config: TrainConfig, dataset: datasets.Dataset, mix: Sequence[tuple[PreparedCorpus, float]] = ()
+) -> PlanLoader:
+    """Packed windows of a split, mixed with those of other corpora's training splits; this rank's share of them."""
+    settings: dict[str, Any] = {
+        "window": config.window,
+        "batch_size": config.batch_size,
+        "seed": config.seed,
+        "with_others": SELECTIONS[config.selection].needs_others,
+        "planner_sequence_per_window": config.planner_input != "embeddings",
+    }
+    if mix:
+        parts = {f"--mix {other.path}": (other.split("train"), share) for other, share in mix}
+        rest = 1 - sum(share for _, share in mix)
+        loader: PlanLoader = MixedLoader({f"--corpus {config.corpus}": (dataset, rest)} | parts, **settings)
+    else:
+        loader = PlanLoader(dataset, pack=True, **settings)
     loader.share = (rank(), world_size())
     return loader
 
@@ -144,18 +153,6 @@ def _nonempty(loader: PlanLoader, option: str) -> PlanLoader:
     if loader.num_batches == 0:
         raise InputError(f"{option}: none of those documents has a second token to predict; give others, or more")
     return loader
-
-
-def _rehearsal(path: str, corpus: PreparedCorpus) -> PreparedCorpus:
-    """The corpus of `--rehearsal`."""
-    rehearsal = PreparedCorpus.load(path)
-    if rehearsal.manifest.tokenizer_fingerprint != corpus.manifest.tokenizer_fingerprint:
-        raise InputError(
-            f"--rehearsal {path}: prepared with the tokenizer of {rehearsal.manifest.tokenizer}, which is not that of "
-            f"{corpus.path}; prepare it again with --tokenizer {corpus.manifest.tokenizer}"
-        )
-    rehearsal.split("train")
-    return rehearsal
 
 
 def count_flops(model: PlanLMForCausalLM, config: TrainConfig) -> Callable[[list[Any]], float]:
@@ -183,6 +180,7 @@ def _trained(run: Run, config: TrainConfig, validation: Validation) -> dict[str,
     ended = {"steps": "step", "tokens": "tokens", "loss (nats)": "loss", "validation loss (nats)": "validation_loss"}
     found = {
         "corpus (fingerprint)": run.identity.get("corpus"),
+        "mixed with": run.identity.get("mix"),
         "what trained of the language model": config.lm_mode,
         "tokens per window": config.window,
         "windows per step": config.batch_size * config.accumulate,
@@ -198,6 +196,7 @@ def check_settings(config: TrainConfig) -> None:
     Raises:
         InputError: names all of them.
     """
+    parse_mix(config.mix or ())
     selection, problems = SELECTIONS[config.selection], []
     if config.selection == "none" and config.lm_mode == "freeze":
         problems.append(

@@ -82,6 +82,7 @@ def test_a_sweep_is_a_row_for_each_value(read: Callable[..., Experiment]) -> Non
         ({"train": "train: {steps: 0}"}, "rows: fixed: --steps 0: expected at least 1"),
         ({"train": "train: {seed: 3}"}, "train: seed: is set by the experiment itself; delete it"),
         ({"train": "train: {corpus: c}"}, "train: corpus: is set by the experiment itself"),
+        ({"train": "train: {mix: more=0.3}"}, "mix: all rows of an experiment have its corpus alone"),
         ({"train": "train: {steps: 1, steps: 2}"}, ":7: steps is set in line 7 already"),
         ({"train": "train: {" + "a: {" * 12 + "}" * 13}, "nested too deeply"),
         ({"planner": "planner: {horizont: 3}"}, "planner: unknown 'horizont'"),
