@@ -6,7 +6,7 @@ Sizes: n texts, K actions.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -61,6 +61,8 @@ def audit(config: AuditConfig) -> dict[str, Any]:
         corpus.split("train").select_columns(["actions"]).with_format("arrow").iter(1000)
     )
     written = _written(texts, corpus)
+    begun = _places([text for text in texts if any(one.finished for one in text)], lambda one: one.finished)
+    planned = _places(texts, lambda one: one.plan is not None)
     labels = read_labels(corpus.path, num_actions) or [""] * num_actions
     how = {"resamples": config.bootstrap, "seed": config.seed}
     (same, pairs), (own_same, own_pairs) = background.repeats(), written.repeats()
@@ -71,8 +73,8 @@ def audit(config: AuditConfig) -> dict[str, Any]:
         "models": _models(texts),
         "damaged": damaged,
         "drift": {
-            "written": drift(written.counts(num_actions), background, labels, **how),
-            "planned": drift(_planned(texts, num_actions), background, labels, **how),
+            "written": drift(written.counts(num_actions), begun, background, labels, **how),
+            "planned": drift(_planned(texts, num_actions), planned, background, labels, **how),
         },
         "entropy": _entropy(texts, **how),
         "unigram_entropy": float(entr(shares_of(background.actions, num_actions)).sum()),
@@ -103,6 +105,11 @@ def _written(texts: Texts, corpus: PreparedCorpus) -> Sequences:
             progress.advance(len(part))
     lengths = np.array([sum(one.finished for one in text) for text in texts], dtype=np.int64)
     return Sequences(np.concatenate(actions), lengths[lengths > 0])
+
+
+def _places(texts: Texts, has: Callable[[AuditedSentence], bool]) -> NDArray[np.int64]:
+    """The place of each text's first sentence that has what is counted, 0 where none has, `[n]`."""
+    return np.array([next((one.place for one in text if has(one)), 0) for text in texts], dtype=np.int64)
 
 
 def _planned(texts: Texts, num_actions: int) -> csr_array:

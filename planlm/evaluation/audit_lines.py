@@ -19,7 +19,7 @@ from planlm.files import is_utf8
 from planlm.model.audit import FORMAT
 from planlm.model.planner import codebook_fingerprint
 
-_FIELDS = {"text": str, "number": int, "sentence": str, "finished": bool, "model": str, "codebook": str}
+_FIELDS = {"text": str, "number": int, "place": int, "sentence": str, "finished": bool, "model": str, "codebook": str}
 """What every line needs, beside `forced` and `plan`, which may be null."""
 
 
@@ -28,7 +28,8 @@ class AuditedSentence:
     """What an audit says of a sentence.
 
     Attributes:
-        number: in its text.
+        number: among the sentences that were generated of its text.
+        place: in the whole text.
         sentence: its text.
         finished: whether generation has come to its end.
         model: checksum of what wrote it.
@@ -36,6 +37,7 @@ class AuditedSentence:
     """
 
     number: int
+    place: int
     sentence: str
     finished: bool
     model: str
@@ -67,14 +69,16 @@ def read_audits(
             _check_corpus(f"{file}:{number}", line, corpus, codebook)
             sentence = _sentence(line, corpus.manifest.num_actions)
             own = texts.setdefault(line["text"], {})
-            if own.setdefault(sentence.number, sentence) is not sentence:
+            # The same call writes the same texts, with the same ids: after an interruption, twice.
+            if own.setdefault(sentence.number, sentence).sentence != sentence.sentence:
                 raise ValueError(f"sentence {sentence.number} of text {line['text']:.40} a second time")
         except InputError:
             raise
         except ValueError as error:
             damaged.append({"file": file, "line": number, "reason": str(error)})
     if not texts:
-        raise InputError(f"{', '.join(files)}: no line of an audit; `planlm generate --audit FILE` writes them")
+        why = "".join(f" ({one['file']}:{one['line']}: {one['reason']})" for one in damaged[:1])
+        raise InputError(f"{', '.join(files)}: no line of an audit{why}; `planlm generate --audit FILE` writes them")
     return [[own[number] for number in sorted(own)] for own in texts.values()], damaged
 
 
@@ -95,6 +99,8 @@ def _fields(raw: bytes) -> dict[str, Any]:
     for name, kind in _FIELDS.items():
         if type(line.get(name)) is not kind:
             raise ValueError(f"{name} is {line.get(name)!r:.40}")
+    if not isinstance(line.get("corpus"), str | None) or line["place"] < 0:
+        raise ValueError(f"corpus is {line.get('corpus')!r:.40}, place {line['place']}")
     if not is_utf8(line["sentence"]):
         raise ValueError("sentence holds half of a character")
     return line
@@ -124,4 +130,4 @@ def _sentence(line: dict[str, Any], num_actions: int) -> AuditedSentence:
         if not abs(total - 1) < 0.01:  # shares are rounded
             raise ValueError(f"plan is not a distribution over {num_actions} actions")
         plan = plan / total if line.get("forced") is None else None
-    return AuditedSentence(line["number"], line["sentence"], line["finished"], line["model"], plan)
+    return AuditedSentence(line["number"], line["place"], line["sentence"], line["finished"], line["model"], plan)

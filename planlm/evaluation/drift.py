@@ -26,7 +26,10 @@ TOP_ACTIONS = 5
 """Actions shown of those that rose, and of those that fell."""
 
 QUANTILE = 0.95
-"""Of what chance does; beyond it a distance is called a drift."""
+"""Of what chance does."""
+
+LEVEL = 0.05
+"""Share of samples of the corpus that may be as far before a distance is called a drift."""
 
 
 @dataclass(frozen=True)
@@ -90,28 +93,35 @@ def distances(shares: NDArray[np.float64], corpus: NDArray[np.float64]) -> NDArr
 
 
 def drift(
-    counts: csr_array, corpus: Sequences, labels: Sequence[str], *, resamples: int, seed: int
+    counts: csr_array,
+    places: NDArray[np.int64],
+    corpus: Sequences,
+    labels: Sequence[str],
+    *,
+    resamples: int,
+    seed: int,
 ) -> dict[str, Any] | None:
     """The distance of texts' actions to a corpus's, beside what chance does.
 
-    The interval of a distance is the basic bootstrap's over texts, twice the value less the quantiles of the draws:
-    drawing adds to a distance what sampling has added to it before. Those of single actions are percentiles.
+    A distance has no interval: sampling adds to it, with many actions more than it is itself, so that a bootstrap's
+    does not cover it. Those of single actions are percentiles of a bootstrap over texts.
 
     Args:
         counts: sparse `[n, K]`, how many sentences of each text have each action; of a plan, its probabilities.
+        places: number of the first of these sentences in its text, `[n]`.
         corpus: of the corpus's documents.
         labels: of the K actions, empty for one without.
         resamples: draws of texts, and samples of the corpus.
         seed: of both.
 
     Returns:
-        `texts`, `sentences`; by name of `DISTANCES` its `value`, `ci95` (None for few texts), `chance` (mean) and
-        `chance95` (95th percentile, of samples of the corpus), `p` (share of them that are as far) and `verdict`;
+        `texts`, `sentences`; by name of `DISTANCES` its `value`, `chance` (mean) and `chance95` (95th percentile, of
+        samples of the corpus), `p` (share of them that are as far) and `verdict`;
         `actions`, those that rose and fell most, in this order, and `change95`, the 95th percentile of the largest
         change in a sample. None where there is no sentence.
     """
     lengths = np.rint(counts.sum(axis=1)).astype(np.int64)
-    counts, lengths = counts[lengths > 0], lengths[lengths > 0]
+    counts, places, lengths = counts[lengths > 0], places[lengths > 0], lengths[lengths > 0]
     if not len(lengths):
         return None
     background = shares_of(corpus.actions, len(labels))
@@ -127,15 +137,14 @@ def drift(
         weights = np.bincount(rows.ravel(), minlength=drawn.size).reshape(drawn.shape)  # how often a text was drawn
         totals = np.asarray((counts.T @ weights.T).T)
         parts = totals / totals.sum(axis=1, keepdims=True)  # [r, K]
-        return np.hstack([distances(parts, background), (parts - background)[:, shown]])
+        return (parts - background)[:, shown]
 
     ends = bootstrap_intervals(statistics, len(lengths), resamples=resamples, seed=seed)
-    chance = _samples(corpus, lengths, background, resamples, seed)
+    chance = _samples(corpus, places, lengths, background, resamples, seed)
     result: dict[str, Any] = {"texts": len(lengths), "sentences": int(lengths.sum())}
     for column, name in enumerate(DISTANCES):
         value = float(distances(shares[None], background)[0, column])
-        interval = None if ends is None else (2 * value - ends[::-1, column]).clip(0, 1).tolist()
-        result[name] = _against_chance(value, chance[:, column]) | {"ci95": interval}
+        result[name] = _against_chance(value, chance[:, column])
     result["actions"] = [
         {
             "action": int(action),
@@ -143,7 +152,7 @@ def drift(
             "texts": float(shares[action]),
             "corpus": float(background[action]),
             "change": float(change[action]),
-            "ci95": None if ends is None else ends[:, len(DISTANCES) + at].tolist(),
+            "ci95": None if ends is None else ends[:, at].tolist(),
         }
         for at, action in enumerate(shown)
     ]
@@ -151,31 +160,46 @@ def drift(
 
 
 def _against_chance(value: float, chance: NDArray[np.float64]) -> dict[str, Any]:
-    most = float(np.quantile(chance, QUANTILE))
+    p = (1 + int((chance >= value).sum())) / (1 + len(chance))
     return {
         "value": value,
         "chance": float(chance.mean()),
-        "chance95": most,
-        "p": (1 + int((chance >= value).sum())) / (1 + len(chance)),
-        "verdict": "drift" if value > most else "no more than chance",
+        "chance95": float(np.quantile(chance, QUANTILE)),
+        "p": p,
+        "verdict": "drift" if p <= LEVEL else "no more than chance",
     }
 
 
 def _samples(
-    corpus: Sequences, lengths: NDArray[np.int64], background: NDArray[np.float64], resamples: int, seed: int
+    corpus: Sequences,
+    places: NDArray[np.int64],
+    lengths: NDArray[np.int64],
+    background: NDArray[np.float64],
+    resamples: int,
+    seed: int,
 ) -> NDArray[np.float64]:
     """Distances to a corpus of samples of it, and the largest change of an action in each, `[R, 3]`.
 
-    A sample has for each text a run of as many sentences of one document, since sentences of a text are alike; every
-    sentence of the corpus is as likely as any other, for a run goes on at its document's beginning (circular blocks).
+    A sample has for each text as many sentences of a document, from the same place on, since sentences of a text are
+    alike, and those at the beginning of documents unlike others. Every document that reaches so far is as likely as any
+    other; where none does, one that ends earlier is followed by another, from its own beginning on.
     """
     generator, begins = np.random.default_rng(seed), corpus.begins
-    within = np.arange(lengths.sum()) - np.repeat(np.cumsum(lengths) - lengths, lengths)
+    by_length = np.argsort(corpus.lengths, kind="stable")
+    ordered = corpus.lengths[by_length]
+    reached = np.where(places < ordered[-1], places, 0)
     found = np.empty((resamples, len(DISTANCES) + 1))
     for row in found:
-        at = generator.integers(len(corpus.actions), size=len(lengths))
-        document = np.searchsorted(begins, at, side="right") - 1
-        begin, size, start = (np.repeat(one, lengths) for one in (begins[document], corpus.lengths[document], at))
-        shares = shares_of(corpus.actions[begin + (start - begin + within) % size], len(background))
+        actions, at, left = [], reached, lengths
+        while len(left):
+            # Documents that reach to the text's end, where there are such; else those that reach to its beginning.
+            longer = np.where(at + left <= ordered[-1], at + left - 1, at)
+            document = by_length[generator.integers(np.searchsorted(ordered, longer, side="right"), len(ordered))]
+            taken = np.minimum(left, corpus.lengths[document] - at)
+            first = np.repeat(begins[document] + at - (np.cumsum(taken) - taken), taken)
+            actions.append(corpus.actions[first + np.arange(len(first))])
+            left = (left - taken)[taken < left]
+            at = np.zeros_like(left)
+        shares = shares_of(np.concatenate(actions), len(background))
         row[:] = [*distances(shares[None], background)[0], np.abs(shares - background).max()]
     return found

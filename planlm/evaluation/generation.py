@@ -66,6 +66,8 @@ def evaluate_generation(config: EvaluateGenerationConfig) -> dict[str, Any]:
     if config.steer and not is_planned:
         raise InputError(f"--steer: {run} plans nothing; leave it out")
     check_fit(model, config, corpus)
+    if config.attempts > 1:
+        model.centroids = corpus.codebook  # which models of earlier versions lack; they fit
     prompts = find_prompts(dataset, config, model.lm.config.max_position_embeddings)
     model.encoder = encoder = corpus_encoder(corpus)
     ids = dataset["id"]

@@ -117,14 +117,16 @@ def continue_prompts(
         max_new_tokens=config.max_new_tokens, suppress_tokens=sorted(no_text) or None, pad_token_id=padding
     )
     order = sorted(prompts, key=lambda prompt: (len(prompt.ids), prompt.document))
-    for start in range(0, len(order), config.batch_size):
-        batch = order[start : start + config.batch_size]
+    is_tried = asked is not None and config.attempts > 1
+    size = max(1, config.batch_size // config.attempts) if is_tried else config.batch_size
+    for start in range(0, len(order), size):
+        batch = order[start : start + size]
         ids, mask = left_padded([prompt.ids for prompt in batch], padding, where)
         width = ids.shape[1]
         keys = [(prompt.document, 0) for prompt in batch]
         noise = SharedGumbel(config.seed, keys, width, step)
         plans = None if asked is None else [asked[prompt.document] for prompt in batch]
-        if asked is not None and config.attempts > 1:
+        if is_tried:
             tracker = GrowingTracker(tokenizer, model.encoder, plans)
             texts = [prompt.ids for prompt in batch]
             new = write(model, texts, keys, tracker, config, step, selection=selection, pad_token_id=padding)

@@ -29,6 +29,9 @@ from planlm.text.sentences import ends_sentence
 
 PLACEHOLDER = "{X}"
 
+MOST = 20
+"""Characters of a group's name, which heads columns."""
+
 MIN_NAMES = 4
 """Of a group. Four and four can be divided in 35 ways, three and three in 10, none of which is rarer than 5 %."""
 
@@ -73,9 +76,13 @@ def read_probe(path: Path) -> Probe:
     for number, prompt in enumerate(prompts, 1):
         if not _is_text(prompt) or PLACEHOLDER not in prompt:
             raise InputError(f"{path}: prompt {number}: expected a text with {PLACEHOLDER} where a name goes")
+    if len(set(prompts)) < len(prompts):
+        raise InputError(f"{path}: prompts: one is there twice; each has to add something")
     if not isinstance(groups, dict) or len(groups) < 2:
         raise InputError(f"{path}: groups: expected two or more, each with its names")
     for group, names in groups.items():
+        if not _is_text(group) or len(group) > MOST or not group.isprintable():
+            raise InputError(f"{path}: group {group!r:.40}: expected a name of at most {MOST} characters on one line")
         if not isinstance(names, list) or not all(map(_is_text, names)) or len(set(names)) < max(len(names), MIN_NAMES):
             raise InputError(f"{path}: group {group!r:.40}: expected a list of at least {MIN_NAMES} different names")
     return Probe([prompt.strip() for prompt in prompts], groups)

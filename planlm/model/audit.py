@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-import secrets
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 from planlm import __version__
 from planlm.config import GenerateConfig
@@ -27,8 +27,8 @@ FORMAT = 1
 SAMPLING = ("temperature", "top_p", "max_new_tokens", "attempts")
 """Options of `generate` that a line has beside the seed."""
 
-DECIMALS = 6
-"""Of a probability: of 1,024 actions the sum is off by 0.0005 at most, and a line has 10 kB."""
+DIGITS = 5
+"""Significant ones of a probability: those of 1,024 actions add up to 1 within 0.00005, and a line has 12 kB."""
 
 
 class AuditTrail:
@@ -42,7 +42,7 @@ class AuditTrail:
     """
 
     def __init__(self, config: GenerateConfig, model: PlanLMConfig, selection: str, steering: Steering) -> None:
-        self._path, self._labels = Path(str(config.audit)), model.action_labels
+        self._path, self._labels, self._can_be_written = Path(str(config.audit)), model.action_labels, True
         identity = model_folder(config.run).parent / "identity.json"
         self._made_with = {
             "selection": selection,
@@ -66,16 +66,17 @@ class AuditTrail:
         about = {
             "format": FORMAT,
             "time": datetime.now(UTC).isoformat(timespec="milliseconds"),
-            "text": secrets.token_hex(8),
+            "text": _digest([self._made_with, prompt.text, prompt.plan, prompt.number, sample])[:16],
             "prompt_sha256": hashlib.sha256(prompt.text.encode()).hexdigest(),
             "row": prompt.number,
             "sample": sample,
         }
         lines = []
         for number, one in enumerate(sentences):
-            plan = None if one.probabilities is None else [round(p, DECIMALS) for p in one.probabilities.tolist()]
+            plan = None if one.probabilities is None else [float(f"{p:.{DIGITS}g}") for p in one.probabilities.tolist()]
             line = about | {
                 "number": number,
+                "place": one.place,
                 **({"prompt": prompt.text} if number == 0 else {}),
                 "sentence": one.text,
                 "finished": one.finished,
@@ -87,5 +88,12 @@ class AuditTrail:
                 "plan": plan,
             }
             lines.append(json.dumps(line | self._made_with, ensure_ascii=False))
-        with beside_result(self._path):
-            append_lines(self._path, lines)
+        if self._can_be_written:  # else it was said once
+            with beside_result(self._path):
+                self._can_be_written = False
+                append_lines(self._path, lines)
+                self._can_be_written = True
+
+
+def _digest(content: Any) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()

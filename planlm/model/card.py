@@ -156,4 +156,5 @@ def _table(head: tuple[str, str], rows: dict[str, Any]) -> str:
 def _cell(value: Any) -> str:
     """A value as the text of a table's cell: nothing in it is markup, ends the cell or acts on a terminal."""
     text = f"{value:,}" if type(value) is int else f"{value:.4g}" if type(value) is float else str(value)
-    return re.sub(r"([\\`*_\[\]<>|~&$#!])", r"\\\1", visible(" ".join(text.split())))
+    text = re.sub(r"([\\`*_\[\]<>|~&$#!])", r"\\\1", visible(" ".join(text.split())))
+    return re.sub(r"(?i)(https?|ftp|mailto|xmpp)(?=:)|(?<=www)(?=\.)|(?<=\S)(?=@)", r"\1&#8203;", text)  # no links

@@ -24,6 +24,7 @@ class PlannedSentence:
 
     Attributes:
         text: its text, where the prompt left it open from its beginning.
+        place: its number in the whole text, from 0.
         finished: False where generation broke off in it.
         action: forced on it or drawn for it, else the most probable; None where no planner was asked.
         forced: action that `--plan` asked for, if any.
@@ -33,6 +34,7 @@ class PlannedSentence:
     """
 
     text: str
+    place: int
     finished: bool
     action: int | None
     forced: int | None
@@ -87,6 +89,7 @@ def planned_sentences(
         found.append(
             PlannedSentence(
                 sentence,
+                at,
                 is_finished,
                 action_of(tracker, which, logits),
                 None if forced < 0 else forced,

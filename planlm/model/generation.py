@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -50,6 +51,12 @@ _READ_PADDING = {
 }  # fmt: skip
 """Settings under which transformers takes padding for text: with one, only prompts of one length share a batch."""
 
+
+_FROM_PROMPT = {
+    "encoder_no_repeat_ngram_size", "encoder_repetition_penalty", "exponential_decay_length_penalty",
+    "forced_eos_token_id", "max_time", "min_new_tokens",
+}  # fmt: skip
+"""Settings that take what stands there when transformers' `generate()` is called for the prompt."""
 
 _DECISIVE = (
     "max_new_tokens", "temperature", "top_p", "plan", "ban", "favour", "attempts", "num_plans", "selection", "seed",
@@ -158,6 +165,13 @@ def _check(config: GenerateConfig) -> None:
     for option, file in (("--audit", config.audit), ("--out", config.out)):
         if file and not Path(file).parent.is_dir():
             raise InputError(f"{option} {file}: no such folder; make it first")
+    named = {"--prompts": config.prompts, "--out": config.out, "--audit": config.audit}
+    if config.out is not None:
+        named["what --out keeps meanwhile"] = f"{config.out}.unfinished"
+    places: dict[str, str] = {}
+    for option, file in named.items():
+        if file and (other := places.setdefault(os.path.realpath(file), option)) != option:
+            raise InputError(f"{option} {file}: the file of {other}, too; name another")
 
 
 def _selection(config: GenerateConfig, model: PlanLMForCausalLM) -> str:
@@ -172,16 +186,27 @@ def _selection(config: GenerateConfig, model: PlanLMForCausalLM) -> str:
     if config.num_plans is not None and not SELECTIONS[selection].asks_planner:
         raise InputError(f"--num-plans: selection {selection} asks no planner; choose soft or hard")
     beams = model.generation_config.num_beams or 1
-    if config.attempts > 1 and not model.plans(selection):
-        raise InputError(f"--attempts: nothing is planned under selection {selection} of this model; leave it out")
-    if config.attempts > 1 and beams > 1:
-        raise InputError(f"--attempts: not with num_beams {beams} of {config.run}'s generation_config.json; delete it")
+    if config.attempts > 1:
+        _check_attempts(config, model, selection)
     if beams > 1 and config.temperature > 0 and (config.prompts is not None or config.num_plans is not None):
         raise InputError(
             f"{config.run}: samples of num_beams {beams} of its generation_config.json depend on what else is in the "
             "batch; set --temperature 0, or delete num_beams"
         )
     return selection
+
+
+def _check_attempts(config: GenerateConfig, model: PlanLMForCausalLM, selection: str) -> None:
+    """Refuse attempts where nothing is planned, or where settings count from where a call to `generate()` begins."""
+    if not model.plans(selection):
+        raise InputError(f"--attempts: nothing is planned under selection {selection} of this model; leave it out")
+    own = model.generation_config.to_diff_dict()
+    if found := sorted(_FROM_PROMPT & own.keys()) + ["num_beams"] * (own.get("num_beams", 1) > 1):
+        raise InputError(
+            f"--attempts: not with {', '.join(found)} of {config.run}'s generation_config.json; delete that, or leave "
+            "--attempts out"
+        )
+    _ = model.centroids  # refused now where it has none
 
 
 def _to_file(call: _Call, prompts: list[Prompt], out: Path) -> dict[str, Any]:
@@ -220,7 +245,10 @@ def _continued(call: _Call, prompts: list[Prompt]) -> Iterator[list[tuple[int, d
 
 def _batches(call: _Call, prompts: list[Prompt]) -> Iterator[list[Prompt]]:
     """The prompts, a batch at a time, those of like length together."""
-    own, size = call.model.generation_config.to_diff_dict(), max(1, call.config.batch_size // call.samples)
+    own, size = (
+        call.model.generation_config.to_diff_dict(),
+        max(1, call.config.batch_size // (call.samples * call.config.attempts)),
+    )
     alike = (lambda prompt: len(prompt.ids)) if _READ_PADDING & own.keys() else (lambda prompt: 0)
     for _, group in groupby(sorted(prompts, key=lambda prompt: (len(prompt.ids), prompt.number)), key=alike):
         some = list(group)

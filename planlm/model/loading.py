@@ -325,6 +325,11 @@ class ModelFolder(PreTrainedModel):
             "AutoModelForCausalLM": f"{_CODE}.{name}",
         }
         super().save_pretrained(save_directory, *args, **kwargs)
+        if kwargs.get("is_main_process", True):
+            centroids = Path(save_directory, CENTROIDS)
+            centroids.unlink(missing_ok=True)  # of a model that was there before
+            if self._centroids is not None:
+                save_file({"centroids": self._centroids}, centroids)
         share(Path(save_directory).glob("*.safetensors"))
         if kwargs.get("is_main_process", True):
             code = f"from planlm.model import {PlanLMConfig.__name__}, {name}\n"
@@ -332,8 +337,6 @@ class ModelFolder(PreTrainedModel):
             write_card(Path(save_directory), self.config)
             if self._tokenizer is not None:
                 self._tokenizer.save_pretrained(save_directory)
-            if self._centroids is not None:
-                save_file({"centroids": self._centroids}, Path(save_directory, CENTROIDS))
 
     @classmethod
     def register_for_auto_class(cls, auto_class: str = "AutoModel") -> None:

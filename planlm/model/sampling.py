@@ -46,6 +46,7 @@ class SharedGumbel(LogitsProcessor):
         step: called with the number of texts at every token.
         written: tokens of each text that were generated before; default none.
         attempts: rows of each text, side by side, each with noise of its own; the first has that of a single one.
+            Default one.
     """
 
     def __init__(
@@ -55,10 +56,11 @@ class SharedGumbel(LogitsProcessor):
         width: int,
         step: Callable[[int], None] | None = None,
         written: Sequence[int] | None = None,
-        attempts: int = 1,
+        attempts: Sequence[int] | None = None,
     ) -> None:
-        begun = written or [0] * len(keys)
-        self._rows = [(*key, begin, one) for key, begin in zip(keys, begun, strict=True) for one in range(attempts)]
+        begun, counts = written or [0] * len(keys), attempts or [1] * len(keys)
+        rows = zip(keys, begun, counts, strict=True)
+        self._rows = [(*key, begin, one) for key, begin, count in rows for one in range(count)]
         self._seed, self._width, self._step = seed, width, step
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:

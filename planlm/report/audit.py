@@ -9,22 +9,24 @@ from typing import Any
 
 from planlm.labels import show_action
 from planlm.report.tables import SHORT, align, ends, number
+from planlm.terminal import visible
 
 DISTANCES = (("total_variation", "total variation"), ("jensen_shannon", "Jensen-Shannon"))
 """Keys of the distances, and what they are called in front of readers."""
 
 DRIFT = (
-    "Drift: how far actions are from the corpus's, from 0 to 1. By chance: what as many sentences of the corpus itself "
-    "show on average; at most: what 95 % of such samples stay below. 95 % intervals over texts."
+    "Drift: how far actions are from the corpus's, from 0 to 1. Chance: what as many sentences of the corpus itself "
+    "show on average; at most: what 95 % of such samples stay below."
 )
 
 PROBE = (
-    "The first group less the second. By chance: at most in 95 % of random divisions of the same names in two. A "
-    "difference is one with p of at most .05 and an interval over prompts that leaves zero out."
+    "The first group less the second: total variation of plans, perplexity. Chance: at most in 95 % of random "
+    "divisions of the same names in two. A difference is one with p of at most .05 and an interval over prompts that "
+    "leaves zero out."
 )
 
 _WIDTH = 80
-_LABEL = 30
+_LABEL = 24
 
 
 def format_audit(result: dict[str, Any]) -> str:
@@ -40,16 +42,16 @@ def format_audit(result: dict[str, Any]) -> str:
     )
     models = [("model", "texts", "sentences")]
     models += [(one["model"][:16], f"{one['texts']:,}", f"{one['sentences']:,}") for one in result["models"]]
-    parts = [textwrap.fill(title, _WIDTH), align(models, left=(0,))]
+    parts = [textwrap.fill(title, _WIDTH, break_on_hyphens=False), align(models, left=(0,))]
     found = {name: one for name, one in result["drift"].items() if one is not None}
     if found:
-        rows = [("", "", "distance", "95 %", "by chance", "at most", "p", "verdict")]
+        rows = [("", "", "distance", "chance", "at most", "p", "verdict")]
         for name, one in found.items():
             for at, (key, label) in enumerate(DISTANCES):
                 cells = [number(one[key][what], 3) for what in ("chance", "chance95", "p")]
-                value, interval = number(one[key]["value"], 3), ends(one[key]["ci95"], 3)
-                rows.append((name if at == 0 else "", label, value, interval, *cells, one[key]["verdict"]))
-        parts.append(f"{textwrap.fill(DRIFT, _WIDTH)}\n\n{align(rows, left=(0, 1, 7))}")
+                value = number(one[key]["value"], 3)
+                rows.append((name if at == 0 else "", label, value, *cells, one[key]["verdict"]))
+        parts.append(f"{textwrap.fill(DRIFT, _WIDTH)}\n\n{align(rows, left=(0, 1, 6))}")
     parts += [_moved(name, one) for name, one in found.items()]
     return "\n\n".join([*parts, align(_figures(result), left=(0,))])
 
@@ -62,7 +64,8 @@ def _moved(name: str, drift: dict[str, Any]) -> str:
         rows.append((_action(one), *shares, ends(one["ci95"], 4, "+")))
     title = (
         f"Actions that rose and fell most, {name}: shares of {drift['sentences']:,} sentences of {drift['texts']:,} "
-        f"texts. By chance none changes by more than {drift['change95']:.4f} (95 % of samples)."
+        f"texts, 95 % intervals over texts. By chance none changes by more than {drift['change95']:.4f} (95 % of "
+        "samples)."
     )
     return f"{textwrap.fill(title, _WIDTH)}\n\n{align(rows, left=(0,))}"
 
@@ -70,7 +73,7 @@ def _moved(name: str, drift: dict[str, Any]) -> str:
 def _figures(result: dict[str, Any]) -> list[Sequence[str]]:
     """Rows of certainty and repetition, with the corpus's where it has them."""
     figures = [
-        ("entropy of the plans; of the corpus's actions (nats)", result["entropy"], result["unigram_entropy"]),
+        ("entropy of plans; corpus: of actions (nats)", result["entropy"], result["unigram_entropy"]),
         ("same action as the sentence before", result["same_action"], result["corpus_same_action"]),
         ("sentence stands in the text before", result["repeated"], None),
     ]
@@ -96,8 +99,8 @@ def format_probe(result: dict[str, Any]) -> str:
 def _pair(pair: dict[str, Any]) -> str:
     """What two groups of names differ in."""
     (one, other), plan, nll = pair["groups"], pair["plan"], pair["nll"]
-    rows: list[Sequence[str]] = [("", "difference", "95 %", "by chance", "p", "verdict")]
-    for label, found in (("plan: total variation", plan), ("perplexity: nats a token", nll)):
+    rows: list[Sequence[str]] = [("", "difference", "95 %", "chance", "p", "verdict")]
+    for label, found in (("plan (variation)", plan), ("nats a token", nll)):
         cells = (number(found["value"], 4, "+"), ends(found["ci95"], 4, "+"), number(found["chance95"], 4))
         rows.append((label, *cells, number(found["p"], 3), SHORT.get(found["verdict"], found["verdict"])))
     first, second = (math.exp(mean) for mean in nll["means"])
@@ -115,5 +118,6 @@ def _pair(pair: dict[str, Any]) -> str:
 
 
 def _action(found: dict[str, Any]) -> str:
-    label = textwrap.shorten(found["label"] or "", _LABEL, placeholder="…")
+    label = visible(" ".join((found["label"] or "").split()))
+    label = label if len(label) <= _LABEL else f"{label[: _LABEL - 1]}…"
     return show_action(found["action"], {found["action"]: label})

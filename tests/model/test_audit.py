@@ -142,9 +142,19 @@ def test_without_planner_too(
     assert lines[0]["sentence"].startswith("Rain") and lines[0]["plan"] is None
 
 
-def test_two_texts_have_names_of_their_own(run: Path) -> None:
-    (first, lines), (second, more) = audited(run), audited(run)
-    assert first == second and lines[0]["text"] != more[0]["text"]
+def test_the_same_text_has_the_same_name_and_no_other_has_it(run: Path) -> None:
+    (first, lines), (second, more), (_, other) = audited(run), audited(run), audited(run, seed=6)
+    assert first == second and lines[0]["text"] == more[0]["text"] != other[0]["text"]
+    assert [line["place"] for line in lines] == list(range(2, 2 + len(lines))), "two sentences are the prompt's"
+
+
+def test_a_trail_that_cannot_be_written_is_said_once(
+    run: Path, prompts: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = run.parent / "folder"
+    folder.mkdir()
+    generation.generate(GenerateConfig(run=str(run), prompts=prompts, max_new_tokens=6, audit=str(folder)))
+    assert capsys.readouterr().err.count("could not be written") == 1
 
 
 def test_a_models_checksum_is_of_weights_settings_and_tokenizer(run: Path) -> None:

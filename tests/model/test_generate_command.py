@@ -19,9 +19,9 @@ from planlm import show
 from planlm.config import GenerateConfig
 from planlm.errors import InputError
 from planlm.model import PlanLMForCausalLM
-from planlm.model.attempts import GrowingTracker
 from planlm.model.text import Text
 from planlm.model.tracking import Sentence, SentenceTracker, TrackedText
+from planlm.text.alignment import prompt_ids
 from tests.model.conftest import A, K, joint, tokens
 
 PROMPT = "The cat sat on the mat. It was warm there. Rain"
@@ -281,22 +281,83 @@ def test_of_several_attempts_the_first_that_carries_its_action_is_kept(run: Plan
     assert hits[8] > hits[1] + 2
 
 
-def test_where_no_attempt_carries_the_action_the_nearest_is_kept(run: PlanLMForCausalLM) -> None:
-    tracker = GrowingTracker(run.tokenizer, run.encoder, [2])
+def test_where_no_attempt_carries_the_action_the_nearest_is_kept() -> None:
     one = np.zeros((K, A), np.float32)
     one[:, 0] = [0.0, 9.0, 5.0, 9.0, 9.0, 9.0, 9.0]  # all of the below carry action 0 or, at 5, action 2
 
     def text(*places: float) -> list[TrackedText]:
         ends = [Sentence(0, "", np.eye(1, A, dtype=np.float32)[0] * place) for place in places]
-        before = Sentence(-1, "", np.zeros(A, np.float32), torch.zeros(K))
+        before = Sentence(-1, "", np.zeros(A, np.float32))
         return [TrackedText([], [before, end], 0) for end in ends]
 
-    assert attempts._chosen(tracker, text(1, 2, 0.5), 1, (0, 0), one) == 1
-    assert attempts._chosen(tracker, text(1, 5, 5.1, 2), 1, (0, 0), one) == 1
     unfinished = [text(5)[0]._replace(finished=text(5)[0].finished[:1])]
-    assert attempts._chosen(tracker, unfinished + text(0.1), 1, (0, 0), one) == 1
-    assert attempts._chosen(tracker, unfinished * 2, 1, (0, 0), one) == 0
-    assert attempts._chosen(tracker, text(0, 5), 1, (1, 0), one) == 0, "nothing is asked"
+    assert attempts._best(text(1, 2, 0.5), 1, 2, one) == 1
+    assert attempts._best(text(1, 5, 5.1, 2), 1, 2, one) == 1
+    assert attempts._best(unfinished + text(0.1), 1, 2, one) == 1
+    assert attempts._best(unfinished * 2, 1, 2, one) == 0
+    assert attempts._best(text(0, 5), 1, -1, one) == 0, "nothing is asked"
+
+
+def test_attempts_fit_a_context_that_is_full(run: PlanLMForCausalLM, tmp_path: Path) -> None:
+    room = run.lm.config.max_position_embeddings - len(prompt_ids(run.tokenizer, PROMPT))
+    (tmp_path / "p.txt").write_text(f"{PROMPT}\nRain fell.\n")
+    results = generated(prompts=str(tmp_path / "p.txt"), plan="1,2,3,1,2,3,1,2", attempts=3, max_new_tokens=room)[
+        "results"
+    ]
+    assert all(len(one["plan"]) > 8 for one in results)
+    both = generated(prompt=PROMPT, num_plans=2, attempts=2, max_new_tokens=room)["candidates"]
+    assert all(len(one["plan"]) > 8 for one in both)
+
+
+def test_a_stop_string_ends_attempts(run: PlanLMForCausalLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    run.generation_config.stop_strings = ["."]
+    alone = generated(prompt=PROMPT, plan="1,2,3")
+    assert alone["text"].count(".") == 1
+    monkeypatch.setattr(attempts, "_best", lambda *args: 0)
+    assert generated(prompt=PROMPT, plan="1,2,3", attempts=3) == alone
+    with_others = generated(prompt=PROMPT, num_plans=3, attempts=3)["candidates"]
+    assert all(one["text"].count(".") == 1 for one in with_others)
+
+
+def test_drawn_plans_end_as_they_do_without_attempts(run: PlanLMForCausalLM) -> None:
+    run.generation_config.eos_token_id = run.tokenizer(" warm", add_special_tokens=False).input_ids[0]
+    lengths = [
+        [
+            len(one["text"])
+            for one in generated(prompt=PROMPT, num_plans=30, attempts=count, max_new_tokens=40)["candidates"]
+        ]
+        for count in (1, 4)
+    ]
+    assert np.mean(lengths[1]) < 1.6 * np.mean(lengths[0])
+
+
+@pytest.mark.parametrize("setting", [{"min_new_tokens": 3}, {"max_time": 9.0}, {"num_beams": 2}])
+def test_settings_that_count_from_the_prompt_are_refused_with_attempts(
+    run: PlanLMForCausalLM, setting: dict[str, Any]
+) -> None:
+    run.generation_config.update(**setting)
+    with pytest.raises(
+        InputError, match=rf"--attempts: not with {next(iter(setting))} of run's generation_config\.json"
+    ):
+        generated(prompt=PROMPT, plan="1", attempts=2)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"out": "{0}/o.jsonl", "audit": "{0}/../{1}/o.jsonl"}, {"audit": "{0}/p.txt"}, {"out": "{0}/p.txt"},
+        {"out": "{0}/o.jsonl", "audit": "{0}/o.jsonl.unfinished"},
+    ],
+)  # fmt: skip
+def test_files_of_a_call_are_different_ones(
+    run: PlanLMForCausalLM, file: Path, tmp_path: Path, options: dict[str, str]
+) -> None:
+    before = file.read_text()
+    file = file.rename(tmp_path / "p.txt")
+    named = {option: name.format(tmp_path, tmp_path.name) for option, name in options.items()}
+    with pytest.raises(InputError, match=r"the file of --\w+, too; name another"):
+        generated(prompts=str(file), **named)
+    assert file.read_text() == before
 
 
 def test_what_nothing_is_asked_of_is_written_as_without_attempts(run: PlanLMForCausalLM) -> None:

@@ -258,7 +258,7 @@ def test_a_tokenizer_without_a_vocabulary_is_refused(lm: Path) -> None:
 
 
 def test_the_actions_that_training_started_from_are_saved_and_a_folder_without_them_loads(
-    model: Path, tmp_path: Path
+    model: Path, lm: Path, tmp_path: Path
 ) -> None:
     loaded = load_model(str(model))
     centroids = loaded.centroids
@@ -266,6 +266,11 @@ def test_the_actions_that_training_started_from_are_saved_and_a_folder_without_t
     loaded.codebook.data += 1.0
     loaded.save_pretrained(tmp_path / "again")
     assert torch.equal(load_model(str(tmp_path / "again")).centroids, centroids)
+    assert (model / "centroids.safetensors").stat().st_mode == (model / "model.safetensors").stat().st_mode
+    other = PlanLMForCausalLM.from_lm(str(lm), torch.randn(K, A))
+    other._centroids = None
+    other.save_pretrained(tmp_path / "again")
+    assert not load_model(str(tmp_path / "again")).has_centroids
     (model / "centroids.safetensors").unlink()
     with pytest.raises(InputError, match=r"model: no centroids\.safetensors"):
         _ = load_model(str(model)).centroids

@@ -36,7 +36,7 @@ def test_samples_of_a_text_have_noise_of_their_own_and_the_first_that_of_a_singl
 
 def test_attempts_have_noise_of_their_own_at_the_positions_of_their_text() -> None:
     scores = torch.zeros(4, 5)
-    four = SharedGumbel(1, [(4, 0), (4, 1)], 3, written=[6, 0], attempts=2)(IDS.expand(4, -1), scores)
+    four = SharedGumbel(1, [(4, 0), (4, 1)], 3, written=[6, 0], attempts=[2, 2])(IDS.expand(4, -1), scores)
     assert torch.equal(four[0], torch.from_numpy(gumbel((1, 4, 10), 5)))
     assert torch.equal(four[2], torch.from_numpy(gumbel((1, 4, 4, 1), 5)))
     assert len({tuple(row) for row in four.tolist()}) == 4
