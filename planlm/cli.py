@@ -9,17 +9,16 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
-import errno
 import importlib
 import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 from planlm import __version__, arguments, config, show
-from planlm.errors import InputError, MachineError
+from planlm.errors import InputError, MachineError, causes, machine_failure
 from planlm.files import to_json
 from planlm.home import ensure_home
 from planlm.ranks import local_rank, rank, world_size
@@ -172,7 +171,7 @@ def main(argv: list[str] | None = None) -> int:
             # Who ended has the reason to tell and is given the time; torchrun ends this one then.
             time.sleep(5)
             return _fail(1, lost)
-        failure = _machine_failure(error, options)
+        failure = machine_failure(error, options)
         if failure is None and isinstance(error, _USERS_FILE_ERRORS) and error.filename is not None:
             return _fail(2, f"{error.filename}: {error.strerror}")
         if failure is None:
@@ -268,46 +267,14 @@ def _options(argv: list[str]) -> set[str]:
     return {"--" + name.replace("_", "-") for name in names}
 
 
-def _causes(error: BaseException | None) -> Iterator[BaseException]:
-    """An error and those that led to it: Rust and C++ libraries wrap the system's in exceptions of their own."""
-    while error is not None:
-        yield error
-        error = error.__cause__ or error.__context__
-
-
 def _lost_another(raised: BaseException, options: set[str]) -> str | None:
     """One line on what has become of another process of the run where that is the error; `options` as below."""
-    for error in _causes(raised):
+    for error in causes(raised):
         if type(error).__name__ in ("DistBackendError", "DistNetworkError") or "gloo/transport" in str(error):
             lost = "has not answered" if "Timed out" in str(error) else "has ended"
             return f"another process of this run {lost}" + "; --resume goes on" * ("--resume" in options)
         if isinstance(error, MachineError):
             break
-    return None
-
-
-def _machine_failure(raised: BaseException, options: set[str]) -> str | None:
-    """One line for an error that is the machine's, None for any other; `options` are those that its advice may name."""
-    for error in _causes(raised):
-        text = str(error).strip()
-        if isinstance(error, MachineError):
-            return text
-        is_full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-        if is_full or "No space left on device" in text or "File too large" in text:
-            file = getattr(error, "filename", None)
-            where = f" for {file}" if file else ""
-            again = " with --resume" if "--resume" in options else ""
-            return f"no space left on the disk{where}; free some and start again{again}"
-        if (
-            isinstance(error, MemoryError)
-            or type(error).__name__ == "OutOfMemoryError"
-            or "can't allocate memory" in text
-        ):
-            less = [option for option in ("--batch-size", "--window", "--shard-documents") if option in options]
-            return f"out of memory; a smaller {', '.join(less) or 'model or input'} needs less"
-        is_plain = isinstance(error, BrokenPipeError) or type(error) is OSError
-        if isinstance(error, OSError) and is_plain and error.errno is not None:  # input or output failed
-            return f"{error.filename or 'the system'}: {error.strerror}"
     return None
 
 

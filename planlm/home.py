@@ -1,4 +1,4 @@
-"""A home directory and a name for a user id that the system does not know, as a container may run under."""
+"""What processes are started with: a home directory and a name for a user id that the system does not know, a path."""
 
 from __future__ import annotations
 
@@ -6,11 +6,21 @@ import contextlib
 import getpass
 import os
 import stat
+import sys
 import tempfile
 from pathlib import Path
 
 from planlm.ranks import rank
 from planlm.terminal import note
+
+
+def python_module(name: str) -> list[str]:
+    """The command that runs a module in a process of its own.
+
+    The working folder is on its path only if it is on ours: a file there may be called like a library.
+    """
+    own = {os.path.realpath(place or os.curdir) for place in sys.path}
+    return [sys.executable, *([] if os.path.realpath(os.curdir) in own else ["-P"]), "-m", name]
 
 
 def ensure_home() -> None:

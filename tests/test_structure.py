@@ -15,7 +15,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 LEAVES = {
     "errors", "terminal", "config", "settings", "selections", "signals", "progress", "files", "flat_yaml", "ranks",
-    "precision", "distribution", "plan_inputs", "labels",
+    "precision", "distribution", "plan_inputs", "labels", "home",
 }  # fmt: skip
 # What each room may import; whoever imports a room sees what that room sees only through it.
 ALLOWED = {

@@ -6,7 +6,6 @@ import contextlib
 import json
 import os
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ from pathlib import Path
 
 from planlm.errors import InputError, MachineError
 from planlm.experiments.tasks import Task
+from planlm.home import python_module
 from planlm.ranks import local_rank, local_world_size, world_size
 from planlm.terminal import note, silence_libraries
 
@@ -82,7 +82,7 @@ class Workers:
         ]
         with self.log(tasks[0]).open("a", encoding="utf-8") as log:
             process = subprocess.Popen(
-                [sys.executable, "-m", "planlm.experiments.cell", str(self.out)],
+                [*python_module("planlm.experiments.cell"), str(self.out)],
                 env=self._environment(slot, tasks[0].kind),
                 stdin=subprocess.PIPE,
                 stdout=log,

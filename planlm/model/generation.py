@@ -132,7 +132,8 @@ def continuing(
     call = _call(config, model)
     if prompts is None:
         prompts = find_prompts(config, model, call.selection, call.steering.ban, option)
-    assert model.encoder is not None  # read now: one that is not there is refused before any work
+    if model.plans(call.selection):
+        _ = model.encoder  # read now: one that is not there is refused before any work
 
     def results() -> list[dict[str, Any]]:
         found = {

@@ -11,7 +11,6 @@ import contextlib
 import dataclasses
 import os
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -34,6 +33,7 @@ from planlm.corpus.store import FORMAT_VERSION, MANIFEST
 from planlm.errors import InputError, MachineError
 from planlm.experiments.leads import leads, write_leads
 from planlm.files import check_own, read_json, write_json
+from planlm.home import python_module
 from planlm.model.generation import generate
 from planlm.quickstart.table import KEPT, Table, collect
 from planlm.report.page import write_report
@@ -213,7 +213,7 @@ def _side_by_side(tables: Sequence[Table], out: Path) -> None:
             settings = out / f"{Path(table.out).name}.json"
             write_json(settings, dataclasses.asdict(table))
             process = subprocess.Popen(
-                [sys.executable, "-m", "planlm.quickstart.table", str(settings)],
+                [*python_module("planlm.quickstart.table"), str(settings)],
                 env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
             )  # fmt: skip
             processes.append(process)

@@ -42,7 +42,7 @@ def _here(joint: dict[str, Any], plain: dict[str, Any] | None, other: str | None
     """Rows of what was measured: with the plan and, where there is such a run, without."""
     found = [joint, *([plain] if plain else [])]
     without = "without it" if other == "none" else f"plan {other}"
-    yield ("", "with the plan", *((without, "planning adds") if plain else ("", "")), "")
+    yield ("", *(("with the plan", without, "planning adds") if plain else ("the run", "", "")), "")
     times = [_time(one["seconds"]) + ("" if one["error"] is None else f" ± {_time(one['error'])}") for one in found]
     yield _row("time", times, [one["seconds"] for one in found], "measured")
     rates = [one["phases"][-1]["tokens_per_second"] for one in found]

@@ -64,5 +64,7 @@ def _flags(config: type[CommandConfig], options: Mapping[str, Any]) -> Iterator[
         if isinstance(field.default, bool):
             if value != field.default:
                 yield flag if value else "--" + f"no-{name}"
+        elif isinstance(value, list | tuple):
+            yield from (word for one in value for word in (flag, str(one)))
         elif field.default is MISSING or str(value) != str(field.default):
             yield from (flag, str(value))

@@ -265,7 +265,8 @@ def _read_object(path: Path, shape: Any) -> dict[str, Any]:
 def _read_config(path: Path) -> dict[str, Any]:
     content = read_flat(path) if _there(path) else {}
     for key, value in content.items():
-        if isinstance(value, list):  # shown, a few lines of these can become gigabytes
+        is_mix = key == "mix" and isinstance(value, list) and len(value) < 100 and all(type(it) is str for it in value)
+        if isinstance(value, list) and not is_mix:  # shown, a few lines of these can become gigabytes
             raise InputError(f"{path}: {key}: expected one value, got a list")
     return content
 

@@ -7,7 +7,6 @@ import json
 import math
 import statistics
 import subprocess
-import sys
 import tempfile
 import time
 from pathlib import Path
@@ -16,9 +15,12 @@ from typing import Any
 from planlm.config import PlanBudgetConfig, TrainConfig
 from planlm.errors import InputError, MachineError
 from planlm.files import to_json
+from planlm.home import python_module
+from planlm.model.loading import joint_config
 from planlm.precision import device, device_name
 from planlm.terminal import note
 from planlm.training.gpus import GPUS, NUMBERS, Work, due, predict
+from planlm.training.start import BUILT, BUILT_OR_DEFAULT
 from planlm.training.train import check_settings
 
 SECONDS = 40.0
@@ -47,7 +49,8 @@ def plan_budget(config: PlanBudgetConfig) -> dict[str, Any]:
     joint = _train_config(config)
     check_settings(joint)
     plain = without_plan(joint)
-    measured = [_measure(one, name) for one, name in ((joint, "with the plan"), (plain, "without it")) if one]
+    runs = [(joint, "with the plan"), (plain, "without it")] if plain else [(joint, "the run")]
+    measured = [_measure(one, name) for one, name in runs]
     works = [work_of(one["work"]) for one in measured]
     rows = []
     for gpu in GPUS:
@@ -78,7 +81,10 @@ def without_plan(config: TrainConfig) -> TrainConfig | None:
     selection = "fixed" if config.lm_mode == "freeze" else "none"
     if config.selection in ("none", "fixed"):
         return None
-    kept = {name: value for name, value in vars(config).items() if name not in OF_THE_PLAN}
+    # A joint model keeps how it was built, and what holds the same plan everywhere is built as what plans.
+    is_built = selection == "fixed" or joint_config(config.lm or "") is not None
+    left_out = OF_THE_PLAN - {*BUILT, *BUILT_OR_DEFAULT} if is_built else OF_THE_PLAN
+    kept = {name: value for name, value in vars(config).items() if name not in left_out}
     return TrainConfig(**kept, selection=selection)
 
 
@@ -153,14 +159,15 @@ def _measure(config: TrainConfig, name: str) -> dict[str, Any]:
     with tempfile.TemporaryDirectory(prefix="planlm-") as folder:
         settings = vars(config) | {"out": str(Path(folder) / "run")}
         done = subprocess.run(
-            [sys.executable, "-m", "planlm.training.measured"],
+            python_module("planlm.training.measured"),
             input=to_json({"settings": settings, "seconds": SECONDS, "began": time.time()}),
             stdout=subprocess.PIPE,
             text=True,
+            process_group=0,  # an interruption is this process's, which ends that one
         )
     if done.returncode != 0:
         signal = f"was killed by signal {-done.returncode}: too little memory?" if done.returncode < 0 else "failed"
-        raise MachineError(f"the measurement {name} {signal}; a smaller --batch-size needs less")
+        raise MachineError(f"the measurement {name} {signal}; see above, or try a smaller --batch-size")
     found: dict[str, Any] = json.loads(done.stdout)
     if "error" in found:
         raise (InputError if found["status"] == InputError.status else MachineError)(found["error"])

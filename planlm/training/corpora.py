@@ -9,6 +9,9 @@ from planlm.corpus.store import PreparedCorpus
 from planlm.errors import InputError
 from planlm.model.planner import codebook_fingerprint
 
+LEAST = 0.01
+"""Of the windows that `--corpus` has to have: an epoch, of which it is the measure, is a hundred times as long then."""
+
 Mix = list[tuple[PreparedCorpus, float]]
 """Corpora of `--mix` and their shares of the windows."""
 
@@ -31,8 +34,8 @@ def parse_mix(mix: Sequence[str]) -> dict[str, float]:
         if (name := str(Path(path))) in found:
             raise InputError(f"--mix {name}: given twice; add the shares up")
         found[name] = share
-    if sum(found.values()) >= 1:
-        raise InputError(f"--mix: shares add up to {sum(found.values()):g}; leave some of the windows to --corpus")
+    if (total := sum(found.values())) > 1 - LEAST:
+        raise InputError(f"--mix: shares add up to {total:g}; leave {LEAST:.0%} of the windows or more to --corpus")
     return found
 
 
@@ -42,13 +45,16 @@ def load_mix(mix: Sequence[str], corpus: PreparedCorpus) -> Mix:
     Raises:
         InputError: as `parse_mix`; none there, or of another tokenizer, encoder or codebook than `corpus`.
     """
-    found = []
+    found, known = [], {corpus.fingerprint}
     for path, share in parse_mix(mix).items():
         other = load_beside("--mix", path, corpus)
         if _actions(other) != _actions(corpus):
             raise InputError(
                 f"--mix {path}: has other actions than {corpus.path}; prepare it again with --codebook {corpus.path}"
             )
+        if other.fingerprint in known:
+            raise InputError(f"--mix {path}: has the same content as another corpus of this run; leave it out")
+        known.add(other.fingerprint)
         found.append((other, share))
     return found
 

@@ -139,6 +139,8 @@ def fit(task: Task, run: Run, config: LoopConfig) -> None:
             throughput = Throughput(task.flops, task.rate, first, task.steps)
             for step in range(first, task.steps):
                 if task.validation.is_over:
+                    if step == first:
+                        progress.line(f"over since step {step}, by --patience; set more to go on")
                     break
                 join(task, step, is_first=step == first)
                 with throughput.waiting():

@@ -11,6 +11,7 @@ import dataclasses
 import itertools
 import json
 import sys
+import tempfile
 import time
 from typing import Any
 
@@ -18,7 +19,7 @@ import numpy as np
 import torch
 
 from planlm.config import TrainConfig
-from planlm.errors import InputError, MachineError
+from planlm.errors import InputError, MachineError, machine_failure
 from planlm.files import to_json
 from planlm.model.families import lm_layers
 from planlm.model.modeling import PlanLMForCausalLM
@@ -46,8 +47,15 @@ def main() -> None:
     with contextlib.redirect_stdout(sys.stderr):
         try:
             found = measure(TrainConfig(**asked["settings"]), asked["seconds"], asked["began"])
-        except (InputError, MachineError) as error:
+        except InputError as error:
             found = {"error": str(error), "status": error.status}
+        except Exception as error:
+            failure = machine_failure(error, {"--batch-size", "--window"})
+            if failure is None:
+                raise
+            if "no space left" in failure:
+                failure += f"; a checkpoint and a model go to {tempfile.gettempdir()}: set TMPDIR to a larger folder"
+            found = {"error": failure, "status": MachineError.status}
     print(to_json(found))
 
 
@@ -128,6 +136,7 @@ def _work(built: Built, config: TrainConfig, batches: list[Any]) -> dict[str, An
     passes = flops / count_flops(model, dataclasses.replace(config, kl=0.0))(own)
     layers = [sum(weight.numel() for weight in layer.parameters()) for layer in lm_layers(model.lm)]
     whole = sum(weight.numel() for weight in model.parameters())
+    epochs, rest = divmod(built.task.steps * config.accumulate, built.loader.num_batches)
     return {
         **weights(built.task),
         "copied": whole if config.kl > 0 and config.lm_mode != "lora" else 0,
@@ -140,7 +149,7 @@ def _work(built: Built, config: TrainConfig, batches: list[Any]) -> dict[str, An
         "kept": kept,
         "kept_once": small.kept - kept * small.tokens,
         "flops": flops / sum(batch.input_ids.numel() for batch in own),
-        "sequences": built.loader.num_items * built.task.steps * config.accumulate / built.loader.num_batches,
+        "sequences": epochs * built.loader.num_items + min(rest * config.batch_size, built.loader.num_items),
         "steps": built.task.steps,
         "validation_batches": built.held_out.num_batches if built.held_out else 0,
     }

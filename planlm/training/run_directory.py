@@ -23,7 +23,8 @@ from planlm.training.trackers import Tracker, check_tracker, open_tracker
 
 FREE_TO_CHANGE = {
     "out", "resume", "json", "shard", "log_every", "checkpoint_every", "keep_checkpoints", "tracker",
-    "corpus", "lm", "planner", "rehearsal", "mix", "dry_run", "steps", "epochs", "sample_every", "sample_prompts",
+    "corpus", "lm", "planner", "rehearsal", "mix", "dry_run", "steps", "epochs", "patience", "sample_every",
+    "sample_prompts",
 }  # fmt: skip
 """Settings that may differ when a run is resumed: they leave weights and losses as they are.
 

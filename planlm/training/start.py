@@ -23,10 +23,10 @@ from planlm.pretrained.names import absolute
 from planlm.pretrained.tokenizer import load_tokenizer, tokenizer_fingerprint
 from planlm.text.encoder import encoder_fingerprint
 
-_BUILT = ("conditioning", "gate", "codebook_per_layer", "planner_input", "attention_window")
+BUILT = ("conditioning", "gate", "codebook_per_layer", "planner_input", "attention_window")
 """Settings that a joint model was built with and keeps."""
 
-_BUILT_OR_DEFAULT = ("conditioned_layers", "planner_lm_layers")
+BUILT_OR_DEFAULT = ("conditioned_layers", "planner_lm_layers")
 """Such of which None means the model's own."""
 
 
@@ -76,8 +76,8 @@ def _check_joint(config: TrainConfig, corpus: PreparedCorpus, joint: PlanLMConfi
         raise InputError(f"--lm {lm}: trained on other actions than those of {config.corpus}; {advice}")
     if config.planner is not None and joint.conditioning == "bottleneck":
         raise InputError(f"--planner: {lm} has no planner (conditioning bottleneck); leave it out")
-    wrong = [name for name in _BUILT if getattr(config, name) != getattr(joint, name)]
-    wrong += [name for name in _BUILT_OR_DEFAULT if getattr(config, name) not in (None, getattr(joint, name))]
+    wrong = [name for name in BUILT if getattr(config, name) != getattr(joint, name)]
+    wrong += [name for name in BUILT_OR_DEFAULT if getattr(config, name) not in (None, getattr(joint, name))]
     if wrong:
         built = ", ".join(_flag(name, getattr(joint, name)) for name in wrong)
         raise InputError(f"--lm {lm}: the joint model was built with {built}, and stays so; set the same")
@@ -125,7 +125,7 @@ def _conditioned(config: TrainConfig, corpus: PreparedCorpus, lm: str, planner: 
         encoder=corpus.manifest.encoder,
         action_labels=read_labels(corpus.path, corpus.manifest.num_actions),
         lora=(config.lora_rank, config.lora_alpha) if config.lm_mode == "lora" else None,
-        **{name: getattr(config, name) for name in (*_BUILT, *_BUILT_OR_DEFAULT)},
+        **{name: getattr(config, name) for name in (*BUILT, *BUILT_OR_DEFAULT)},
         **_planned(config),
     )
 

@@ -201,6 +201,7 @@ def test_commands_repeat_what_was_made(report, make_run, planner, tmp_path):
     first = make_run("planner", evaluated=(), planner_metrics=planner | {"split": "validation"})
     (first / "config.yaml").write_text(f"corpus: {corpus}\nout: {first}\nlayers: 1\nepochs: 4.0\nresume: true\n")
     settings = {"corpus": str(corpus), "planner": str(first), "out": "run", "lr": 0.01, "compile": True}
+    settings["mix"] = ["more=0.3", "b c=0.1"]
     _, page = report(make_run("run", config=settings))
     prepare = f"planlm prepare 'a b.jsonl' --out '{corpus}' --actions 8 --encoder E --tokenizer T --seed 3"
     assert prepare in page.text
@@ -209,6 +210,7 @@ def test_commands_repeat_what_was_made(report, make_run, planner, tmp_path):
     words = shlex.split(train)[2:]
     read = arguments.parse(TrainConfig, words, prog="planlm train", epilog="")
     assert (read.corpus, read.planner, read.lr, read.compile) == (str(corpus), str(first), 0.01, True)
+    assert read.mix == ("more=0.3", "b c=0.1")
     assert "--batch-size" not in words
 
 

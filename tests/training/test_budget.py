@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shlex
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -181,13 +185,19 @@ def test_memory_is_weights_gradients_moments_and_what_is_kept() -> None:
 # The command
 
 
-def test_the_run_without_a_plan_is_the_same_run() -> None:
+def test_the_run_without_a_plan_is_the_same_run(monkeypatch: pytest.MonkeyPatch) -> None:
     settings = {"lm_mode": "full", "window": 64, "batch_size": 5, "steps": 9, "kl": 0.5, "precision": "fp32"}
     plan = {"planner": "p", "planner_loss": 0.5, "oracle_mix": "1:0", "gate": True, "temperature": 2.0}
     found = budget.without_plan(train_config(**settings, **plan))
     assert found == train_config(**settings, selection="none")
     frozen = budget.without_plan(train_config(conditioned_layers=1))
     assert frozen == train_config(conditioned_layers=1, selection="fixed")
+    built = {"conditioning": "embedding", "gate": True, "planner_input": "lm", "planner_lm_layers": 1}
+    assert budget.without_plan(train_config(**built)) == train_config(**built, selection="fixed"), "built as what plans"
+    monkeypatch.setattr(budget, "joint_config", lambda lm: lm or None)
+    joint = budget.without_plan(train_config(**built, lm="joint", lm_mode="full", planner="p", temperature=2.0))
+    assert joint == train_config(**built, lm="joint", lm_mode="full", selection="none"), "it stays as it was built"
+    assert budget.without_plan(train_config(**built, lm_mode="full")) == train_config(lm_mode="full", selection="none")
     assert budget.without_plan(train_config(selection="fixed")) is None
     fields = {field.name for field in dataclasses.fields(TrainConfig)}
     assert fields >= budget.OF_THE_PLAN, "settings that train has"
@@ -234,6 +244,28 @@ def test_what_train_refuses_is_one_line(
     assert cli.main([*words, *more]) == 2
     last = capsys.readouterr().err.strip().splitlines()[-1]
     assert last.startswith("planlm: error: ") and says in last
+
+
+def test_a_full_disk_is_one_line_that_says_where(
+    words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    code = f"import sys; from planlm import cli; sys.exit(cli.main({words!r}))"
+    limited = f"ulimit -f 20; exec {sys.executable} -c {shlex.quote(code)}"
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    done = subprocess.run(["sh", "-c", limited], capture_output=True, text=True)
+    last = done.stderr.strip().splitlines()[-1]
+    assert done.returncode == 1 and "Traceback" not in done.stderr and not list(tmp_path.glob("planlm-*"))
+    assert "no space left on the disk" in last and f"go to {tmp_path}: set TMPDIR to a larger folder" in last
+
+
+def test_no_file_of_the_working_folder_is_run(
+    words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "datasets.py").write_text("raise SystemExit('not the library')")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [place for place in sys.path if place not in ("", str(tmp_path))])
+    assert cli.main([*words, "--steps", "2", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["steps"] == 2
 
 
 def test_a_measurement_that_is_killed_is_said(monkeypatch: pytest.MonkeyPatch) -> None:

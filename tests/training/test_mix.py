@@ -137,7 +137,12 @@ def test_several_processes_train_as_one(planted: dict[str, str], others: list[st
         (["a=1"], "between 0 and 1"),
         (["a=nan"], "between 0 and 1"),
         (["a=0.3", "./a=0.2"], r"^--mix a: given twice"),
-        (["a=0.5", "b=0.5"], r"^--mix: shares add up to 1; leave some"),
+        (["a=0.5", "b=0.5"], r"^--mix: shares add up to 1; leave 1% of"),
+        (
+            ["a=0.7", "b=0.2", "c=0.1"],
+            r"^--mix: shares add up to 1; leave 1% of",
+        ),  # .9999999999999999 in floating point
+        (["a=0.999999"], r"^--mix: shares add up to 0.999999; leave 1% of"),
         (["nowhere=0.3"], r"^nowhere: no prepared corpus"),
     ],
 )
@@ -160,6 +165,7 @@ def test_corpora_that_do_not_fit_are_refused(
         (own_actions, r"^--mix .*corpus: has other actions than .*corpus; prepare it again with --codebook"),
         (other_tokenizer, r"^--mix .*corpus: prepared with the tokenizer of .*; prepare it again with --tokenizer"),
         (of_one_token, r"^--mix .*corpus: has other actions"),
+        (planted["corpus"], r"^--mix .*corpus: has the same content as another corpus of this run"),
     ):
         with pytest.raises(InputError, match=message) as raised:
             train(settings(planted, tmp_path / "run", f"{path}=0.3"))

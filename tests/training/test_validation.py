@@ -105,7 +105,9 @@ def test_best_step_is_kept_and_becomes_the_model(planted: dict[str, str], tmp_pa
 
 
 @pytest.mark.usefixtures("_best_at_4")
-def test_patience_ends_the_run_and_leaves_the_rates_alone(planted: dict[str, str], tmp_path: Path) -> None:
+def test_patience_ends_the_run_and_leaves_the_rates_alone(
+    planted: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     changes = {"validate_every": 2, "log_every": 3}
     whole = train(settings(planted, tmp_path / "whole", **changes))
     cut = train(settings(planted, tmp_path / "cut", **changes, patience=2))
@@ -113,6 +115,9 @@ def test_patience_ends_the_run_and_leaves_the_rates_alone(planted: dict[str, str
     assert lines(tmp_path / "cut") == lines(tmp_path / "whole")[: len(lines(tmp_path / "cut"))]
     again = train(settings(planted, tmp_path / "cut", **changes, patience=2, resume=True))
     assert again == cut, "a resumed run is at its end"
+    assert "over since step 8, by --patience; set more to go on" in capsys.readouterr().err
+    longer = train(settings(planted, tmp_path / "cut", **changes, patience=9, resume=True))
+    assert longer["step"] == 12 and lines(tmp_path / "cut") == lines(tmp_path / "whole")
 
 
 @pytest.mark.usefixtures("_best_at_4")
