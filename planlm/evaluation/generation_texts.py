@@ -121,17 +121,17 @@ def continue_prompts(
     size = max(1, config.batch_size // config.attempts) if is_tried else config.batch_size
     for start in range(0, len(order), size):
         batch = order[start : start + size]
-        ids, mask = left_padded([prompt.ids for prompt in batch], padding, where)
-        width = ids.shape[1]
         keys = [(prompt.document, 0) for prompt in batch]
-        noise = SharedGumbel(config.seed, keys, width, step)
+        texts = [prompt.ids for prompt in batch]
         plans = None if asked is None else [asked[prompt.document] for prompt in batch]
         if is_tried:
             tracker = GrowingTracker(tokenizer, model.encoder, plans)
-            texts = [prompt.ids for prompt in batch]
             new = write(model, texts, keys, tracker, config, step, selection=selection, pad_token_id=padding)
             yield list(zip(batch, new, strict=True))
             continue
+        ids, mask = left_padded(texts, padding, where)
+        width = ids.shape[1]
+        noise = SharedGumbel(config.seed, keys, width, step)
         found = model.generate(
             ids,
             attention_mask=mask,

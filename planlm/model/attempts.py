@@ -76,13 +76,16 @@ def write(
     Returns:
         New tokens of each text, up to its end token or stop string.
     """
-    centroids, padding, context = model.centroids.numpy(), settings["pad_token_id"], _context(model)
-    texts = [_Text(at, list(ids), len(ids), config.max_new_tokens) for at, ids in enumerate(prompts)]
+    centroids, padding = model.centroids.numpy(), settings["pad_token_id"]
+    context = model.lm.config.max_position_embeddings
     ids, mask = left_padded(prompts, padding, torch.device("cpu"))
     tracker.start(ids, mask.bool())
+    texts = [_Text(at, list(ids), len(ids), config.max_new_tokens) for at, ids in enumerate(prompts)]
+    first = [len(_track(tracker, text, text.ids).sentences) for text in texts]
     while going := [text for text in texts if text.room]:
         before = [_track(tracker, text, text.ids) for text in going]
-        numbers = [_number(tracker, text, one) for text, one in zip(going, before, strict=True)]
+        # Of each open sentence, its number behind the one that the prompt leaves open.
+        numbers = [len(one.sentences) - first[text.number] for text, one in zip(going, before, strict=True)]
         counts = [
             config.attempts if tracker.asks(at, text.number) else 1 for text, at in zip(going, numbers, strict=True)
         ]
@@ -117,18 +120,9 @@ def write(
     return [text.ids[text.begin :] for text in texts]
 
 
-def _context(model: PlanLMForCausalLM) -> int:
-    return int(model.lm.config.max_position_embeddings)
-
-
 def _track(tracker: GrowingTracker, text: _Text, ids: list[int]) -> TrackedText:
     tracker.rows = [text.number]
     return tracker.track(ids)
-
-
-def _number(tracker: GrowingTracker, text: _Text, now: TrackedText) -> int:
-    """Number of a text's open sentence behind the one that its prompt leaves open."""
-    return len(now.sentences) - len(_track(tracker, text, text.ids[: text.begin]).sentences)
 
 
 def _chosen(

@@ -246,10 +246,8 @@ def _continued(call: _Call, prompts: list[Prompt]) -> Iterator[list[tuple[int, d
 
 def _batches(call: _Call, prompts: list[Prompt]) -> Iterator[list[Prompt]]:
     """The prompts, a batch at a time, those of like length together."""
-    own, size = (
-        call.model.generation_config.to_diff_dict(),
-        max(1, call.config.batch_size // (call.samples * call.config.attempts)),
-    )
+    own = call.model.generation_config.to_diff_dict()
+    size = max(1, call.config.batch_size // (call.samples * call.config.attempts))
     alike = (lambda prompt: len(prompt.ids)) if _READ_PADDING & own.keys() else (lambda prompt: 0)
     for _, group in groupby(sorted(prompts, key=lambda prompt: (len(prompt.ids), prompt.number)), key=alike):
         some = list(group)
