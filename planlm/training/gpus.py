@@ -110,7 +110,9 @@ def predict(work: Work, config: TrainConfig, gpu: GPU, number: int) -> dict[str,
         `batch_size`, `steps`, `seconds_per_step`, `seconds` (with validation and checkpoints), `tokens_per_second`
         (positions), `limit` (what a step waits for), `memory` (bytes a GPU), `memory_sharded` (with --shard).
     """
-    tokens = config.batch_size * config.window
+    # A corpus may have fewer sequences than a batch.
+    batch = min(config.batch_size, math.ceil(work.sequences / (work.steps * config.accumulate)))
+    tokens = batch * config.window
     parts = pass_seconds(work, gpu, tokens, fp32=config.precision == "fp32")
     graph = number == 1 and config.graph != "never" and not (config.compile or config.checkpoint_activations)
     host = 0.0 if graph else work.launches * HOST
@@ -128,7 +130,7 @@ def predict(work: Work, config: TrainConfig, gpu: GPU, number: int) -> dict[str,
     return {
         "gpu": gpu.name,
         "gpus": number,
-        "batch_size": config.batch_size * number,
+        "batch_size": batch * number,
         "steps": steps,
         "seconds_per_step": seconds,
         "seconds": steps * seconds + aside,

@@ -168,8 +168,17 @@ def test_gpus_share_a_run() -> None:
     assert reduce_seconds(work(), H200, 1) == 0
     assert reduce_seconds(work(), H200, 64) == pytest.approx(2 * 63 / 64 * 4 * 131_734_144 / 40e9)
     assert predict(work(trained=4_000_000_000), config, H200, 64)["limit"] == "communication"
-    four = predict(work(), dataclasses.replace(config, accumulate=4), H200, 64)
+    four = predict(work(sequences=640.0), dataclasses.replace(config, accumulate=4), H200, 64)
     assert four["tokens_per_second"] > many["tokens_per_second"], "gradients are reduced once in four passes"
+
+
+def test_a_batch_is_no_larger_than_the_corpus() -> None:
+    config = {"window": 1024, "lm_mode": "full"}
+    filled, larger = (
+        predict(work(sequences=160.0, steps=10), train_config(batch_size=size, **config), H200, 1)
+        for size in (16, 4000)
+    )
+    assert larger == filled and filled["batch_size"] == 16
 
 
 def test_memory_is_weights_gradients_moments_and_what_is_kept() -> None:
