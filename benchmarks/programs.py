@@ -186,7 +186,8 @@ def _mixture_fwd(launch: Launch) -> list[Role]:
 
 
 def _add_plan_bwd(launch: Launch) -> list[Role]:
-    windows = len(launch.arguments["grad"]) / launch.grid[0] / launch.tiles.rows  # of tokens
+    grad, bounds = _sizes(launch, "grad", "bounds")
+    windows = len(grad) / (len(bounds) - 1) / launch.tiles.rows  # of tokens
     return [Role(math.prod(launch.grid), iterations=(max(1.0, windows),), longest=LONGEST_SENTENCE)]
 
 

@@ -28,7 +28,8 @@ OPERATORS = ("add_plan", "add_plan_backward")
 """What this backend implements here; `operators` has the schemas."""
 
 _CONTIGUOUS = torch.contiguous_format
-_FORWARD, _BACKWARD, _INTERPRETED = Tiles(16, 256), Tiles(16, 128), Tiles(16, 16)
+_FORWARD, _INTERPRETED = Tiles(16, 256), Tiles(16, 16)
+_BACKWARD = Tiles(32, 128)  # most sentences are one step of a program, two steps are two waits for memory
 
 
 @triton.jit
@@ -55,18 +56,23 @@ def add_plan_bwd_kernel(
     grad, plan, bounds, segment_ids, gate, out_plan, out_gate_parts, size,
     grad_stride, plan_stride, out_plan_stride, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """Gradient of a plan, and its part of the gate's `[S, D]`, each where its tensor is given. Grid: segments, D."""
-    segment = tl.program_id(0)
-    columns = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    """Gradient of a plan, and its part of the gate's `[S, D]`, each where its tensor is given. Grid: D within segments.
+
+    Programs that run side by side read rows that lie side by side, whole. Gradients are asked for with the ids, not
+    after them: the few tokens without a segment cost less than waiting twice.
+    """
+    tiles = tl.cdiv(size, COLUMNS)
+    segment = tl.program_id(0) // tiles
+    columns = tl.program_id(0) % tiles * COLUMNS + tl.arange(0, COLUMNS)
     begin, end = tl.load(bounds + segment), tl.load(bounds + segment + 1)
     inside = columns < size
     sums = tl.zeros((COLUMNS,), tl.float32)
     for token in range(begin, end, ROWS):
         tokens = token + tl.arange(0, ROWS)
         ids = tl.load(segment_ids + tokens, mask=tokens < end, other=-1)
-        mine = (ids == segment)[:, None] & inside[None, :]
         at = grad + tokens.to(tl.int64)[:, None] * grad_stride + columns[None, :]
-        sums += tl.sum(tl.load(at, mask=mine, other=0.0).to(tl.float32), 0)
+        found = tl.load(at, mask=(tokens < end)[:, None] & inside[None, :], other=0.0).to(tl.float32)
+        sums += tl.sum(tl.where((ids == segment)[:, None], found, 0.0), 0)  # not a product: it may be infinite
     wide = segment.to(tl.int64)
     if out_gate_parts is not None:
         planned = tl.load(plan + wide * plan_stride + columns, mask=inside, other=0.0).to(tl.float32)
@@ -128,7 +134,7 @@ def sum_segments(
     tiles = _INTERPRETED if INTERPRETED else _BACKWARD
     if num_segments and size and (into is not None or parts is not None):
         launch_ordered(
-            add_plan_bwd_kernel, (num_segments, -(-size // tiles.columns), 1), tiles,
+            add_plan_bwd_kernel, (num_segments * -(-size // tiles.columns), 1, 1), tiles,
             (grad, plan, bounds, segment_ids.contiguous(), None if gate is None else gate.contiguous(), into, parts,
              size, grad.stride(0), 0 if plan is None else plan.stride(0), 0 if into is None else into.stride(0),
              tiles.rows, tiles.columns),

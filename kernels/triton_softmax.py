@@ -319,16 +319,16 @@ def _logits(inputs: ProjectionInputs) -> tuple[Tensor, Tensor | None]:
 def _tiling(logits: Tensor) -> tuple[tuple[int, int, int], Tiles]:
     """Grid and tiles of the softmax kernels: a row a program, of few actions several rows."""
     num_sentences, num_actions = logits.shape
-    tiles = _INTERPRETED if INTERPRETED else _tiles_of(num_actions)
+    tiles = _INTERPRETED if INTERPRETED else _tiles_of(num_actions, logits.itemsize)
     return (cdiv(num_sentences, tiles.rows), 1, 1), tiles
 
 
 @cache
-def _tiles_of(num_actions: int) -> Tiles:
+def _tiles_of(num_actions: int, itemsize: int) -> Tiles:
     columns = min(4096, triton.next_power_of_2(num_actions))
     rows = max(1, min(16, 1024 // columns))
-    # Eight entries a thread: with sixteen, or with many short rows, sm_120 spills.
-    return Tiles(rows, columns, num_warps=16 if columns == 4096 else 8 if columns == 2048 else 4)
+    # One load of 16 bytes a thread: with more, or with many short rows, sm_100 and sm_120 spill.
+    return Tiles(rows, columns, num_warps=max(4, columns * itemsize // 512))
 
 
 def _product(left: Tensor, right: Tensor) -> Tensor:

@@ -107,6 +107,15 @@ def test_segments_are_found_among_many_tokens() -> None:
     assert_close("gradient of plan", grad_plan, want, 1e-5)
 
 
+def test_gradients_of_tokens_without_a_plan_reach_none() -> None:
+    """Whatever they are: they are read with the others'."""
+    ids = torch.tensor([-1, 0, -1, 0, -1, -1, 2, -1])
+    up = torch.where(ids[:, None] < 0, torch.tensor([torch.inf, -torch.inf, torch.nan]), 1.0)
+    grad_plan, grad_gate = triton_addition.add_plan_backward(up, torch.ones(3, 3), ids, torch.ones(3), [True, True])
+    assert grad_plan.tolist() == [[2.0] * 3, [0.0] * 3, [1.0] * 3]
+    assert grad_gate.tolist() == [3.0] * 3
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, *HALVES], ids=str)
 def test_no_plan_changes_no_bit(dtype: torch.dtype) -> None:
     special = torch.tensor([0.0, -0.0, torch.inf, -torch.inf, torch.finfo(dtype).tiny, -1.5], dtype=dtype)
