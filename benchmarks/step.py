@@ -15,6 +15,7 @@ import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -32,6 +33,7 @@ from transformers import (
 from benchmarks import harness
 from planlm.config import TrainConfig
 from planlm.corpus.batches import PlanBatch
+from planlm.corpus.layout import Layout
 from planlm.corpus.offsets import ALIKE, document_offsets, few_sizes, segment_bounds
 from planlm.model.configuration import PlanLMConfig
 from planlm.model.families import input_width, output_projections
@@ -137,16 +139,15 @@ def make_batch(case: Case, alike: bool = False) -> PlanBatch:
     count = case.batch_size * sentences
     within = (torch.arange(case.window) // SENTENCE).expand(shape)
     sequences = torch.arange(case.batch_size)
-    ordinals = torch.arange(sentences)
     positions = (torch.arange(case.window) % -(-case.window // case.documents)).expand(shape)
     cu_seqlens, longest = document_offsets((positions == 0).numpy())
     segment_ids = within + sentences * sequences[:, None]
-    rows, width = (1, few_sizes(count, ALIKE)) if alike else (case.batch_size, sentences)
-    padding = rows * width - count
-    numbers = F.pad(ordinals.repeat(case.batch_size), (0, padding)).view(rows, width)
-    embeddings = torch.randn(rows, width, ACTION_DIM, generator=random)
-    places = torch.cartesian_prod(torch.arange(rows), torch.arange(width))[:count]
-    of_planner, longest_of_planner = document_offsets((numbers == 0).numpy(), ALIKE if alike else 8)
+    layout = Layout(np.full(case.batch_size, sentences), most=sentences if alike else 0)
+    padding = few_sizes(count, ALIKE) - count if alike else 0
+    embeddings = torch.randn(*layout.shape, ACTION_DIM, generator=random)
+    places = torch.from_numpy((layout.begins[:, None] + np.arange(sentences)).flatten())
+    places = torch.stack((places // layout.shape[1], places % layout.shape[1]), dim=1)
+    of_planner, longest_of_planner = layout.offsets()
     return PlanBatch(
         input_ids=torch.randint(vocabulary, shape, generator=random),
         position_ids=positions,
@@ -155,11 +156,11 @@ def make_batch(case: Case, alike: bool = False) -> PlanBatch:
             segment_ids=segment_ids,
             segment_rows=F.pad(places, (0, 0, 0, padding)),
             sentence_embeddings=F.normalize(embeddings, dim=-1),
-            sentence_positions=numbers,
+            sentence_positions=layout.positions(),
             actions=F.pad(torch.randint(NUM_ACTIONS, (count,), generator=random), (0, padding), value=-1),
             segment_bounds=segment_bounds(segment_ids.numpy(), count + padding),
             sentence_cu_seqlens=of_planner,
-            sentence_longest=width if alike else longest_of_planner,
+            sentence_longest=longest_of_planner,
         ),
         documents=sequences[:, None].expand(shape),
         cu_seqlens=cu_seqlens,

@@ -307,6 +307,7 @@ class PlanLoader(_Loader[PlanBatch]):
         num_sequences = len(self.windows) if self._packs is None else sum(count for count, _ in self._packs)
         super().__init__(num_sequences, batch_size, seed, shuffle)
         self._documents = _Documents(dataset, ("input_ids", "sentence_tokens", "actions", "embeddings"))
+        self._most_sentences = int(_lengths(dataset, "sentence_tokens").max(initial=1))
         self._window, self._per_window = window, planner_sequence_per_window
         self._partners = partners(dataset) if with_others else None
         self._members = np.arange(num_sequences)  # windows, sequence after sequence
@@ -384,7 +385,7 @@ class PlanLoader(_Loader[PlanBatch]):
         needed = np.zeros(len(unique), dtype=np.int64)
         for document, number in rows:
             np.maximum.at(needed, document, number + 1)
-        layout = Layout(needed, self.alike)
+        layout = Layout(needed, self._most_sentences if self.alike else 0)
         placed = np.zeros((len(rows), few_sizes(len(segments), self._of_octave), 2), dtype=np.int64)
         for at, (document, number) in enumerate(rows):
             places = np.divmod(layout.begins[document] + number, layout.shape[1])

@@ -23,16 +23,16 @@ class Layout:
 
     Args:
         lengths: [D] sentences of each document, at least 1.
-        alike: in one sequence.
+        most: so many sentences no document of any batch exceeds: in one sequence; 0: in several.
 
     Attributes:
         shape: (R, n).
         begins: [D], position of each document's first sentence in all sequences, one behind the other.
     """
 
-    def __init__(self, lengths: np.ndarray, alike: bool = False) -> None:
-        self._lengths, self._of_octave = lengths, ALIKE if alike else 8
-        self.shape, self.begins = _in_one(lengths) if alike else _in_rows(lengths)
+    def __init__(self, lengths: np.ndarray, most: int = 0) -> None:
+        self._lengths, self._most = lengths, most and few_sizes(most, ALIKE)
+        self.shape, self.begins = _in_one(lengths) if most else _in_rows(lengths)
         self._numbers = np.concatenate([np.arange(length) for length in lengths])  # of each sentence in its document
         self._at = np.repeat(self.begins, lengths) + self._numbers
 
@@ -43,14 +43,17 @@ class Layout:
     def offsets(self) -> tuple[Tensor, int]:
         """What `document_offsets` gives; padding behind the documents of a sequence counts as one more.
 
-        The longest is as long as the sequence where batches are to be alike: blocks of nothing end at once.
+        In one sequence the longest is `most`, whatever the batch holds, so that batches are alike, and padding counts
+        as documents of that length. Attention takes time for each document's longest, and for padding, as for any.
         """
         begins = np.zeros(self.shape, dtype=bool)
         begins.flat[self.begins] = True
         ends = self.begins + self._lengths
         begins.flat[ends[ends < begins.size]] = True
-        offsets, longest = document_offsets(begins, self._of_octave)
-        return offsets, self.shape[1] if self._of_octave == ALIKE else longest
+        if not self._most:
+            return document_offsets(begins)
+        begins.flat[ends[-1] :: self._most] = True
+        return document_offsets(begins, ALIKE)[0], min(self.shape[1], self._most)
 
     def embeddings(self, embeddings: list[np.ndarray]) -> Tensor:
         """[R, n, A] float32, at each position the embedding of the sentence before; 0 where there is none."""

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from planlm.corpus.batches import IGNORED, PlanLoader, SentenceLoader
-from planlm.corpus.offsets import document_offsets, few_sizes, segment_bounds
+from planlm.corpus.offsets import ALIKE, document_offsets, few_sizes, segment_bounds
 from planlm.plan_inputs import PlanInputs
 from tests.corpus.test_batches import dataset, random_dataset
 
@@ -154,6 +154,10 @@ def test_alike_batches_are_of_fewer_shapes_and_say_the_same(window: int) -> None
         assert ends[0] == 0 and ends[-1] == other.plan.sentence_positions.numel() and ends == sorted(ends)
         for place in other.plan.segment_rows[:count, 1].tolist():
             assert place - int(other.plan.sentence_positions[0, place]) in ends
+        # A kernel launches blocks for the longest of each, whether they have work or not, and padding is work.
+        most = few_sizes(max(len(document["actions"]) for document in random_dataset()), ALIKE)
+        assert other.plan.sentence_longest == min(ends[-1], most)
+        assert max(end - begin for begin, end in itertools.pairwise(ends)) <= most
     assert len(shapes[True]) <= len(shapes[False]) * 3 / 4
 
 
