@@ -22,7 +22,7 @@ from planlm.errors import InputError, MachineError, causes, machine_failure
 from planlm.files import to_json
 from planlm.home import ensure_home
 from planlm.ranks import local_rank, rank, world_size
-from planlm.signals import handling, in_main_thread
+from planlm.signals import ending, handling, in_main_thread
 from planlm.terminal import encodable, open_streams, silence_libraries, visible
 
 
@@ -154,7 +154,7 @@ def main(argv: list[str] | None = None) -> int:
         open_streams()
     words = sys.argv[1:] if argv is None else argv
     try:
-        with handling(_terminate, signal.SIGTERM):
+        with handling(_terminate, *ending()):
             return _run(words)
     except InputError as error:
         return _fail(2, str(error))
@@ -256,7 +256,7 @@ def _top_parser() -> argparse.ArgumentParser:
 
 
 def _terminate(number: int, frame: Any) -> None:
-    """Let SIGTERM unwind the stack as Ctrl-C does, so that nothing stays half-written."""
+    """Let a signal unwind the stack as Ctrl-C does, so that nothing stays half-written."""
     raise KeyboardInterrupt("terminated")
 
 

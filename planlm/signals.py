@@ -14,6 +14,13 @@ def in_main_thread() -> bool:
     return threading.current_thread() is threading.main_thread()
 
 
+def ending() -> tuple[signal.Signals, ...]:
+    """Signals that ask the process to end: SIGTERM, and SIGHUP of a terminal that closes, unless `nohup` ignores it."""
+    if not hasattr(signal, "SIGHUP") or signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
+        return (signal.SIGTERM,)
+    return (signal.SIGTERM, signal.SIGHUP)
+
+
 @contextlib.contextmanager
 def handling(handler: Callable[[int, Any], None], *numbers: signal.Signals) -> Iterator[None]:
     """Let `handler` have these signals for a while, and then who had them before; nothing outside the main thread."""

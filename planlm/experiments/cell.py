@@ -21,7 +21,7 @@ from planlm.errors import InputError
 from planlm.experiments.record import read_record, write_record
 from planlm.experiments.workers import exit_status
 from planlm.files import locked, read_json
-from planlm.signals import handling
+from planlm.signals import ending, handling
 
 BUSY = 75
 """Exit status where another process is at work on the task."""
@@ -36,7 +36,7 @@ def main(out: Path) -> int:
     threading.Thread(target=_watch, daemon=True).start()
 
     def work() -> None:
-        with handling(_terminate, signal.SIGTERM):
+        with handling(_terminate, *ending()):
             for task in tasks:
                 with locked(out / "cells" / f"{Path(task['folder']).name}.lock"):
                     _do(out, task)

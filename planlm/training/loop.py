@@ -18,7 +18,7 @@ from planlm.config import LoopConfig
 from planlm.distribution import any_rank, on_rank_zero, rank
 from planlm.errors import InputError, MachineError
 from planlm.progress import Progress
-from planlm.signals import handling
+from planlm.signals import ending, handling
 from planlm.training.checkpoint import (
     check_room,
     check_sound,
@@ -287,7 +287,7 @@ def _check_owner(path: Path, state: dict[str, Any], run: Run) -> None:
 
 
 class _StopSignal(contextlib.ExitStack):
-    """Turns SIGINT and SIGTERM into a flag, so that a step is finished and saved; a later one acts at once.
+    """Turns signals that ask to end into a flag, so that a step is finished and saved; a later one acts at once.
 
     Not within `TWICE` seconds: torchrun passes on the signal that a scheduler sends to all processes, and the second
     would end a rank in the middle of a step whose all-reduce the others wait for.
@@ -297,7 +297,7 @@ class _StopSignal(contextlib.ExitStack):
     asked = False
 
     def __enter__(self) -> Self:
-        self.enter_context(handling(self._ask, signal.SIGINT, signal.SIGTERM))
+        self.enter_context(handling(self._ask, signal.SIGINT, *ending()))
         return self
 
     def _ask(self, number: int, frame: Any) -> None:
