@@ -188,7 +188,8 @@ def _mixture_fwd(launch: Launch) -> list[Role]:
 def _add_plan_bwd(launch: Launch) -> list[Role]:
     grad, bounds = _sizes(launch, "grad", "bounds")
     windows = len(grad) / (len(bounds) - 1) / launch.tiles.rows  # of tokens
-    return [Role(math.prod(launch.grid), iterations=(max(1.0, windows),), longest=LONGEST_SENTENCE)]
+    steps, most = max(1.0, windows), max(1.0, LONGEST_SENTENCE * windows)
+    return [Role(math.prod(launch.grid), iterations=(steps,), longest=most / steps)]
 
 
 def _over_rows(*names: str) -> Callable[[Launch], list[Role]]:
