@@ -31,6 +31,7 @@ from planlm.errors import InputError, MachineError
 from planlm.files import write_text
 from planlm.kernels.backend import choose
 from planlm.precision import device_name
+from planlm.signals import ending, terminate
 
 Result = TypeVar("Result")
 
@@ -53,13 +54,14 @@ class WrongResultError(RuntimeError):
 def command(main: Callable[..., int]) -> Callable[..., int]:
     """Decorate a `main` so that it ends with a status and one line on stderr: 2 for bad usage, 1 for a wrong result.
 
-    SIGTERM ends it as Ctrl-C does, with the processes that it has started.
+    SIGTERM and a terminal that closes end it as Ctrl-C does, with the processes that it has started.
     """
 
     @functools.wraps(main)
     def run(arguments: Sequence[str] | None = None) -> int:
         if arguments is None:
-            signal.signal(signal.SIGTERM, signal.default_int_handler)
+            for number in ending():
+                signal.signal(number, terminate)
         try:
             return main(arguments)
         except InputError as error:

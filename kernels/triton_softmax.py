@@ -328,7 +328,7 @@ def _tiles_of(num_actions: int, itemsize: int) -> Tiles:
     columns = min(4096, triton.next_power_of_2(num_actions))
     rows = max(1, min(16, 1024 // columns))
     # One load of 16 bytes a thread: with more, or with many short rows, sm_100 and sm_120 spill.
-    return Tiles(rows, columns, num_warps=max(4, columns * itemsize // 512))
+    return Tiles(rows, columns, num_warps=max(4, min(32, columns * itemsize // 512)))
 
 
 def _product(left: Tensor, right: Tensor) -> Tensor:

@@ -22,7 +22,7 @@ from planlm.errors import InputError, MachineError, causes, machine_failure
 from planlm.files import to_json
 from planlm.home import ensure_home
 from planlm.ranks import local_rank, rank, world_size
-from planlm.signals import ending, handling, in_main_thread
+from planlm.signals import ending, handling, in_main_thread, terminate
 from planlm.terminal import encodable, open_streams, silence_libraries, visible
 
 
@@ -154,7 +154,7 @@ def main(argv: list[str] | None = None) -> int:
         open_streams()
     words = sys.argv[1:] if argv is None else argv
     try:
-        with handling(_terminate, *ending()):
+        with handling(terminate, *ending()):
             return _run(words)
     except InputError as error:
         return _fail(2, str(error))
@@ -253,11 +253,6 @@ def _top_parser() -> argparse.ArgumentParser:
     parser.add_argument("command", choices=COMMANDS, metavar="COMMAND", help=argparse.SUPPRESS)
     parser.add_argument("--version", action="version", version=f"planlm {__version__}")
     return parser
-
-
-def _terminate(number: int, frame: Any) -> None:
-    """Let a signal unwind the stack as Ctrl-C does, so that nothing stays half-written."""
-    raise KeyboardInterrupt("terminated")
 
 
 def _options(argv: list[str]) -> set[str]:

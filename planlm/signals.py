@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import signal
 import threading
 from collections.abc import Callable, Iterator
@@ -15,10 +16,24 @@ def in_main_thread() -> bool:
 
 
 def ending() -> tuple[signal.Signals, ...]:
-    """Signals that ask the process to end: SIGTERM, and SIGHUP of a terminal that closes, unless `nohup` ignores it."""
-    if not hasattr(signal, "SIGHUP") or signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
+    """Signals that ask the process to end: SIGTERM, and SIGHUP of a terminal that closes, unless `nohup` ignores it.
+
+    Under torchrun it is not the terminal's: torchrun, which heeds it whatever `nohup` says, passes it on.
+    """
+    if not hasattr(signal, "SIGHUP"):
         return (signal.SIGTERM,)
-    return (signal.SIGTERM, signal.SIGHUP)
+    is_ignored = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN and "TORCHELASTIC_RUN_ID" not in os.environ
+    return (signal.SIGTERM,) if is_ignored else (signal.SIGTERM, signal.SIGHUP)
+
+
+def terminate(number: int, frame: Any) -> None:
+    """Let a signal of `ending` unwind the stack as Ctrl-C does, so that nothing stays half-written.
+
+    A closing terminal often sends its signal twice: by the shell, and by the system once that has gone.
+    """
+    if number != signal.SIGTERM:
+        signal.signal(number, signal.SIG_IGN)
+    raise KeyboardInterrupt("terminated")
 
 
 @contextlib.contextmanager

@@ -260,7 +260,9 @@ sys.exit(cli.main(["doctor"]))
 """
 
 
-@pytest.mark.parametrize(("number", "says"), [(signal.SIGINT, "interrupted"), (signal.SIGTERM, "terminated")])
+@pytest.mark.parametrize(
+    ("number", "says"), [(signal.SIGINT, "interrupted"), (signal.SIGTERM, "terminated"), (signal.SIGHUP, "terminated")]
+)
 def test_signals_end_in_one_line(number: signal.Signals, says: str) -> None:
     process = subprocess.Popen([sys.executable, "-c", SLEEPER], stderr=subprocess.PIPE, text=True)
     assert process.stderr is not None

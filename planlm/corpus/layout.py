@@ -41,10 +41,10 @@ class Layout:
         return self._placed(self._at, self._numbers, 0)
 
     def offsets(self) -> tuple[Tensor, int]:
-        """What `document_offsets` gives; padding behind the documents of a sequence counts as one more.
+        """What `document_offsets` gives; padding behind the documents of each of several sequences counts as one more.
 
         In one sequence the longest is `most`, whatever the batch holds, so that batches are alike, and padding counts
-        as documents of that length. Attention takes time for each document's longest, and for padding, as for any.
+        as documents of at most that length: attention launches blocks for the longest of each, and computes padding.
         """
         begins = np.zeros(self.shape, dtype=bool)
         begins.flat[self.begins] = True

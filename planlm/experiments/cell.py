@@ -21,7 +21,7 @@ from planlm.errors import InputError
 from planlm.experiments.record import read_record, write_record
 from planlm.experiments.workers import exit_status
 from planlm.files import locked, read_json
-from planlm.signals import ending, handling
+from planlm.signals import ending, handling, terminate
 
 BUSY = 75
 """Exit status where another process is at work on the task."""
@@ -36,7 +36,7 @@ def main(out: Path) -> int:
     threading.Thread(target=_watch, daemon=True).start()
 
     def work() -> None:
-        with handling(_terminate, *ending()):
+        with handling(terminate, *ending()):
             for task in tasks:
                 with locked(out / "cells" / f"{Path(task['folder']).name}.lock"):
                     _do(out, task)
@@ -51,10 +51,6 @@ def _watch() -> None:
     """Stop when the other end of stdin has gone, however that process ended."""
     sys.stdin.read()
     os.kill(os.getpid(), signal.SIGTERM)
-
-
-def _terminate(number: int, frame: Any) -> None:
-    raise KeyboardInterrupt
 
 
 def _do(out: Path, task: dict[str, Any]) -> None:

@@ -125,7 +125,7 @@ def fit(task: Task, run: Run, config: LoopConfig) -> None:
     With validation it may end before, and the model is left as it was at the best step.
 
     Raises:
-        KeyboardInterrupt: after SIGINT or SIGTERM, once the state is in a checkpoint.
+        KeyboardInterrupt: after Ctrl-C or another signal that asks to end, once the state is in a checkpoint.
         MachineError: losses, gradients or weights are not finite, for many steps or at the end; or no checkpoint is
             sound or there is no room for one.
         InputError: the checkpoints are another run's.

@@ -49,7 +49,17 @@ def test_a_run_whose_terminal_closes_leaves_a_checkpoint(planted: dict[str, str]
     assert list((tmp_path / "run" / "checkpoints").glob("step-*/tensors.safetensors"))
 
 
+def test_a_hangup_sent_twice_ends_once() -> None:
+    """What runs on the way out, as the wait for other processes does, is not torn by the second."""
+    with signals.handling(signals.terminate, signal.SIGHUP):
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGHUP)
+        signal.raise_signal(signal.SIGHUP)
+
+
 def test_nohup_is_heeded(monkeypatch: pytest.MonkeyPatch) -> None:
     for before, found in ((signal.SIG_DFL, {signal.SIGTERM, signal.SIGHUP}), (signal.SIG_IGN, {signal.SIGTERM})):
         monkeypatch.setattr(signal, "getsignal", lambda number, before=before: before)
         assert set(signals.ending()) == found
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "1")  # whose own handler passes the signal on, with nohup too
+    assert set(signals.ending()) == {signal.SIGTERM, signal.SIGHUP}
