@@ -145,8 +145,8 @@ def make_batch(case: Case, alike: bool = False) -> PlanBatch:
     layout = Layout(np.full(case.batch_size, sentences), most=sentences if alike else 0)
     padding = few_sizes(count, ALIKE) - count if alike else 0
     embeddings = torch.randn(*layout.shape, ACTION_DIM, generator=random)
-    places = torch.from_numpy((layout.begins[:, None] + np.arange(sentences)).flatten())
-    places = torch.stack((places // layout.shape[1], places % layout.shape[1]), dim=1)
+    at = (layout.begins[:, None] + np.arange(sentences)).flatten()
+    places = torch.from_numpy(np.stack(np.divmod(at, layout.shape[1]), axis=1))
     of_planner, longest_of_planner = layout.offsets()
     return PlanBatch(
         input_ids=torch.randint(vocabulary, shape, generator=random),

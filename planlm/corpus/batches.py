@@ -10,6 +10,7 @@ import dataclasses
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Generic, TypeVar
 
 import datasets
@@ -307,11 +308,16 @@ class PlanLoader(_Loader[PlanBatch]):
         num_sequences = len(self.windows) if self._packs is None else sum(count for count, _ in self._packs)
         super().__init__(num_sequences, batch_size, seed, shuffle)
         self._documents = _Documents(dataset, ("input_ids", "sentence_tokens", "actions", "embeddings"))
-        self._most_sentences = int(_lengths(dataset, "sentence_tokens").max(initial=1))
+        self._dataset = dataset
         self._window, self._per_window = window, planner_sequence_per_window
         self._partners = partners(dataset) if with_others else None
         self._members = np.arange(num_sequences)  # windows, sequence after sequence
         self._first = np.arange(num_sequences + 1)  # of each sequence in `_members`
+
+    @cached_property
+    def _most_sentences(self) -> int:
+        """Of a document of the split; asked for where batches are alike."""
+        return int(_lengths(self._dataset, "sentence_tokens").max(initial=1))
 
     @property
     def _of_octave(self) -> int:

@@ -133,6 +133,7 @@ def test_alike_batches_are_of_fewer_shapes_and_say_the_same(window: int) -> None
         loader.alike = alike
         made[alike] = list(loader)
     shapes = {False: set(), True: set()}
+    most = few_sizes(max(len(actions) for actions in random_dataset()["actions"]), ALIKE)
     for plain, other in zip(made[False], made[True], strict=True):
         for alike, batch in ((False, plain), (True, other)):
             shapes[alike].add((*(tensor.shape for tensor in batch.tensors()), batch.plan.sentence_longest))
@@ -155,7 +156,6 @@ def test_alike_batches_are_of_fewer_shapes_and_say_the_same(window: int) -> None
         for place in other.plan.segment_rows[:count, 1].tolist():
             assert place - int(other.plan.sentence_positions[0, place]) in ends
         # A kernel launches blocks for the longest of each, whether they have work or not, and padding is work.
-        most = few_sizes(max(len(document["actions"]) for document in random_dataset()), ALIKE)
         assert other.plan.sentence_longest == min(ends[-1], most)
         assert max(end - begin for begin, end in itertools.pairwise(ends)) <= most
     assert len(shapes[True]) <= len(shapes[False]) * 3 / 4
