@@ -109,7 +109,7 @@ def within_documents(lm: PreTrainedModel, call: dict[str, Any], inserts: bool = 
         return call | {"attention_mask": starts}
     if offsets is None or "attention" not in speedups.ON:
         return call | ({"attention_mask": document_masks(lm, positions)} if is_plain and not inserts else {})
-    documents = _served(lm, call, Documents(offsets, longest), inserts)
+    documents = _served(lm, call, Documents(offsets, longest))
     nothing = positions.new_empty(0, 0, 0, 0)  # so that transformers makes no mask, for which it waits for the device
     if documents is not None:
         return call | {"attention_mask": nothing, "documents": documents}
@@ -124,7 +124,7 @@ def within_documents(lm: PreTrainedModel, call: dict[str, Any], inserts: bool = 
     return call | {"attention_mask": seen[:, None], "documents": None}
 
 
-def _served(lm: PreTrainedModel, call: dict[str, Any], documents: Documents, inserts: bool) -> Documents | None:
+def _served(lm: PreTrainedModel, call: dict[str, Any], documents: Documents) -> Documents | None:
     """The documents, if torch's kernel for them serves in this call; else None, and on a GPU a line that says why."""
     config, where = lm.config, call["position_ids"].device
     reason = None
@@ -136,8 +136,6 @@ def _served(lm: PreTrainedModel, call: dict[str, Any], documents: Documents, ins
         reason = f"attn_implementation is {config._attn_implementation!r}"
     elif call.get("output_attentions"):
         reason = "output_attentions is set"
-    elif inserts:
-        reason = "conditioning insert puts positions between those of a batch"
     if reason is None:
         head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         return varlen_documents(documents, where, lm.dtype, head_dim, dropout=attention_dropout(lm))

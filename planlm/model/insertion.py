@@ -23,6 +23,7 @@ from transformers.masking_utils import create_causal_mask
 from transformers.utils.generic import is_flash_attention_requested
 
 from planlm.errors import InputError
+from planlm.kernels import Documents
 from planlm.model.masks import document_masks
 from planlm.speedups.lm import document_starts
 
@@ -125,8 +126,9 @@ class InsertedPlans:
             InputError: a cache that was not filled with plans, or a mask of another kind than two-dimensional.
         """
         mask, positions, cache = call["attention_mask"], call["position_ids"], call["past_key_values"]
-        if isinstance(mask, Tensor) and mask.dtype == torch.int64 and mask.ndim == 4:  # of `document_starts`
-            mask = None
+        documents: Documents | None = call.get("documents")
+        if documents is not None or (isinstance(mask, Tensor) and mask.dtype == torch.int64 and mask.ndim == 4):
+            mask = None  # of `within_documents`, and of the tokens' columns
         past = self._check(cache, mask)
         embeds = token_embeddings(base, call)
         width, segment_ids = embeds.shape[1], self._segment_ids.to(embeds.device)
@@ -146,6 +148,8 @@ class InsertedPlans:
             columns = torch.cat((getattr(cache, "planlm_columns", source.new_zeros(0)), layout.columns(past)))
             seen = torch.ones_like(begins) if mask is None else mask.to(begins)  # [B, N]
             seen = torch.stack((seen & begins, seen), dim=2).flatten(1)[:, columns]
+        elif documents is not None:
+            seen, call = call["attention_mask"], call | {"documents": layout.documents(documents)}
         elif mask is not None:
             seen = layout.spread(mask.to(begins))
         else:
@@ -216,6 +220,14 @@ class _Layout:
         starts = self._placed(begins & ~self._begins, begins, 0).bool()
         at = torch.arange(self.width, device=begins.device)
         return at.where(starts, 0).cummax(dim=1).values
+
+    def documents(self, documents: Documents) -> Documents:
+        """Documents of the tokens with their plans; the last of a row has the columns to spare behind it."""
+        rows = torch.arange(len(self._tokens), device=self._tokens.device)[:, None] * self.width
+        first = (rows + self._tokens - self._begins.long()).flatten()
+        first = nn.functional.pad(first, (0, 1), value=len(self._tokens) * self.width)  # where empty ones are, and the end
+        offsets = first[documents.offsets.to(first.device, torch.int64)].int()
+        return Documents(offsets, min(self.width, documents.longest + self.width - self._tokens.shape[1]))
 
     def columns(self, past: int) -> Tensor:
         """`[X]`, what the columns of a cache are: 2 t + 1 for the token t, 2 t for the plan before it."""

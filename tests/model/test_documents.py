@@ -130,6 +130,10 @@ WAYS: dict[str, dict[str, Any]] = {
     "window": {"attention_window": 5},
     "window of one": {"attention_window": 1},
     "embedding": {"conditioning": "embedding"},
+    "insert": {"conditioning": "insert"},
+    "insert, window": {"conditioning": "insert", "attention_window": 5},
+    "insert, checkpointing": {"conditioning": "insert", "again": True},
+    "insert, planner reads the LM": {"conditioning": "insert", "planner_input": "both"},
     "planner context": {"context": 3},
     "planner reads the LM": {"planner_input": "both"},
     "plan off": {"selection": "none"},
@@ -157,7 +161,7 @@ def test_a_step_by_documents_is_that_under_masks(
     want = run(model, without(batch))
     assert not flash
     assert_close(run(model, batch), want)
-    layers = 3 + 2  # the LM's and the planner's
+    layers = 3 + 2 + (1 if reads and way.startswith("insert") else 0)  # the LM's, the planner's and what it reads anew
     by_kernel = [call["kernel"] for call in flash]
     assert by_kernel.count("backward") == layers and by_kernel.count("forward") == layers + (3 if again else 0)
 
@@ -282,7 +286,6 @@ FALLBACKS: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
     "dropout": ({"attention_dropout": 0.1}, {}, "attention's is 0.1"),
     "implementation": ({"attn_implementation": "eager"}, {}, "attn_implementation is 'eager'"),
     "weights": ({}, {"output_attentions": True}, "output_attentions is set"),
-    "insert": ({}, {"inserts": True}, "conditioning insert puts positions between"),
     "a mask": ({}, {"attention_mask": torch.ones(3, 1, WINDOW, WINDOW, device="meta")}, "attention_mask is given"),
 }
 
@@ -292,12 +295,11 @@ def test_each_reason_is_said_once(way: str, packed: PlanBatch, caplog: pytest.Lo
     options, more, words = FALLBACKS[way]
     attention.say_masked.cache_clear()
     options = {"dtype": torch.bfloat16, **options}
-    lm, batch, more = tiny_lm("llama", **options).train().to(META), packed.to(META), dict(more)
-    inserts = more.pop("inserts", False)
+    lm, batch = tiny_lm("llama", **options).train().to(META), packed.to(META)
     call = {"input_ids": batch.input_ids, **batch.layout, "attention_mask": None, "past_key_values": None}
     with caplog.at_level(logging.WARNING, "planlm.kernels"):
         for _ in range(2):
-            made = within_documents(lm, call | {"use_cache": False} | more, inserts)
+            made = within_documents(lm, call | {"use_cache": False} | more)
             assert made.get("documents") is None and not {"cu_seqlens", "longest"} & made.keys()
     (line,) = [record.getMessage() for record in caplog.records]
     assert line.startswith("packed documents: attention takes a mask") and words in line
