@@ -136,10 +136,9 @@ def _over(spent: Found | None, other: Found | None) -> str:
 
 def _steps(name: str, stage: Found, rate: float | None) -> str:
     cells: list[Sequence[str]] = [("", "ms", "p20", "p80", "× plain", "tokens/s", "MFU", "host ms", "GB", "waits")]
-    plain = stage.get("trainer plain", {}).get("seconds")
-    for provider, row in stage.items():
-        if not isinstance(row, dict):
-            continue
+    rows = {provider: row for provider, row in stage.items() if isinstance(row, dict)}
+    plain = next((row["seconds"] for provider, row in rows.items() if "plain" in provider and "seconds" in row), None)
+    for provider, row in rows.items():
         if "seconds" not in row:
             cells.append((provider, "failed", *[""] * 8))
             continue
@@ -151,9 +150,9 @@ def _steps(name: str, stage: Found, rate: float | None) -> str:
                 _over(spent, plain),
                 f"{stage['tokens'] / spent['median']:,.0f}",
                 f"{100 * stage['flops'] / spent['median'] / rate:.0f} %" if rate else "",
-                f"{1e3 * row['host']['median']:.1f}",
+                f"{1e3 * row['host']['median']:.1f}" if "host" in row else "–",
                 f"{row['memory'] / 1e9:.1f}",
-                str(len(row["waits"])),
+                str(len(row["waits"])) if "waits" in row else "–",
             )
         )
     return f"Training step of {name.removeprefix('steps, ')}\n{align(cells, left=(0,))}"

@@ -66,7 +66,8 @@ def path(folder: Path) -> Result:
             "train": partial(_command, folder, "train --corpus corpus --out whole", TRAIN),
             "train, again": partial(_again, folder),
             "train, killed": partial(_killed, folder),
-            "train --graph never": partial(_without_graphs, folder),
+            "train --graph never": partial(_otherwise, folder, "--graph never"),
+            "train --compile": partial(_otherwise, folder, "--compile"),
             "evaluate": partial(_command, folder, "evaluate whole --corpus corpus --max-documents 10 "
                                 "--plans none,fixed,hard,soft"),
             "generate": partial(_command, folder, "generate whole --prompt Words. --max-new-tokens 64 --json"),
@@ -145,10 +146,11 @@ def _killed(folder: Path) -> Result:
     return resumed | compared(folder / "whole", folder / "killed")
 
 
-def _without_graphs(folder: Path) -> Result:
-    """Whose batches are of other shapes, so that the planner's dropout is drawn otherwise."""
-    done = _command(folder, "train --corpus corpus --out eager", [*TRAIN, "--graph", "never"])
-    return done | compared(folder / "whole", folder / "eager", within=0.05)
+def _otherwise(folder: Path, options: str) -> Result:
+    """A run with other options, which rounds otherwise or draws the planner's dropout for batches of other shapes."""
+    out = options.replace("--", "").replace(" ", "-")
+    done = _command(folder, f"train --corpus corpus --out {out}", [*TRAIN, *options.split()])
+    return done | compared(folder / "whole", folder / out, within=0.05)
 
 
 def compared(run: Path, other: Path, within: float = 1e-2) -> Result:

@@ -50,6 +50,7 @@ STEP_PROVIDERS: dict[str, Callable[[step.Case], step.Step]] = {
     "planlm joint": step.planlm_joint,
     "planlm plain graph": step.graph_plain,
     "planlm joint graph": step.graph_joint,
+    "planlm joint compiled": step.compiled_joint,
 }
 
 BLOCK_PROVIDERS: dict[str, Provider] = {

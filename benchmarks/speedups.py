@@ -19,6 +19,9 @@ from planlm.progress import process_memory
 DOCUMENTS = 3
 """That share a sequence."""
 
+PIECES = [piece for piece in speedups.PIECES if piece != "llama"]
+"""Of a CPU."""
+
 
 def measure(case: Case, off: str) -> tuple[float, float]:
     """Seconds of the faster of two steps after a first, and GB at the peak beyond those before the model was built."""
@@ -41,7 +44,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print("| case | piece | step, off : on | memory, off : on |\n|---|---|---|---|")
     for model, window, lm in itertools.product(options.models, options.windows, options.lm):
         case = Case(model, *WINDOWS[window], "bf16", lm, documents=DOCUMENTS)
-        pieces = [piece for piece in speedups.PIECES if piece != "activation" or model == "gpt2"]
+        pieces = [piece for piece in PIECES if piece != "activation" or model == "gpt2"]
         found: dict[str, list[tuple[float, float]]] = {off: [] for off in ("nothing", *pieces)}
         for off in list(found) * options.processes:
             harness.note(f"{case}: {off} off")

@@ -268,6 +268,11 @@ def graph_joint(case: Case) -> Step:
     return _planlm(case, "soft", graph=True)
 
 
+def compiled_joint(case: Case) -> Step:
+    """`graph_joint` with `--compile`."""
+    return _planlm(case, "soft", graph=True, compiled=True)
+
+
 PLAIN = ("trainer plain", "planlm plain")
 """Of a frozen LM these train nothing, and are left out."""
 
@@ -297,10 +302,12 @@ def joint_model(lm: PreTrainedModel, selection: str) -> PlanLMForCausalLM:
     return PlanLMForCausalLM(config, lm=lm)
 
 
-def _planlm(case: Case, selection: str, graph: bool = False) -> Step:
+def _planlm(case: Case, selection: str, graph: bool = False, compiled: bool = False) -> Step:
     lm = make_lm(case)
     with torch.device(case.device):
         model = joint_model(lm, selection)
+    if compiled:
+        model.compile_lm()
     nn.init.normal_(model.codebook, std=ACTION_DIM**-0.5)
     train = TrainConfig(
         corpus="", out="", selection=selection, lm_mode=case.lm, unfreeze_planner_at=0.0, precision=case.precision

@@ -214,7 +214,7 @@ class TrainConfig(LoopConfig):
     graph: str = option(
         "auto",
         "on CUDA: capture forward and backward once for each shape of batch and replay them, which no slow host "
-        "holds up; auto: in one process, without --compile, --checkpoint-activations and --loss-kernel liger",
+        "holds up; auto: in one process, without --checkpoint-activations and --loss-kernel liger",
         choices=("auto", "always", "never"),
     )
     checkpoint_activations: bool = option(

@@ -114,7 +114,7 @@ def predict(work: Work, config: TrainConfig, gpu: GPU, number: int) -> dict[str,
     batch = min(config.batch_size, math.ceil(work.sequences / (work.steps * config.accumulate)))
     tokens = batch * config.window
     parts = pass_seconds(work, gpu, tokens, fp32=config.precision == "fp32")
-    graph = number == 1 and config.graph != "never" and not (config.compile or config.checkpoint_activations)
+    graph = number == 1 and config.graph != "never" and not config.checkpoint_activations
     host = 0.0 if graph else work.launches * HOST
     one, limit = max((sum(parts.values()), max(parts, key=lambda name: parts[name])), (host, "host"))
     reduced = reduce_seconds(work, gpu, number)

@@ -94,7 +94,6 @@ def has_graphs(config: TrainConfig, device: torch.device, num_ranks: int) -> boo
         raise InputError(f"--graph always: needs CUDA, and this is {device.type}; leave it out")
     wrong = {
         "--shard": config.shard and num_ranks > 1,
-        "--compile": config.compile,
         "--checkpoint-activations": config.checkpoint_activations,
         "--loss-kernel liger": config.loss_kernel == "liger",
     }

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from benchmarks import harness, speedups
+from benchmarks.speedups import PIECES
 from benchmarks.step import Case
-from planlm.speedups import PIECES
 
 
 def test_each_piece_is_a_line_off_and_on(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -34,7 +34,6 @@ CUDA = torch.device("cuda", 0)
 @pytest.mark.parametrize(
     ("changes", "ranks", "message"),
     [
-        ({"compile": True}, 1, "a step with --compile; leave"),
         ({"checkpoint_activations": True, "loss_kernel": "liger"}, 1, "--checkpoint-activations, --loss-kernel liger;"),
         ({"shard": True}, 2, "a step with --shard; leave"),
     ],
