@@ -225,7 +225,8 @@ class _Layout:
         """Documents of the tokens with their plans; the last of a row has the columns to spare behind it."""
         rows = torch.arange(len(self._tokens), device=self._tokens.device)[:, None] * self.width
         first = (rows + self._tokens - self._begins.long()).flatten()
-        first = nn.functional.pad(first, (0, 1), value=len(self._tokens) * self.width)  # where empty ones are, and the end
+        # Behind all of them is where empty documents are, and the end.
+        first = nn.functional.pad(first, (0, 1), value=len(self._tokens) * self.width)
         offsets = first[documents.offsets.to(first.device, torch.int64)].int()
         return Documents(offsets, min(self.width, documents.longest + self.width - self._tokens.shape[1]))
 

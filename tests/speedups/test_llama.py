@@ -162,7 +162,7 @@ def test_a_step_on_cuda_is_that_without(family: str, precision: str, rotations_s
     called: list[Any] = []
     serves = llama._serves
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(liger, "_serves", lambda tensor: called.append(tensor) or serves(tensor))
+        patch.setattr(llama, "_serves", lambda tensor: called.append(tensor) or serves(tensor))
         after = errors()
     assert any(map(serves, called))
     for name, error in after.items():
