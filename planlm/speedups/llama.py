@@ -36,7 +36,7 @@ def replace_parts(lm: PreTrainedModel) -> None:
             module.forward = MethodType(_norm, module)
         elif source == mlp and isinstance(module.act_fn, SiLUActivation | nn.SiLU):
             module.forward = MethodType(_mlp, module)
-        _replace_rotation(sys.modules[type(module).__module__])
+        _replace_rotation(sys.modules.get(type(module).__module__))
 
 
 def _replace_rotation(file: Any) -> None:
@@ -60,7 +60,9 @@ def _replace_rotation(file: Any) -> None:
 def _norm(module: Any, hidden_states: Tensor) -> Tensor:
     """In place of `LlamaRMSNorm.forward`."""
     if _serves(hidden_states):
-        return F.rms_norm(hidden_states, module.weight.shape, module.weight, module.variance_epsilon)
+        dtype = torch.promote_types(hidden_states.dtype, module.weight.dtype)  # torch has no kernel for two
+        x, weight = hidden_states.to(dtype), module.weight.to(dtype)
+        return F.rms_norm(x, weight.shape, weight, module.variance_epsilon)
     plain: Tensor = type(module).forward(module, hidden_states)
     return plain
 

@@ -112,24 +112,22 @@ def test_without_liger_a_line_says_so_once(
     torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)  # but for torch's norm
 
 
-def test_torch_s_norm_is_llama_s(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Values and gradients, as CUDA takes it, in float32; in bf16 it rounds once instead of twice."""
-    lm = tiny("llama")
-    norm = lm.model.norm
+@pytest.mark.parametrize(
+    ("of_states", "of_weights"), [("float32", "float32"), ("bfloat16", "bfloat16"), ("bfloat16", "float32")]
+)
+def test_torch_s_norm_is_llama_s(of_states: str, of_weights: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Values, gradients and dtypes, as CUDA takes it; of bf16 it rounds once instead of twice."""
+    norm = tiny("llama").model.norm.to(getattr(torch, of_weights))
     torch.nn.init.normal_(norm.weight)
-    for dtype, tolerance in ((torch.float32, 1e-5), (torch.bfloat16, 2e-2)):
-        norm.to(dtype)
-        x = torch.randn(3, 5, 64, dtype=dtype, requires_grad=True)
-        want = norm(x)
-        wanted = torch.autograd.grad(want, (x, norm.weight), torch.ones_like(want))
-        llama.replace_parts(lm)
-        with monkeypatch.context() as patch:
-            patch.setattr(llama, "_serves", lambda tensor: True)
-            got = norm(x)
-        torch.testing.assert_close(got, want, rtol=tolerance, atol=tolerance)
-        gradients = torch.autograd.grad(got, (x, norm.weight), torch.ones_like(want))
-        torch.testing.assert_close(gradients, wanted, rtol=tolerance, atol=tolerance)
-        del norm.forward
+    x = torch.randn(3, 5, 64, dtype=getattr(torch, of_states), requires_grad=True)
+    want = norm(x)
+    wanted = torch.autograd.grad(want, (x, norm.weight), torch.ones_like(want))
+    monkeypatch.setattr(llama, "_serves", lambda tensor: True)
+    got = llama._norm(norm, x)
+    tolerance = 1e-5 if of_states == "float32" else 2e-2
+    torch.testing.assert_close(got, want, rtol=tolerance, atol=tolerance)
+    gradients = torch.autograd.grad(got, (x, norm.weight), torch.ones_like(want))
+    torch.testing.assert_close(gradients, wanted, rtol=tolerance, atol=tolerance)
 
 
 def test_it_is_compiled_in_one_piece(rotations_stay: None) -> None:
