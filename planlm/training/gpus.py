@@ -10,8 +10,8 @@ and are taken for other GPUs too:
 | GPT-2-small joint, plain, 16 x 1,024 | 40.5, 38.3 | 40.6, 39.6 | 8.9, – | 8.7, – |
 | SmolLM2-135M joint, plain, 16 x 1,024 | 98.2, 95.0 | 96.4, 95.0 | 18.9, – | 18.7, – |
 
-Counted are transformers' operators. With Llama's parts fused (planlm/speedups/llama.py) SmolLM2's step takes .65 of what
-it took and OLMo-1B's .86, which is not predicted.
+Counted are transformers' operators. With Llama's parts fused (planlm/speedups/llama.py) SmolLM2's step takes .65 of
+what it took and OLMo-1B's .86, which is not predicted.
 """
 
 from __future__ import annotations
