@@ -49,9 +49,9 @@ def _replace_rotation(file: Any) -> None:
     @functools.wraps(rotate)
     def rotated(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: int = 1) -> Any:
         if unsqueeze_dim == 1 and _serves(q) and _serves(k) and _has_liger():
-            from liger_kernel.transformers.rope import liger_rotary_pos_emb
+            from liger_kernel.ops import LigerRopeFunction
 
-            return liger_rotary_pos_emb(q, k, cos, sin)
+            return LigerRopeFunction.apply(q, k, cos, sin)  # what its function calls, after lines of what is not there
         return rotate(q, k, cos, sin, unsqueeze_dim)
 
     file.apply_rotary_pos_emb = rotated
