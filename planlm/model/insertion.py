@@ -132,8 +132,9 @@ class InsertedPlans:
         past = self._check(cache, mask)
         embeds = token_embeddings(base, call)
         width, segment_ids = embeds.shape[1], self._segment_ids.to(embeds.device)
-        if self.begins is None:
+        if self.begins is None or documents is not None:
             call = call | {"use_cache": bool(call["use_cache"])}
+        if self.begins is None:
             begins = _begins(segment_ids)
         else:  # what is no text, as trained prompts, stands in front of it
             begins = nn.functional.pad(self.begins.to(embeds.device), (past + width - self.begins.shape[1], 0))

@@ -2,18 +2,18 @@
 
 transformers writes the families' files out of common parts: what has the source of Llama's norm, MLP or rotation
 computes the same, whatever it is called. On other devices, without a backward pass, in compiled code and, but for the
-norm, without Liger-Kernel they stay transformers' own, to the last bit.
+norm, without Liger-Kernel they stay transformers' own.
 """
 
 from __future__ import annotations
 
 import functools
-import importlib.util
+import importlib.metadata
 import inspect
 import logging
+import re
 import sys
 from collections.abc import Callable
-from types import MethodType
 from typing import Any
 
 import torch
@@ -26,75 +26,113 @@ from transformers.models.olmo import modeling_olmo
 
 logger = logging.getLogger(__name__)
 
+LEAST = (0, 8)
+"""Version of Liger-Kernel."""
+
 
 def replace_parts(lm: PreTrainedModel) -> None:
-    """Have those of an LM's parts that are Llama's computed in fewer kernels, in place; weights keep their names."""
-    norm, mlp = (_source(part.forward) for part in (modeling_llama.LlamaRMSNorm, modeling_llama.LlamaMLP))
-    for module in lm.modules():
-        source = _source(type(module).forward)
-        if source == norm:
-            module.forward = MethodType(_norm, module)
-        elif source == mlp and isinstance(module.act_fn, SiLUActivation | nn.SiLU):
-            module.forward = MethodType(_mlp, module)
-        _replace_rotation(sys.modules.get(type(module).__module__))
+    """Have those of an LM's parts that are Llama's computed in fewer kernels, in all LMs of their classes."""
+    for part in {type(module) for module in lm.modules()}:
+        if _is_same(part, modeling_llama.LlamaRMSNorm, "forward"):
+            _replace(part, "forward", _norm)
+        elif _is_same(part, modeling_llama.LlamaMLP, "forward"):
+            _replace(part, "forward", _mlp)
+        file, rotate = sys.modules.get(part.__module__), "apply_rotary_pos_emb"
+        known = (modeling_llama, modeling_olmo)  # the latter keeps the dtype, as Liger-Kernel does
+        if _is_same(file, modeling_llama, "rotate_half") and any(_is_same(file, one, rotate) for one in known):
+            _replace(file, rotate, _rotated)
 
 
-def _replace_rotation(file: Any) -> None:
-    """Replace the rotation that a family's file calls by its name there, for all LMs of the process."""
-    rotate = getattr(file, "apply_rotary_pos_emb", None)
-    known = (modeling_llama.apply_rotary_pos_emb, modeling_olmo.apply_rotary_pos_emb)  # the latter keeps the dtype
-    if rotate is None or hasattr(rotate, "__wrapped__") or _source(rotate) not in map(_source, known):
+def _is_same(owner: Any, other: Any, name: str) -> bool:
+    """Whether two functions of one name are made of the same source."""
+    source = _source(getattr(owner, name, None))
+    return source is not None and source == _source(getattr(other, name))
+
+
+def _replace(owner: Any, name: str, by: Callable[..., Any]) -> None:
+    """Put `by`, which is given what it replaces first, in the place of a function, once."""
+    plain = getattr(owner, name)
+    if hasattr(plain, "replaces"):
         return
 
-    @functools.wraps(rotate)
-    def rotated(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: int = 1) -> Any:
-        if unsqueeze_dim == 1 and _serves(q) and _serves(k) and _has_liger():
-            from liger_kernel.ops import LigerRopeFunction
+    @functools.wraps(plain)
+    def replaced(*args: Any, **kwargs: Any) -> Any:
+        return by(plain, *args, **kwargs)
 
-            return LigerRopeFunction.apply(q, k, cos, sin)  # what its function calls, after lines of what is not there
-        return rotate(q, k, cos, sin, unsqueeze_dim)
-
-    file.apply_rotary_pos_emb = rotated
+    replaced.replaces = plain  # type: ignore[attr-defined]
+    setattr(owner, name, replaced)
 
 
-def _norm(module: Any, hidden_states: Tensor) -> Tensor:
+def _norm(plain: Callable[..., Tensor], module: Any, hidden_states: Tensor) -> Tensor:
     """In place of `LlamaRMSNorm.forward`."""
-    if _serves(hidden_states):
-        dtype = torch.promote_types(hidden_states.dtype, module.weight.dtype)  # torch has no kernel for two
-        x, weight = hidden_states.to(dtype), module.weight.to(dtype)
-        return F.rms_norm(x, weight.shape, weight, module.variance_epsilon)
-    plain: Tensor = type(module).forward(module, hidden_states)
-    return plain
+    if not _serves(hidden_states):
+        return plain(module, hidden_states)
+    dtype = torch.promote_types(hidden_states.dtype, module.weight.dtype)  # torch has no kernel for two
+    x, weight = hidden_states.to(dtype), module.weight.to(dtype)
+    return F.rms_norm(x, weight.shape, weight, module.variance_epsilon).to(dtype)  # float32 under autocast
 
 
-def _mlp(module: Any, x: Tensor) -> Tensor:
+def _mlp(plain: Callable[..., Tensor], module: Any, x: Tensor) -> Tensor:
     """In place of `LlamaMLP.forward`."""
-    if _serves(x) and _has_liger():
-        from liger_kernel.ops import LigerSiLUMulFunction
+    if not (isinstance(module.act_fn, SiLUActivation | nn.SiLU) and _serves(x) and _has_liger()):
+        return plain(module, x)
+    found: Tensor = module.down_proj(_gated().apply(module.gate_proj(x), module.up_proj(x), 1.0, 1.0))
+    return found
 
-        gated: Tensor = LigerSiLUMulFunction.apply(module.gate_proj(x), module.up_proj(x), 1.0, 1.0)
-        found: Tensor = module.down_proj(gated)
-        return found
-    plain: Tensor = type(module).forward(module, x)
-    return plain
+
+def _rotated(plain: Callable[..., Any], q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: int = 1) -> Any:
+    """In place of `apply_rotary_pos_emb`; q and k, which projections have made, are written over."""
+    if not (unsqueeze_dim == 1 and _serves(q) and _serves(k) and _has_liger()):
+        return plain(q, k, cos, sin, unsqueeze_dim)
+    from liger_kernel.ops import LigerRopeFunction
+
+    with torch.cuda.device(q.device):  # it launches on the current one
+        return LigerRopeFunction.apply(q, k, cos, sin)
+
+
+@functools.cache
+def _gated() -> Any:
+    """Liger-Kernel's `silu(a) * b`, whose gradients are written over what was saved: autograd is told."""
+    from liger_kernel.ops import LigerSiLUMulFunction
+
+    class Gated(LigerSiLUMulFunction):  # type: ignore[misc]
+        @staticmethod
+        def backward(ctx: Any, gradient: Tensor) -> Any:
+            found = LigerSiLUMulFunction.backward(ctx, gradient)
+            torch.autograd.graph.increment_version(found[:2])
+            return found
+
+    return Gated
 
 
 def _serves(tensor: Tensor) -> bool:
     """Whether a tensor is on its way to a backward pass on CUDA."""
-    return tensor.is_cuda and tensor.requires_grad and torch.is_grad_enabled() and not torch.compiler.is_compiling()
+    return (
+        _is_on_cuda(tensor) and tensor.requires_grad and torch.is_grad_enabled() and not torch.compiler.is_compiling()
+    )
+
+
+def _is_on_cuda(tensor: Tensor) -> bool:
+    return tensor.is_cuda
 
 
 @functools.cache
 def _has_liger() -> bool:
     """Whether it is installed; where it would serve and is not, a line says so."""
-    if importlib.util.find_spec("liger_kernel") is not None:
+    try:
+        version = importlib.metadata.version("liger_kernel")
+    except importlib.metadata.PackageNotFoundError:
+        version = ""
+    found = tuple(int(part) for part in re.findall(r"\d+", version)[:2])
+    if found >= LEAST:
         return True
-    logger.warning("Liger-Kernel is not installed, with which this LM trains faster: pip install planlm[liger]")
+    what = f"Liger-Kernel {version} is older than {LEAST[0]}.{LEAST[1]}" if version else "Liger-Kernel is not installed"
+    logger.warning("%s, with which this LM trains faster: pip install planlm[liger]", what)
     return False
 
 
 @functools.cache
-def _source(function: Callable[..., Any]) -> str | None:
+def _source(function: Any) -> str | None:
     """What a function is made of; None where nobody knows."""
     try:
         return inspect.getsource(function)

@@ -331,3 +331,20 @@ def test_the_switch_of_speed_ups_turns_it_off(packed: PlanBatch, monkeypatch: py
     monkeypatch.setattr(speedups, "ON", set())
     made = within_documents(lm, call | {"use_cache": False})
     assert "documents" not in made and made["attention_mask"].dtype == torch.bool, "transformers' own mask"
+
+
+def test_inserted_plans_of_texts_that_share_a_row(
+    flash: list[dict[str, Any]], lm_folder: Callable[[str], str], encoder: object
+) -> None:
+    """Planned by the model, whether or not the call says that it wants no cache."""
+    model = joint(lm_folder("llama"), encoder, conditioning="insert")
+    one = model.tokenizer("A first sentence. And one more.").input_ids
+    ids = torch.tensor([one + one])
+    layout = {
+        "position_ids": torch.tensor([[*range(len(one))] * 2]),
+        "cu_seqlens": torch.tensor([0, len(one), 2 * len(one)], dtype=torch.int32),
+        "longest": len(one),
+    }
+    with torch.no_grad():
+        found = [model(ids, **layout, **asked).logits for asked in ({"use_cache": False}, {}, {"use_cache": None})]
+    assert flash and all(torch.equal(logits, found[0]) for logits in found)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import copy
+import importlib.metadata
+import pickle
 import sys
 from collections.abc import Iterator
-from types import ModuleType
 from typing import Any
 
 import pytest
@@ -29,28 +30,31 @@ PARTS = {  # norms, MLPs, and whether the rotation is
     "qwen3": (9, 2, True),  # norms of queries and keys too
     "smollm3": (5, 2, True),
     "olmo": (0, 2, True),
-    "gemma": (0, 0, True),  # its norms multiply by one more than their weights, its activation is another
+    "gemma": (0, 2, True),  # its norms multiply by one more than their weights, its MLPs have another activation
     "gpt2": (0, 0, False),
 }
 
 
-def file_of(lm: PreTrainedModel) -> ModuleType:
-    return sys.modules[type(lm).__module__]
-
-
 def rotation(lm: PreTrainedModel) -> Any:
-    return getattr(file_of(lm), "apply_rotary_pos_emb", None)
+    return getattr(sys.modules[type(lm).__module__], "apply_rotary_pos_emb", None)
 
 
-@pytest.fixture
-def rotations_stay() -> Iterator[None]:
-    """What a test has put into transformers' files is taken out again."""
-    names = [f"transformers.models.{family}.modeling_{family}" for family in PARTS]
-    before = {name: getattr(sys.modules.get(name), "apply_rotary_pos_emb", None) for name in names}
+@pytest.fixture(autouse=True)
+def only_here() -> Iterator[None]:
+    """What other tests have put into transformers' classes and files is taken out, and what these put there too."""
+
+    def take_out() -> None:
+        for family in PARTS:
+            file = importlib.import_module(f"transformers.models.{family}.modeling_{family}")
+            classes = [value for value in vars(file).values() if isinstance(value, type)]
+            for owner, name in [*((one, "forward") for one in classes), (file, "apply_rotary_pos_emb")]:
+                plain = getattr(vars(owner).get(name), "replaces", None)
+                if plain is not None:
+                    setattr(owner, name, plain)
+
+    take_out()
     yield
-    for name, rotate in before.items():
-        if rotate is not None:
-            sys.modules[name].apply_rotary_pos_emb = rotate  # type: ignore[attr-defined]
+    take_out()
 
 
 def tiny(family: str) -> PreTrainedModel:
@@ -72,44 +76,108 @@ def step(lm: PreTrainedModel) -> dict[str, Tensor]:
     return {"logits": logits.detach(), **gradients}
 
 
+def replaced(lm: PreTrainedModel) -> list[str]:
+    """Names of the modules whose classes have another forward."""
+    return [name for name, module in lm.named_modules() if hasattr(type(module).forward, "replaces")]
+
+
 @pytest.mark.parametrize("family", PARTS)
-def test_where_they_are_put(family: str, rotations_stay: None) -> None:
-    """And a CPU computes the same bits as before, after a copy too."""
+def test_where_they_are_put(family: str) -> None:
+    """And a CPU computes the same bits as before; copied, deep and shallow, and pickled too."""
     lm = tiny(family)
     rotate, want, names = rotation(lm), step(lm), list(lm.state_dict())
-    for time in range(2):  # the second changes nothing
-        first = rotation(lm)
+    for _ in range(2):  # the second changes nothing
         llama.replace_parts(lm)
-        assert time == 0 or rotation(lm) is first
-        placed = [vars(module).get("forward") for module in lm.modules()]
-        functions = [forward.__func__ for forward in placed if forward is not None]
-        assert (functions.count(llama._norm), functions.count(llama._mlp)) == PARTS[family][:2]
-        assert (rotation(lm) is not rotate) is PARTS[family][2]
-    twin = copy.deepcopy(lm)
-    assert all(vars(module)["forward"].__self__ is module for module in twin.modules() if "forward" in vars(module))
-    for one in (lm, twin):
+        found = replaced(lm)
+        assert len([name for name in found if "norm" in name]) == PARTS[family][0]
+        assert len([name for name in found if name.endswith("mlp")]) == PARTS[family][1]
+        assert getattr(rotation(lm), "replaces", None) is (rotate if PARTS[family][2] else None)
+    for one in (lm, copy.deepcopy(lm), pickle.loads(pickle.dumps(lm))):
         got = step(one)
         assert list(one.state_dict()) == names and got.keys() == want.keys()
         assert all(torch.equal(got[name], want[name]) for name in want)
+    for module in lm.modules():
+        shallow = copy.copy(module)
+        assert shallow.forward.__self__ is shallow
 
 
+def test_halves_that_are_rotated_otherwise_are_left_alone() -> None:
+    """nanochat's rotation has Llama's source and turns the other way round."""
+    config = AutoConfig.for_model("nanochat", **SIZES)
+    lm = AutoModelForCausalLM.from_config(config)
+    llama.replace_parts(lm)
+    assert rotation(lm) is not None and not hasattr(rotation(lm), "replaces")
+
+
+def liger_s(monkeypatch: pytest.MonkeyPatch, version: str | None) -> None:
+    """What is installed of it."""
+
+    def answer(name: str) -> str:
+        if version is None:
+            raise importlib.metadata.PackageNotFoundError(name)
+        return version
+
+    monkeypatch.setattr(importlib.metadata, "version", answer)
+    llama._has_liger.cache_clear()
+
+
+@pytest.mark.parametrize(("version", "words"), [(None, "is not installed"), ("0.5.10", "0.5.10 is older than 0.8")])
 def test_without_liger_a_line_says_so_once(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, rotations_stay: None
+    version: str | None, words: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Where it would serve; then the parts compute as they did."""
     lm = tiny("llama")
     want = step(lm)
     llama.replace_parts(lm)
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    llama._has_liger.cache_clear()
+    liger_s(monkeypatch, version)
     step(lm)
     assert not caplog.records
-    monkeypatch.setattr(llama, "_serves", lambda tensor: tensor.requires_grad)
+    monkeypatch.setattr(llama, "_is_on_cuda", lambda tensor: True)
     got = step(lm)
     llama._has_liger.cache_clear()
-    assert [record.getMessage() for record in caplog.records if "pip install planlm[liger]" in record.getMessage()]
-    assert len(caplog.records) == 1
+    (line,) = [record.getMessage() for record in caplog.records]
+    assert words in line and "pip install planlm[liger]" in line
     torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)  # but for torch's norm
+
+
+@pytest.mark.parametrize("version", ["0.8.0", "0.10.1.dev3", "1.0"])
+def test_versions_that_serve(version: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    liger_s(monkeypatch, version)
+    assert llama._has_liger()
+    llama._has_liger.cache_clear()
+
+
+def test_a_second_backward_pass_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Liger writes gradients over what was saved, unseen by autograd, which here is told."""
+    from liger_kernel.ops import LigerSiLUMulFunction
+
+    class Emulated(LigerSiLUMulFunction):
+        """The same without Triton."""
+
+        @staticmethod
+        def forward(ctx: Any, a: Tensor, b: Tensor, *_: float) -> Tensor:
+            ctx.save_for_backward(a, b)
+            return torch.nn.functional.silu(a) * b
+
+        @staticmethod
+        def backward(ctx: Any, gradient: Tensor) -> Any:
+            a, b = ctx.saved_tensors
+            sigmoid = a.sigmoid()
+            of_a = gradient * b * (sigmoid * (1 + a * (1 - sigmoid)))
+            of_b = gradient * a * sigmoid
+            a.data.copy_(of_a)
+            b.data.copy_(of_b)
+            return a, b, None, None
+
+    monkeypatch.setattr("liger_kernel.ops.LigerSiLUMulFunction", Emulated)
+    llama._gated.cache_clear()
+    a, b = (torch.randn(3, 5, requires_grad=True) for _ in range(2))
+    out = llama._gated().apply(a * 1, b * 1, 1.0, 1.0)
+    llama._gated.cache_clear()
+    wanted = torch.autograd.grad(torch.nn.functional.silu(a) * b, (a, b), torch.ones_like(a))
+    torch.testing.assert_close(torch.autograd.grad(out, (a, b), torch.ones_like(a), retain_graph=True), wanted)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        torch.autograd.grad(out, (a, b), torch.ones_like(a))
 
 
 @pytest.mark.parametrize(
@@ -122,19 +190,23 @@ def test_torch_s_norm_is_llama_s(of_states: str, of_weights: str, monkeypatch: p
     x = torch.randn(3, 5, 64, dtype=getattr(torch, of_states), requires_grad=True)
     want = norm(x)
     wanted = torch.autograd.grad(want, (x, norm.weight), torch.ones_like(want))
-    monkeypatch.setattr(llama, "_serves", lambda tensor: True)
-    got = llama._norm(norm, x)
+    monkeypatch.setattr(llama, "_is_on_cuda", lambda tensor: True)
+    got = llama._norm(lambda *_: pytest.fail("Llama's own was called"), norm, x)
+    assert got.dtype == want.dtype
     tolerance = 1e-5 if of_states == "float32" else 2e-2
     torch.testing.assert_close(got, want, rtol=tolerance, atol=tolerance)
     gradients = torch.autograd.grad(got, (x, norm.weight), torch.ones_like(want))
     torch.testing.assert_close(gradients, wanted, rtol=tolerance, atol=tolerance)
 
 
-def test_it_is_compiled_in_one_piece(rotations_stay: None) -> None:
+def test_it_is_compiled_in_one_piece(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As transformers has it, on CUDA too."""
     lm = tiny("llama")
     ids = torch.arange(24).view(2, 12)
     want = lm.model(ids, use_cache=False).last_hidden_state
     llama.replace_parts(lm)
+    monkeypatch.setattr(llama, "_is_on_cuda", lambda tensor: True)
+    monkeypatch.setattr(llama, "_has_liger", lambda: pytest.fail("it was asked for"))
     torch.compiler.reset()
     compiled = torch.compile(lm.model, backend="eager", fullgraph=True)
     torch.testing.assert_close(compiled(ids, use_cache=False).last_hidden_state, want)
@@ -144,7 +216,7 @@ def test_it_is_compiled_in_one_piece(rotations_stay: None) -> None:
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("family", [family for family in PARTS if family != "gpt2"])
-def test_a_step_on_cuda_is_that_without(family: str, precision: str, rotations_stay: None) -> None:
+def test_a_step_on_cuda_is_that_without(family: str, precision: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Logits and gradients against float64: in float32 to 1e-5, in bf16 no further away than without by a half."""
     lm = tiny(family)
     want = step(copy.deepcopy(lm).double())
@@ -157,11 +229,18 @@ def test_a_step_on_cuda_is_that_without(family: str, precision: str, rotations_s
 
     before = errors()
     llama.replace_parts(lm)
-    called: list[Any] = []
+    served: list[str] = []
     serves = llama._serves
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(llama, "_serves", lambda tensor: called.append(tensor) or serves(tensor))
-        after = errors()
-    assert any(map(serves, called))
+
+    def watched(tensor: Tensor) -> bool:
+        served.append(sys._getframe(1).f_code.co_name)
+        return serves(tensor) or bool(served.pop() and False)
+
+    monkeypatch.setattr(llama, "_serves", watched)
+    after = errors()
+    norms, mlps, rotates = PARTS[family]
+    # The rotation asks for q and k, in two layers.
+    expected = {"_norm": norms, "_mlp": 0 if family == "gemma" else mlps, "_rotated": 4 * rotates}
+    assert {name: served.count(name) for name in expected} == expected
     for name, error in after.items():
         assert error <= (1e-5 if precision == "fp32" else 1.5 * before[name] + 1e-3), name
