@@ -23,7 +23,7 @@ def test_shipped_files_fit_the_commands(path: Path) -> None:
     PrepareConfig(**found.prepare, out="-")
     for backbone in found.backbones:
         for row in found.rows.values():
-            PlannerConfig(**found.planner, **(row.planner or {}), corpus="-", out="-")
+            PlannerConfig(**found.planner | (row.planner or {}), corpus="-", out="-")
             for values in row.candidates():
                 if not row.model_of:
                     TrainConfig(**found.train_options(backbone, row, values), corpus="-", out="-")
