@@ -43,6 +43,7 @@ STEPS = {"gpt2": (1024, 16), "smollm2": (1024, 16), "olmo-1b": (2048, 4)}
 DOCUMENTS = 4
 """Side by side in each sequence of a step: packed, as a corpus is."""
 
+# transformers' own first: PlanLM's models replace parts in the classes of their LMs, for the whole process.
 STEP_PROVIDERS: dict[str, Callable[[step.Case], step.Step]] = {
     "trainer plain": step.trainer_plain,
     "eager joint": step.eager_joint,

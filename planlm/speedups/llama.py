@@ -1,7 +1,7 @@
 """Llama's norm, rotary embedding and gated activation in training on CUDA: torch's fused norm, Liger-Kernel's others.
 
 transformers writes the families' files out of common parts: what has the source of Llama's norm, MLP or rotation
-computes the same, whatever it is called. On other devices, without a backward pass, in compiled code and, but for the
+computes the same, whatever it is called. On other devices, without a backward pass, compiled, traced and, but for the
 norm, without Liger-Kernel they stay transformers' own.
 """
 
@@ -74,7 +74,7 @@ def _norm(plain: Callable[..., Tensor], module: Any, hidden_states: Tensor) -> T
 
 def _mlp(plain: Callable[..., Tensor], module: Any, x: Tensor) -> Tensor:
     """In place of `LlamaMLP.forward`."""
-    if not (isinstance(module.act_fn, SiLUActivation | nn.SiLU) and _serves(x) and _has_liger()):
+    if not (isinstance(getattr(module, "act_fn", None), SiLUActivation | nn.SiLU) and _serves(x) and _has_liger()):
         return plain(module, x)
     found: Tensor = module.down_proj(_gated().apply(module.gate_proj(x), module.up_proj(x), 1.0, 1.0))
     return found
@@ -107,9 +107,8 @@ def _gated() -> Any:
 
 def _serves(tensor: Tensor) -> bool:
     """Whether a tensor is on its way to a backward pass on CUDA."""
-    return (
-        _is_on_cuda(tensor) and tensor.requires_grad and torch.is_grad_enabled() and not torch.compiler.is_compiling()
-    )
+    is_recorded = torch.compiler.is_compiling() or torch.jit.is_tracing()  # type: ignore[attr-defined]
+    return _is_on_cuda(tensor) and tensor.requires_grad and torch.is_grad_enabled() and not is_recorded
 
 
 def _is_on_cuda(tensor: Tensor) -> bool:

@@ -199,8 +199,8 @@ def test_torch_s_norm_is_llama_s(of_states: str, of_weights: str, monkeypatch: p
     torch.testing.assert_close(gradients, wanted, rtol=tolerance, atol=tolerance)
 
 
-def test_it_is_compiled_in_one_piece(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As transformers has it, on CUDA too."""
+def test_it_is_compiled_and_traced_as_transformers_has_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On CUDA too."""
     lm = tiny("llama")
     ids = torch.arange(24).view(2, 12)
     want = lm.model(ids, use_cache=False).last_hidden_state
@@ -210,6 +210,23 @@ def test_it_is_compiled_in_one_piece(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.compiler.reset()
     compiled = torch.compile(lm.model, backend="eager", fullgraph=True)
     torch.testing.assert_close(compiled(ids, use_cache=False).last_hidden_state, want)
+    traced = torch.jit.trace(lm.model.norm, torch.randn(2, 64, requires_grad=True))
+    assert "rms_norm" not in str(traced.graph)
+
+
+def test_liger_s_own_patch_may_come_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its MLP has no activation to look at."""
+    from liger_kernel.transformers import LigerSwiGLUMLP
+    from transformers.models.llama import modeling_llama
+
+    monkeypatch.setattr(LigerSwiGLUMLP, "forward", LigerSwiGLUMLP.forward)  # what is put there is taken out
+    monkeypatch.setattr(modeling_llama, "LlamaMLP", LigerSwiGLUMLP)
+    monkeypatch.setattr("liger_kernel.transformers.swiglu._swiglu_dispatch", lambda a, b: a * b)
+    lm = tiny("llama")
+    want = step(lm)
+    llama.replace_parts(lm)
+    got = step(lm)
+    assert all(torch.equal(got[name], want[name]) for name in want)
 
 
 @pytest.mark.gpu
