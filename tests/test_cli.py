@@ -248,6 +248,7 @@ def test_a_bug_keeps_its_traceback(run: Any, capsys: pytest.CaptureFixture[str])
 SLEEPER = """
 import signal, sys, time, types
 signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where a shell started the tests in the background
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # ignored under nohup
 from planlm import cli
 module = types.ModuleType("sleeper")
 def implementation(settings):
