@@ -224,8 +224,7 @@ class _Layout:
 
     def documents(self, documents: Documents) -> Documents:
         """Documents of the tokens with their plans; the last of a row has the columns to spare behind it."""
-        rows = torch.arange(len(self._tokens), device=self._tokens.device)[:, None] * self.width
-        first = (rows + self._tokens - self._begins.long()).flatten()
+        first = (self._places - self._begins.long()).flatten()
         # Behind all of them is where empty documents are, and the end.
         first = nn.functional.pad(first, (0, 1), value=len(self._tokens) * self.width)
         offsets = first[documents.offsets.to(first.device, torch.int64)].int()
@@ -251,10 +250,14 @@ class _Layout:
             )
         return outputs
 
+    @property
+    def _places(self) -> Tensor:
+        """`[B, W]`, the column of each token, counted through all rows."""
+        return torch.arange(len(self._tokens), device=self._tokens.device)[:, None] * self.width + self._tokens
+
     def _picked(self, states: Tensor) -> Tensor:
         """`[B, W, d]` of `[B, X, d]`."""
-        rows = torch.arange(len(states), device=self._tokens.device)[:, None] * self.width
-        at = (rows + self._tokens).to(states.device)
+        at = self._places.to(states.device)
         return states.flatten(0, 1).index_select(0, at.flatten()).unflatten(0, at.shape)
 
     def _placed(self, at_tokens: Tensor, at_plans: Tensor, elsewhere: int) -> Tensor:
