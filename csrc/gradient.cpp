@@ -33,20 +33,27 @@ class SumOverRows {
     if (!whole_ || right_.kind != Kind::bf16) return;
     transposed_ = right.t().contiguous();
     right_ = Matrix(transposed_);
-    sums_ = Workspace(splits.count, right.size(1) * splits.step, right.options().dtype(at::kFloat));
+    // Where all rows are one tile no sum waits for the next one, and a part of a tile's actions needs room at a time.
+    step_ = right.size(0) > most_rows ? splits.step : std::min(splits.step, most_actions);
+    sums_ = Workspace(splits.count, right.size(1) * step_, right.options().dtype(at::kFloat));
   }
   explicit operator bool() const { return bool(whole_); }
 
   void add(int64_t split, const Tile& tile, const Matrix& left) const {
-    const Matrix wanted = tile.actions_of(whole_);
     const bool begun = tile.row > 0;
-    if (!sums_.rooms) return multiply_rows(wanted, left, tile.rows_of(right_), begun);
-    const Matrix sum = sums_.of(split, whole_.columns, tile.count);
-    multiply(sum, right_.part(0, right_.rows, tile.row, tile.rows), left, /*transposed=*/false, begun);
-    if (tile.row + tile.rows == right_.columns) transpose_back(sum, wanted);
+    if (!sums_.rooms) return multiply_rows(tile.actions_of(whole_), left, tile.rows_of(right_), begun);
+    const Matrix rows = right_.part(0, right_.rows, tile.row, tile.rows);
+    for (int64_t first = 0; first < tile.count; first += step_) {
+      const int64_t count = std::min(step_, tile.count - first);
+      const Matrix sum = sums_.of(split, whole_.columns, count);
+      multiply(sum, rows, left.part(0, left.rows, first, count), /*transposed=*/false, begun);
+      if (tile.row + tile.rows == right_.columns) transpose_back(sum, whole_.part(tile.first + first, count));
+    }
   }
 
  private:
+  static constexpr int64_t most_actions = 256;
+
   static void transpose_back(const Matrix& sum, const Matrix& wanted) {
     constexpr int64_t most = 64;  // lines of 768 values are then 192 KiB
     at::parallel_for(0, (sum.columns + most - 1) / most, 1, [&](int64_t begin, int64_t end) {
@@ -63,6 +70,7 @@ class SumOverRows {
   Tensor transposed_;
   Matrix whole_, right_;
   Workspace sums_;
+  int64_t step_ = 0;  // actions of a sum
 };
 
 // Gradients that are written by products as a whole need no zeros.
