@@ -23,6 +23,7 @@ from planlm.model.families import input_width, output_projections
 from planlm.model.modeling import PlanLMForCausalLM
 from planlm.model.planner import Planner
 from planlm.plan_inputs import PlanInputs
+from planlm.speedups.counted import parts_as_on_cuda
 from planlm.training.flops import lm_flops
 
 META = torch.device("meta")
@@ -198,7 +199,8 @@ def _planlm(model: Model, batch: Batch, selection: str) -> tuple[nn.Module, Forw
             part.requires_grad_(False)
 
     def loss() -> Tensor:
-        found = joint(batch.input_ids, **batch.layout, shift_labels=batch.labels, plan=batch.plan, use_cache=False)
+        with parts_as_on_cuda():
+            found = joint(batch.input_ids, **batch.layout, shift_labels=batch.labels, plan=batch.plan, use_cache=False)
         summed: Tensor = found.nll_sum
         return summed
 

@@ -161,7 +161,7 @@ class Counter(TorchDispatchMode):
         self, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any
     ) -> Iterator[dict[str, Any]]:
         """The kernels that CUDA runs for one of torch's operators, as arguments of `add`."""
-        name = function._schema.name.removeprefix("aten::")
+        name = function._schema.name.rpartition("::")[2]
         reads, writes = _tensors((args, kwargs)), _tensors(result)
         if name in FREE or function.is_view or not sum(map(bytes_of, writes)):
             return

@@ -42,7 +42,7 @@ ALLOWED = {
     "speedups": {"kernels"},
     "model": LEAVES | {"pretrained", "text", "kernels", "speedups"},
     "evaluation": LEAVES | {"pretrained", "text", "corpus", "model"},
-    "training": LEAVES | {"pretrained", "text", "corpus", "model", "evaluation"},
+    "training": LEAVES | {"pretrained", "text", "corpus", "speedups", "model", "evaluation"},
     "report": LEAVES | {"evaluation.breakdown", "evaluation.significance"},
     "experiments": LEAVES | {"pretrained", "text", "corpus", "model", "training", "evaluation", "report"},
     "quickstart": LEAVES | {"pretrained", "text", "corpus", "model", "training", "evaluation", "report", "experiments"},

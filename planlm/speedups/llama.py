@@ -29,6 +29,9 @@ logger = logging.getLogger(__name__)
 LEAST = (0, 8)
 """Version of Liger-Kernel."""
 
+stand_in: Any = None
+"""What serves in place of CUDA's kernels on every device: `counted.parts_as_on_cuda` sets it."""
+
 
 def replace_parts(lm: PreTrainedModel) -> None:
     """Have those of an LM's parts that are Llama's computed in fewer kernels, in all LMs of their classes."""
@@ -69,25 +72,46 @@ def _norm(plain: Callable[..., Tensor], module: Any, hidden_states: Tensor) -> T
         return plain(module, hidden_states)
     dtype = torch.promote_types(hidden_states.dtype, module.weight.dtype)  # torch has no kernel for two
     x, weight = hidden_states.to(dtype), module.weight.to(dtype)
-    return F.rms_norm(x, weight.shape, weight, module.variance_epsilon).to(dtype)  # float32 under autocast
+    normed = _kernels().norm(x, weight, module.variance_epsilon)
+    return normed.to(dtype)  # float32 under autocast
 
 
 def _mlp(plain: Callable[..., Tensor], module: Any, x: Tensor) -> Tensor:
     """In place of `LlamaMLP.forward`."""
-    if not (isinstance(getattr(module, "act_fn", None), SiLUActivation | nn.SiLU) and _serves(x) and _has_liger()):
+    if not (isinstance(getattr(module, "act_fn", None), SiLUActivation | nn.SiLU) and _serves(x) and _can_launch()):
         return plain(module, x)
-    found: Tensor = module.down_proj(_gated().apply(module.gate_proj(x), module.up_proj(x), 1.0, 1.0))
+    found: Tensor = module.down_proj(_kernels().gate(module.gate_proj(x), module.up_proj(x)))
     return found
 
 
 def _rotated(plain: Callable[..., Any], q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: int = 1) -> Any:
     """In place of `apply_rotary_pos_emb`; q and k, which projections have made, are written over."""
-    if not (unsqueeze_dim == 1 and _serves(q) and _serves(k) and _has_liger()):
+    if not (unsqueeze_dim == 1 and _serves(q) and _serves(k) and _can_launch()):
         return plain(q, k, cos, sin, unsqueeze_dim)
-    from liger_kernel.ops import LigerRopeFunction
+    return _kernels().rotate(q, k, cos, sin)
 
-    with torch.cuda.device(q.device):  # it launches on the current one
-        return LigerRopeFunction.apply(q, k, cos, sin)
+
+def _kernels() -> Any:
+    return stand_in or _OnCUDA
+
+
+class _OnCUDA:
+    """What computes the parts there."""
+
+    @staticmethod
+    def norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
+        return F.rms_norm(x, weight.shape, weight, epsilon)
+
+    @staticmethod
+    def gate(a: Tensor, b: Tensor) -> Tensor:
+        return _gated().apply(a, b, 1.0, 1.0)  # type: ignore[no-any-return]
+
+    @staticmethod
+    def rotate(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+        from liger_kernel.ops import LigerRopeFunction
+
+        with torch.cuda.device(q.device):  # it launches on the current one
+            return LigerRopeFunction.apply(q, k, cos, sin)  # type: ignore[no-any-return]
 
 
 @functools.cache
@@ -108,11 +132,16 @@ def _gated() -> Any:
 def _serves(tensor: Tensor) -> bool:
     """Whether a tensor is on its way to a backward pass on CUDA."""
     is_recorded = torch.compiler.is_compiling() or torch.jit.is_tracing()  # type: ignore[attr-defined]
-    return _is_on_cuda(tensor) and tensor.requires_grad and torch.is_grad_enabled() and not is_recorded
+    is_there = stand_in is not None or _is_on_cuda(tensor)
+    return is_there and tensor.requires_grad and torch.is_grad_enabled() and not is_recorded
 
 
 def _is_on_cuda(tensor: Tensor) -> bool:
     return tensor.is_cuda
+
+
+def _can_launch() -> bool:
+    return stand_in is not None or _has_liger()
 
 
 @functools.cache

@@ -2,7 +2,7 @@
 
 The operators are torch's and PlanLM's own, the same on a CPU as on CUDA but for details: an operator is taken for one
 launch, which reads the distinct elements of its inputs once and writes its results once. Views and allocations are
-free. What products and attention move is not counted: their arithmetic takes longer.
+free. What attention moves is not counted: its arithmetic takes longer.
 """
 
 from __future__ import annotations
@@ -26,16 +26,13 @@ FREE = {
 GATHERS = {"embedding", "index_select", "index", "gather"}
 """Operators that read of their first argument no more than they write."""
 
-PRODUCTS = {"mm", "bmm", "addmm", "baddbmm"}
-"""Matrix products, whose arithmetic is in a step's FLOPs."""
-
 
 class Counter(TorchDispatchMode):
     """Counts what runs within it, forward and backward.
 
     Attributes:
         launches: operators, but for those that launch nothing.
-        moved: bytes read and written by all but products and attention.
+        moved: bytes read and written by all but attention.
         alive: bytes of the tensors made within that are still there.
     """
 
@@ -56,7 +53,7 @@ class Counter(TorchDispatchMode):
         if name in FREE or function.is_view or not (reads or writes):
             return result
         self.launches += 1
-        if name not in PRODUCTS and "attention" not in name:
+        if "attention" not in name:
             if name in GATHERS:
                 self.moved += min(bytes_of(reads[0]), sum(map(bytes_of, writes)))
                 reads = reads[1:]

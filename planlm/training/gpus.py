@@ -1,17 +1,17 @@
 """What a run would take on GPUs: predicted from what was counted of it, stated rates and assumed shares of them.
 
-A step takes its FLOPs at a share of what large matrix products reach, the bytes that all other operators move at a
-share of what large copies reach, and a gap for each launch; or, without CUDA graphs, as long as the host needs to ask
-for it. Gradients are reduced while the backward pass runs. The shares were fitted to four steps on H200s (docs/gpu.md)
-and are taken for other GPUs too:
+A step takes its FLOPs at a share of what large matrix products reach, the bytes that its operators move at a share of
+what large copies reach, and a gap for each launch; or, without CUDA graphs, as long as the host needs to ask for it.
+Gradients are reduced while the backward pass runs. The two shares were fitted to six steps on an H200 (docs/gpu.md) and
+are taken for other GPUs too; the memory is fitted to nothing:
 
-| step, bf16 | measured, ms | here, ms | measured, GB | here, GB |
+| step, bf16, in graphs: joint, plain | measured, ms | here, ms | measured, GB | here, GB |
 |---|---|---|---|---|
-| GPT-2-small joint, plain, 16 x 1,024 | 40.5, 38.3 | 40.6, 39.6 | 8.9, – | 8.7, – |
-| SmolLM2-135M joint, plain, 16 x 1,024 | 98.2, 95.0 | 96.4, 95.0 | 18.9, – | 18.7, – |
+| GPT-2-small, 16 x 1,024 | 39.5, 37.7 | 37.9, 37.0 | 9.5, 9.0 | 8.7, 8.3 |
+| SmolLM2-135M, 16 x 1,024 | 62.9, 60.6 | 61.4, 60.1 | 15.3, 14.8 | 14.8, 14.1 |
+| OLMo-1B, 4 x 2,048 | 137.7, 135.8 | 143.4, 142.2 | 37.3, 36.5 | 36.1, 35.4 |
 
-Counted are transformers' operators. With Llama's parts fused (planlm/speedups/llama.py) SmolLM2's step takes .65 of
-what it took and OLMo-1B's .86, which is not predicted.
+Llama's parts are counted as CUDA has them with Liger-Kernel installed (planlm/speedups/llama.py).
 """
 
 from __future__ import annotations
@@ -21,8 +21,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from planlm.config import TrainConfig
+from planlm.training.graphs import would_capture
 
-PRODUCTS, COPIES = 0.65, 0.8
+PRODUCTS, COPIES = 0.89, 0.88
 """Shares of the rates of large products and copies: fitted, see above."""
 
 LAUNCH, HOST = 3e-6, 10e-6
@@ -81,7 +82,7 @@ class Work:
         largest_layer, outside_layers: weights.
         vocabulary: columns of the logits.
         launches: operators of a forward and backward pass.
-        moved, moved_once: bytes of a pass that products and attention do not move, for each token and beside that.
+        moved, moved_once: bytes that a pass moves, but for attention, for each token and beside that.
         kept, kept_once: bytes kept for the backward pass, in the same way.
         flops: of a token, forward and backward.
         sequences: of the whole run.
@@ -117,7 +118,7 @@ def predict(work: Work, config: TrainConfig, gpu: GPU, number: int) -> dict[str,
     batch = min(config.batch_size, math.ceil(work.sequences / (work.steps * config.accumulate)))
     tokens = batch * config.window
     parts = pass_seconds(work, gpu, tokens, fp32=config.precision == "fp32")
-    graph = number == 1 and config.graph != "never" and not config.checkpoint_activations
+    graph = would_capture(config, number)
     host = 0.0 if graph else work.launches * HOST
     one, limit = max((sum(parts.values()), max(parts, key=lambda name: parts[name])), (host, "host"))
     reduced = reduce_seconds(work, gpu, number)

@@ -93,17 +93,26 @@ def has_graphs(config: TrainConfig, device: torch.device, num_ranks: int) -> boo
     """
     if config.graph == "always" and device.type != "cuda":
         raise InputError(f"--graph always: needs CUDA, and this is {device.type}; leave it out")
+    if config.graph == "always" and (found := _without(config, num_ranks)):
+        raise InputError(f"--graph always: cannot capture a step with {', '.join(found)}; leave one of them out")
+    return device.type == "cuda" and would_capture(config, num_ranks)
+
+
+def would_capture(config: TrainConfig, num_ranks: int) -> bool:
+    """Whether a run on so many GPUs is to capture graphs."""
+    # Those of several processes have not run on GPUs yet: who asks for them gets them.
+    is_asked = config.graph == "always" or (config.graph == "auto" and num_ranks == 1)
+    return is_asked and not _without(config, num_ranks)
+
+
+def _without(config: TrainConfig, num_ranks: int) -> list[str]:
+    """Options with which no graph can be made."""
     wrong = {
         "--shard": config.shard and num_ranks > 1,
         "--checkpoint-activations": config.checkpoint_activations,
         "--loss-kernel liger": config.loss_kernel == "liger",
     }
-    found = [name for name, is_there in wrong.items() if is_there]
-    if config.graph == "always" and found:
-        raise InputError(f"--graph always: cannot capture a step with {', '.join(found)}; leave one of them out")
-    # Those of several processes have not run on GPUs yet: who asks for them gets them.
-    is_asked = config.graph == "always" or (config.graph == "auto" and num_ranks == 1)
-    return is_asked and device.type == "cuda" and not found
+    return [name for name, is_there in wrong.items() if is_there]
 
 
 def _shape(value: Any) -> Hashable:

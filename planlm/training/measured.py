@@ -23,6 +23,7 @@ from planlm.errors import InputError, MachineError, machine_failure
 from planlm.files import to_json
 from planlm.model.families import lm_layers
 from planlm.model.modeling import PlanLMForCausalLM
+from planlm.speedups.counted import parts_as_on_cuda
 from planlm.terminal import silence_libraries
 from planlm.training.counted import Counts, count
 from planlm.training.dry_run import batches_of, timed_steps, weights
@@ -156,13 +157,14 @@ def _work(built: Built, config: TrainConfig, batches: list[Any]) -> dict[str, An
 
 
 def _counts(built: Built, config: TrainConfig) -> list[Counts]:
-    """Of two batches without what is against forgetting, in bf16 unless that is not wanted: what GPUs have."""
+    """Of two batches without what is against forgetting, as GPUs compute them: in bf16 unless that is not wanted."""
     if config.precision == "auto":
         built.objective.config = dataclasses.replace(config, precision="bf16")
 
     def counts(number: int) -> Counts:
         batch = built.loader.collate(np.arange(number)).to(built.task.device)
-        return count(lambda: built.objective.losses(batch)[0], batch.input_ids.numel())
+        with parts_as_on_cuda():
+            return count(lambda: built.objective.losses(batch)[0], batch.input_ids.numel())
 
     sequences = max(1, TOKENS // config.window)
     return [counts(min(times * sequences, built.loader.num_items)) for times in (1, 2)]
