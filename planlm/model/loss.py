@@ -76,6 +76,19 @@ class _LinearLoss(torch.autograd.Function):
         return *(None if it is None else it.mul_(grad_sum.to(it.dtype)).to(dtype) for it, dtype in gradients), None
 
 
+def _linear_loss(hidden: Tensor, weight: Tensor, bias: Tensor | None, chunk_loss: ChunkLoss) -> tuple[Tensor, Tensor]:
+    """The sum of a chunked loss, and each token's; no gradient is formed where no backward pass can come.
+
+    Parameters want theirs under `no_grad` too, as far as an autograd function is told, and the head's takes as long as
+    the logits.
+    """
+    if not torch.is_grad_enabled():
+        hidden, weight, bias = hidden.detach(), weight.detach(), None if bias is None else bias.detach()
+    with full_precision(hidden.device):
+        found: tuple[Tensor, Tensor] = _LinearLoss.apply(hidden, weight, bias, chunk_loss)
+    return found
+
+
 def _by_words(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, chunk_loss: ChunkLoss, needs: Sequence[bool]
 ) -> tuple[Tensor, Gradients]:
@@ -181,14 +194,8 @@ def linear_cross_entropy(
         scored).
     """
     hidden = hidden.to(_dtype_of_products(hidden))
-    with full_precision(hidden.device):
-        nll_sum, token_nll = _LinearLoss.apply(
-            hidden,
-            weight,
-            bias,
-            lambda logits, chunk: cross_entropy_(logits, labels[chunk]),  # negative: not scored
-        )
-    return nll_sum, token_nll
+    # A negative label is not scored.
+    return _linear_loss(hidden, weight, bias, lambda logits, chunk: cross_entropy_(logits, labels[chunk]))
 
 
 def divergence(hidden: Tensor, head: nn.Module, reference: tuple[Tensor, nn.Module | None], labels: Tensor) -> Tensor:
@@ -214,9 +221,7 @@ def divergence(hidden: Tensor, head: nn.Module, reference: tuple[Tensor, nn.Modu
         base = F.linear(base_hidden[chunk], base_weight, base_bias)[:, : logits.shape[1]]
         return _divergence_(logits, base, is_compared[chunk])
 
-    with full_precision(hidden.device):
-        kl_sum: Tensor = _LinearLoss.apply(hidden.to(dtype), head.weight, head.bias, chunk_loss)[0]
-    return kl_sum
+    return _linear_loss(hidden.to(dtype), head.weight, head.bias, chunk_loss)[0]
 
 
 def _divergence_(logits: Tensor, base: Tensor, is_compared: Tensor) -> tuple[Tensor, Tensor]:

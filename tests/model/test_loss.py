@@ -124,6 +124,32 @@ def test_on_a_gpu_only_what_learns_is_computed(weight_learns: bool, monkeypatch:
     assert len(sums) == 2 * weight_learns and (weight.grad is not None) == weight_learns
 
 
+class Products(TorchDispatchMode):
+    """Counts matrix products."""
+
+    number = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        self.number += function._schema.name in ("aten::mm", "aten::addmm", "aten::linear", "aten::matmul")
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.usefixtures("_path")
+@pytest.mark.parametrize("without", [torch.no_grad, torch.inference_mode])
+def test_without_a_backward_pass_no_gradient_is_formed(without: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of parameters that learn either: evaluation has them."""
+    monkeypatch.setattr(loss, "CHUNK", CHUNK * 11 * 4)
+    hidden, labels = torch.randn(3 * CHUNK, 8), torch.randint(11, (3 * CHUNK,))
+    head, base = nn.Linear(8, 11), nn.Linear(8, 11)
+    want = linear_cross_entropy(hidden, head.weight, labels, head.bias)[1]
+    with without(), Products() as products:
+        got = linear_cross_entropy(hidden, head.weight, labels, head.bias)[1]
+    assert torch.equal(got, want) and products.number == 3
+    with without(), Products() as products:
+        divergence(hidden, head, (hidden, base), labels)
+    assert products.number == 6
+
+
 class LargeResults(TorchDispatchMode):
     """Collects the names of the operators that write a matrix of at least so many rows and columns."""
 
