@@ -157,7 +157,7 @@ class _Scored:
             shift_labels=self._labels,
             plan=plan,
             selection=selection,
-            use_cache=None if self._model.planner_input is None else False,  # so that no layer is computed twice
+            use_cache=False,
         )
         return output
 

@@ -6,7 +6,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, Cache
 
 from planlm.config import EvaluateConfig
 from planlm.errors import InputError
@@ -81,6 +81,15 @@ def test_plans_in_one_pass_are_the_plans_one_by_one_whatever_the_batch(make_corp
     assert np.array_equal(together["straight-through"].nll_sum, together["hard"].nll_sum)
     distinct = [together[plan].nll for plan in ("none", "fixed", "uniform", "hard", "soft", "oracle")]
     assert len(set(distinct)) == len(distinct)
+
+
+@pytest.mark.parametrize("conditioning", ["adapter", "insert"])
+def test_keys_and_values_are_not_kept(conditioning, make_corpus, make_run, monkeypatch):
+    """They would take memory and, of inserted plans, a column in all rows for each that any row has."""
+    corpus = make_corpus("llama")
+    model = load_model(str(make_run(corpus, "llama", conditioning=conditioning)))
+    monkeypatch.setattr(Cache, "update", lambda *_: pytest.fail("a cache was filled"))
+    score_documents(model, corpus.split("test"), selections=["none", "soft"], window=24, batch_size=4)
 
 
 def test_a_document_of_one_token_has_nothing_scored_and_stays_in_place(make_corpus, make_run):
