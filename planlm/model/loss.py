@@ -221,7 +221,7 @@ def divergence(hidden: Tensor, head: nn.Module, reference: tuple[Tensor, nn.Modu
         base = F.linear(base_hidden[chunk], base_weight, base_bias)[:, : logits.shape[1]]
         return _divergence_(logits, base, is_compared[chunk])
 
-    return _linear_loss(hidden.to(dtype), head.weight, head.bias, chunk_loss)[0]
+    return _linear_loss(hidden.to(dtype), head.weight, head.bias, chunk_loss)[0]  # type: ignore[arg-type]
 
 
 def _divergence_(logits: Tensor, base: Tensor, is_compared: Tensor) -> tuple[Tensor, Tensor]:
