@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import textwrap
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -13,6 +14,9 @@ BASIS = (
     "--batch-size in fewer steps, over as many tokens. FLOPs, bytes, launches and weights are counted; the GPUs' "
     "rates, the shares of them that a step reaches, links and disk are assumed (docs/budget.md)."
 )
+
+UNKNOWN = "unknown"
+"""What planning adds, where of some phase no more than one step was measured: steps differ by more than it may."""
 
 
 def format_budget(result: dict[str, Any]) -> str:
@@ -44,21 +48,38 @@ def _here(joint: dict[str, Any], plain: dict[str, Any] | None, other: str | None
     without = "without it" if other == "none" else f"plan {other}"
     yield ("", *(("with the plan", without, "planning adds") if plain else ("the run", "", "")), "")
     times = [_time(one["seconds"]) + ("" if one["error"] is None else f" ± {_time(one['error'])}") for one in found]
-    yield _row("time", times, [one["seconds"] for one in found], "measured")
-    rates = [one["phases"][-1]["tokens_per_second"] for one in found]
-    yield _row("tokens/s, at the end", [f"{rate:,.0f}" for rate in rates], rates, "measured")
+    yield _row("time", times, _time_added(joint, plain) if plain else "", "measured")
+    lasts = [one["phases"][-1] for one in found]
+    rates = [last["tokens_per_second"] for last in lasts]
+    added = _share(rates) if all(last["measured"] > 1 for last in lasts) else UNKNOWN
+    yield _row("tokens/s, at the end", [f"{rate:,.0f}" for rate in rates], added, "measured")
     if all(one["memory"] is not None for one in found):
         sizes = [one["memory"] for one in found]
-        yield _row("GB at the peak", [f"{size / 1e9:.2f}" for size in sizes], sizes, "measured")
+        yield _row("GB at the peak", [f"{size / 1e9:.2f}" for size in sizes], _share(sizes), "measured")
     trained = [sum(one["trained"].values()) for one in found]
-    yield _row("weights trained", [f"{size:,}" for size in trained], trained, "counted", share=False)
+    added = f"{trained[0] - trained[-1]:+,}"
+    yield _row("weights trained", [f"{size:,}" for size in trained], added, "counted")
 
 
-def _row(name: str, cells: list[str], values: list[float], basis: str, share: bool = True) -> Sequence[str]:
-    if len(values) == 1:
-        return (name, *cells, "", "", basis)
-    added = f"{values[0] / values[1] - 1:+.1%}" if share else f"{values[0] - values[1]:+,}"
-    return (name, *cells, added.replace("-", "−"), basis)
+def _row(name: str, cells: list[str], added: str, basis: str) -> Sequence[str]:
+    return name, *cells, *([added] if len(cells) == 2 else ["", ""]), basis
+
+
+def _time_added(joint: dict[str, Any], plain: dict[str, Any]) -> str:
+    """What planning adds to the time, with two standard errors."""
+    if joint["error"] is None or plain["error"] is None:
+        return UNKNOWN
+    ratio = joint["seconds"] / plain["seconds"]
+    error = ratio * math.hypot(*(one["error"] / one["seconds"] for one in (joint, plain)))
+    return f"{_percent(ratio - 1)} ± {error:.1%}"
+
+
+def _share(values: list[float]) -> str:
+    return _percent(values[0] / values[-1] - 1)
+
+
+def _percent(share: float) -> str:
+    return f"{share:+.1%}".replace("-", "−")
 
 
 def _step(phase: dict[str, Any]) -> str:

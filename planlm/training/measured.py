@@ -163,6 +163,7 @@ def _counts(built: Built, config: TrainConfig) -> list[Counts]:
 
     def counts(number: int) -> Counts:
         batch = built.loader.collate(np.arange(number)).to(built.task.device)
+        built.parallel.model.zero_grad()  # or those of the batch before are added to
         with parts_as_on_cuda():
             return count(lambda: built.objective.losses(batch)[0], batch.input_ids.numel())
 

@@ -22,6 +22,9 @@ from planlm.report.budget import format_budget
 from planlm.training import budget
 from planlm.training.counted import Counter, count
 from planlm.training.gpus import GPUS, Work, due, memory, pass_seconds, predict, reduce_seconds
+from planlm.training.loop import join
+from planlm.training.measured import _counts, phases
+from planlm.training.train import build
 
 H200 = next(gpu for gpu in GPUS if gpu.name.startswith("H200"))
 
@@ -220,6 +223,42 @@ def test_the_run_without_a_plan_is_the_same_run(monkeypatch: pytest.MonkeyPatch)
     assert budget.without_plan(train_config(selection="fixed")) is None
     fields = {field.name for field in dataclasses.fields(TrainConfig)}
     assert fields >= budget.OF_THE_PLAN, "settings that train has"
+
+
+def shown_of(joint: dict[str, Any], plain: dict[str, Any] | None) -> list[str]:
+    """The lines of time and rate, as words."""
+    config = train_config()
+    one, other = budget.extrapolated(joint, config), plain and budget.extrapolated(plain, config)
+    facts = {"steps": 100, "batch_size": 32, "window": 128, "selection": "soft", "device": "a CPU", "gpus": []}
+    found = format_budget({"joint": one, "plain": other, "compared_with": plain and "none", **facts})
+    return [" ".join(line.split()) for line in found.splitlines() if line.startswith(("time ", "tokens/s"))]
+
+
+def test_what_planning_adds_is_said_with_its_error_or_not_at_all() -> None:
+    two = measured()["phases"]
+    half = [phase | {"seconds": [second / 2 for second in phase["seconds"]]} for phase in two]
+    time, rate = shown_of(measured(), measured(phases=half))
+    # 179 and 100 s, of which 19 and 20 are no steps; 1.79 times (60 / 179 and 30 / 100, squared, added, the root of it)
+    assert time == "time 3 min ± 60 s 100 s ± 30 s +79.0% ± 80.5% measured"
+    assert rate == "tokens/s, at the end 2,000 4,000 −50.0% measured"
+    single = [phase | {"seconds": phase["seconds"][:1]} for phase in two]
+    time, rate = shown_of(measured(phases=single), measured())
+    assert time == "time 2 min 3 min ± 60 s unknown measured"
+    assert rate == "tokens/s, at the end 2,667 2,000 unknown measured"
+    assert shown_of(measured(), None) == ["time 3 min ± 60 s measured", "tokens/s, at the end 2,000 measured"]
+
+
+def test_a_batch_is_counted_without_what_an_earlier_one_left(planted: dict[str, str], tmp_path: Path) -> None:
+    out = str(tmp_path / "run")
+    config = TrainConfig(corpus=planted["corpus"], lm=planted["lm"], window=16, batch_size=4, out=out, lm_mode="full")
+    built = build(config)
+    for begin, _ in phases(built.task):
+        join(built.task, begin, is_first=True)
+    _counts(built, config)  # what is looked at once is counted here
+    built.parallel.model.zero_grad()
+    before = _counts(built, config)
+    assert any(parameter.grad is not None for parameter in built.parallel.model.parameters())
+    assert _counts(built, config) == before
 
 
 @pytest.fixture
