@@ -10,8 +10,9 @@ Sizes: N tokens, d channels, V vocabulary.
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -151,6 +152,17 @@ def _by_cublas(
         if grad_bias is not None:
             grad_bias += words.sum(dim=0, dtype=sums)
     return token_loss, (grad_hidden, None if grad_head is None else grad_head[:num_words], grad_bias)
+
+
+@contextlib.contextmanager
+def in_one_chunk() -> Iterator[None]:
+    """Within it a CPU has one chunk, as a GPU has of as few tokens: for who counts there what a GPU is asked."""
+    global CHUNK
+    before, CHUNK = CHUNK, 1 << 62
+    try:
+        yield
+    finally:
+        CHUNK = before
 
 
 def _on_gpu(hidden: Tensor) -> bool:

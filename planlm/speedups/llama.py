@@ -131,9 +131,9 @@ def _gated() -> Any:
 
 def _serves(tensor: Tensor) -> bool:
     """Whether a tensor is on its way to a backward pass on CUDA."""
-    is_recorded = torch.compiler.is_compiling() or torch.jit.is_tracing()  # type: ignore[attr-defined]
-    is_there = stand_in is not None or _is_on_cuda(tensor)
-    return is_there and tensor.requires_grad and torch.is_grad_enabled() and not is_recorded
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():  # type: ignore[attr-defined]
+        return False
+    return (stand_in is not None or _is_on_cuda(tensor)) and tensor.requires_grad and torch.is_grad_enabled()
 
 
 def _is_on_cuda(tensor: Tensor) -> bool:

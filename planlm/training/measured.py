@@ -22,6 +22,7 @@ from planlm.config import TrainConfig
 from planlm.errors import InputError, MachineError, machine_failure
 from planlm.files import to_json
 from planlm.model.families import lm_layers
+from planlm.model.loss import in_one_chunk
 from planlm.model.modeling import PlanLMForCausalLM
 from planlm.speedups.counted import parts_as_on_cuda
 from planlm.terminal import silence_libraries
@@ -164,7 +165,7 @@ def _counts(built: Built, config: TrainConfig) -> list[Counts]:
     def counts(number: int) -> Counts:
         batch = built.loader.collate(np.arange(number)).to(built.task.device)
         built.parallel.model.zero_grad()  # or those of the batch before are added to
-        with parts_as_on_cuda():
+        with parts_as_on_cuda(), in_one_chunk():
             return count(lambda: built.objective.losses(batch)[0], batch.input_ids.numel())
 
     sequences = max(1, TOKENS // config.window)
