@@ -24,22 +24,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_map
+
+from planlm.training.counted import FREE, GATHERS, bytes_of, tensors_of
 
 if TYPE_CHECKING:
     from planlm.kernels.triton_launch import Launch
 
-FREE = {
-    "empty", "new_empty", "empty_like", "empty_strided", "new_empty_strided", "detach", "detach_", "alias",
-    "lift_fresh", "_unsafe_view", "_reshape_alias", "resolve_conj", "resolve_neg",
-}  # fmt: skip
-"""Operators that launch nothing, apart from views."""
-
 FILLS = {"zeros", "zeros_like", "new_zeros", "zero_", "fill_", "ones", "ones_like", "full", "full_like", "new_full"}
 """Operators that only write."""
-
-GATHERS = {"embedding", "index_select", "index", "gather"}
-"""Operators that read of their first argument no more than they write."""
 
 PRODUCTS = {"mm": (0, 1), "bmm": (0, 1), "addmm": (1, 2), "baddbmm": (1, 2)}
 """Where matrix products have their factors; a bias is added as the result is written."""
@@ -162,7 +155,7 @@ class Counter(TorchDispatchMode):
     ) -> Iterator[dict[str, Any]]:
         """The kernels that CUDA runs for one of torch's operators, as arguments of `add`."""
         name = function._schema.name.rpartition("::")[2]
-        reads, writes = _tensors((args, kwargs)), _tensors(result)
+        reads, writes = tensors_of((args, kwargs)), tensors_of(result)
         if name in FREE or function.is_view or not sum(map(bytes_of, writes)):
             return
         match name:
@@ -208,16 +201,6 @@ class Counter(TorchDispatchMode):
                     yield {"name": f"{name}: weights", "reads": reads[:2], "writes": writes[1:]}
             case _:
                 yield {"name": name, "reads": reads, "writes": writes}
-
-
-def bytes_of(tensor: Tensor) -> int:
-    """Bytes of a tensor's distinct elements: an expanded dimension counts once."""
-    sizes = zip(tensor.shape, tensor.stride(), strict=True)
-    return math.prod(size if stride != 0 or size == 0 else 1 for size, stride in sizes) * tensor.itemsize
-
-
-def _tensors(tree: Any) -> list[Tensor]:
-    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
 
 
 # What CUDA has and `meta` has not

@@ -164,6 +164,7 @@ def _run(model: PlanLMForCausalLM, texts: Sequence[_Filled]) -> tuple[NDArray[np
         attention_mask=mask,
         position_ids=(mask.cumsum(dim=1) - 1).clamp(min=0),
         plan=Text(ids, mask.bool(), tracker),
+        use_cache=False,
         shift_labels=torch.where(scored > 0, ids, IGNORED).roll(-1, dims=1),  # the first column is never scored
     )
     nll = output.token_nll.double().sum(dim=1) / scored.sum(dim=1)

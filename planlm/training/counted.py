@@ -44,10 +44,10 @@ class Counter(TorchDispatchMode):
     def __torch_dispatch__(
         self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        before = [leaf.untyped_storage()._cdata for leaf in _tensors((args, kwargs))]
+        before = [leaf.untyped_storage()._cdata for leaf in tensors_of((args, kwargs))]
         result = function(*args, **(kwargs or {}))
         name = function._schema.name.partition("::")[2]
-        reads, writes = _tensors((args, kwargs)), _tensors(result)
+        reads, writes = tensors_of((args, kwargs)), tensors_of(result)
         for tensor in writes:
             self._watch(tensor, before)
         if name in FREE or function.is_view or not (reads or writes):
@@ -107,5 +107,6 @@ def bytes_of(tensor: Tensor) -> int:
     return math.prod(size if stride != 0 or size == 0 else 1 for size, stride in sizes) * tensor.itemsize
 
 
-def _tensors(tree: Any) -> list[Tensor]:
+def tensors_of(tree: Any) -> list[Tensor]:
+    """The tensors among an operator's arguments or results."""
     return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]

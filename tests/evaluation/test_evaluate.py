@@ -88,8 +88,13 @@ def test_keys_and_values_are_not_kept(conditioning, make_corpus, make_run, monke
     """They would take memory and, of inserted plans, a column in all rows for each that any row has."""
     corpus = make_corpus("llama")
     model = load_model(str(make_run(corpus, "llama", conditioning=conditioning)))
-    monkeypatch.setattr(Cache, "update", lambda *_: pytest.fail("a cache was filled"))
-    score_documents(model, corpus.split("test"), selections=["none", "soft"], window=24, batch_size=4)
+    filled, update = [], Cache.update
+    monkeypatch.setattr(Cache, "update", lambda *call, **more: filled.append(call[3]) or update(*call, **more))
+    model(torch.arange(8)[None])
+    assert filled, "which calls that do not say otherwise fill"
+    filled.clear()
+    scores = score_documents(model, corpus.split("test"), selections=["none", "soft"], window=24, batch_size=4)
+    assert not filled and min(row.nll_sum.sum() for row in scores.values()) > 0
 
 
 def test_a_document_of_one_token_has_nothing_scored_and_stays_in_place(make_corpus, make_run):

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from transformers import Cache
 
 import planlm.evaluation.probe as probing
 from planlm.cli import main
@@ -73,6 +74,13 @@ def test_plans_and_nll_are_those_of_a_plain_call(model):
                 if begin >= first and not set(range(begin, end)) & inside
             ]
             assert nll[at, column] == pytest.approx(np.mean(scored), abs=1e-4)
+
+
+def test_keys_and_values_are_not_kept(model, monkeypatch):
+    filled, update = [], Cache.update
+    monkeypatch.setattr(Cache, "update", lambda *call, **more: filled.append(call[3]) or update(*call, **more))
+    plans, nll = run_probe(model, Probe(PROMPTS, {"women": WOMEN, "men": MEN[:3]}), "p.json")
+    assert not filled and np.isfinite(plans).all() and np.isfinite(nll).all()
 
 
 def test_a_planner_that_does_not_hear_of_names_shows_no_difference(model, encoder, tmp_path):
